@@ -1,0 +1,427 @@
+"""Options of a script from config files (`key = value`, nanoGPT's form) and `--key=value`; nothing is executed.
+
+    python train.py config/train_char_diffusion_sampler.py --batch_size=32 --dataset=custom
+
+A script describes its options once, as a flat dataclass:
+
+    @dataclass(frozen=True)
+    class TrainConfig:
+        batch_size: int = option(64, 'rows per micro-step; lower it when memory runs out')
+
+    configuration = configure(TrainConfig, sys.argv[1:])
+
+Every `--key=value` beats every config file, and among each kind the later one wins. A config file is parsed, never
+executed: it may hold assignments of literals, lists and arithmetic to known keys, and conditions on known names
+(`device` among them). A name that the command line sets has that value everywhere, so `lr_decay_iters = max_iters`
+follows `--max_iters=100`. Every problem of all files and arguments is listed in one `UserError`.
+"""
+
+import ast
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from core.errors import UserError, raise_problems
+from core.expressions import (Refused, bounded, check_expression, closest, evaluate, name_of, one_line, parse, shown,
+                              shown_name)
+
+Options = TypeVar('Options')
+
+LARGEST_FILE = 100_000  # bytes; config files hold differences only
+MOST_PROBLEMS_SHOWN = 30
+COMMAND_LINE = 'command line'
+
+
+@dataclass(frozen=True)
+class Configuration(Generic[Options]):
+    """The options, where each explicit one was set, and what conditions in config files changed."""
+
+    config: Options
+    explicit: dict[str, str]  # key -> 'command line' or 'config/x.py:12'; defaults are absent
+    notes: list[str]  # "config/x.py: device is 'cpu', so n_layer 6 -> 4"
+
+
+def option(default: Any, help: str, *, alias: str | None = None) -> Any:
+    """A field of an options class: its default, one line that says its unit or when to change it, and a second name."""
+    metadata = {'help': help} | ({'alias': alias} if alias else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def configure(options: type[Options], arguments: Sequence[str],
+              offered: Mapping[str, object] = types.MappingProxyType({}), *,
+              resolve_device: Callable[[str], str] | None = None, usage: str = '') -> Configuration[Options]:
+    """Read config files and `--key=value` arguments into one `options` object.
+
+    `offered` are further names that config files may read. Where there is an option `device`, config files read
+    `resolve_device(device)` in its place, so that they see 'cpu' or 'cuda' for 'auto'; `config.device` stays as asked
+    for. `--help` prints every option below `usage` and exits with code 0. Raises `UserError` that lists all problems.
+    """
+    if any(argument in ('--help', '-h') for argument in arguments):
+        print(help_text(options, usage))
+        raise SystemExit(0)
+    keys = _Keys.of(options)
+    problems: list[str] = []
+    paths, texts = _split_arguments(arguments, keys, problems)
+    values = {key: _default_of(entry) for key, entry in keys.fields.items()}
+    explicit: dict[str, str] = {}
+    for written, text in texts:
+        key = keys.find(written)
+        if key is None:
+            problems.append(f'--{shown_name(written)} on the {COMMAND_LINE}: no such option{keys.nearest(written)}')
+            continue
+        try:
+            values[key] = _from_text(text, keys.types[key])
+            explicit[key] = COMMAND_LINE
+        except Refused as refused:
+            problems.append(f'--{written}={shown(text)} on the {COMMAND_LINE}: {refused}')
+    readable = dict(values) | dict(offered)
+    reader = _FileReader(keys, values, readable, explicit, problems, resolve_device)
+    reader.see_device(explicit.get('device', 'default'))
+    for path in paths:
+        reader.read(path)
+    if len(problems) > MOST_PROBLEMS_SHOWN:
+        problems[MOST_PROBLEMS_SHOWN:] = [f'and {len(problems) - MOST_PROBLEMS_SHOWN} more problems']
+    raise_problems(problems)
+    return Configuration(options(**values), explicit, reader.notes)
+
+
+def help_text(options: type, usage: str = '') -> str:
+    """One line per option: name, default, type and help."""
+    keys = _Keys.of(options)
+    names = [f'--{key}={_default_of(entry)}' for key, entry in keys.fields.items()]
+    kinds = [keys.types[key].short for key in keys.fields]
+    name_width = min(36, max(map(len, names), default=0))
+    kind_width = min(14, max(map(len, kinds), default=0))
+    lines = []
+    for name, kind, entry in zip(names, kinds, keys.fields.values()):
+        alias = f' (also --{entry.metadata["alias"]})' if 'alias' in entry.metadata else ''
+        lines.append(f'  {name:<{name_width}}  {kind:<{kind_width}}  {entry.metadata.get("help", "")}{alias}')
+    head = [usage.strip(), ''] if usage.strip() else []
+    return '\n'.join([*head, 'config files (*.py) and options, in any order; --key=value beats a config file:', *lines])
+
+
+# ---- the keys of an options class and their types
+
+
+@dataclass(frozen=True)
+class _Type:
+    """One option's type: a kind, whether None is allowed, and the choices of a Literal."""
+
+    kind: Any  # int, float, bool, str, list or Literal
+    optional: bool
+    choices: tuple = ()
+
+    @classmethod
+    def of(cls, annotation: Any) -> '_Type':
+        members = typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+            rest = [member for member in members if member is not type(None)]
+            assert len(rest) == 1 and len(members) == 2, f'an option is one type or None, not {annotation}'
+            return dataclasses.replace(cls.of(rest[0]), optional=True)
+        if typing.get_origin(annotation) is Literal:
+            plain = tuple(choice for choice in members if choice is not None)
+            return cls(Literal, len(plain) < len(members), plain)
+        if annotation == list[float]:
+            return cls(list, False)
+        assert annotation in (int, float, bool, str), f'an option cannot have the type {annotation}'
+        return cls(annotation, False)
+
+    @property
+    def short(self) -> str:
+        """For the help text: 'int', 'floats', 'linear|cosine', 'int|None'."""
+        name = '|'.join(map(str, self.choices)) or {list: 'floats'}.get(self.kind) or self.kind.__name__
+        return f'{name}|None' if self.optional else name
+
+    @property
+    def words(self) -> str:
+        """For messages."""
+        words = {int: 'a whole number such as 64', float: 'a finite number such as 0.5 or 3e-4', bool: 'True or False',
+                 str: 'text', list: 'a list of finite numbers such as [0.9, 0.5, 0.1]'}.get(self.kind) or (
+                     'one of ' + ', '.join(map(repr, self.choices)))
+        return f'{words}, or None' if self.optional else words
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The options by name, with their aliases and types."""
+
+    fields: dict[str, dataclasses.Field]
+    types: dict[str, _Type]
+    aliases: dict[str, str]  # alias -> key
+
+    @classmethod
+    def of(cls, options: type) -> '_Keys':
+        fields = {entry.name: entry for entry in dataclasses.fields(options)}
+        hints = typing.get_type_hints(options)
+        aliases = {entry.metadata['alias']: key for key, entry in fields.items() if 'alias' in entry.metadata}
+        assert not set(aliases) & set(fields), 'an alias is the name of another option'
+        return cls(fields, {key: _Type.of(hints[key]) for key in fields}, aliases)
+
+    def find(self, name: str) -> str | None:
+        return name if name in self.fields else self.aliases.get(name)
+
+    def nearest(self, name: str) -> str:
+        """' (did you mean ...?)' for the option closest in spelling; otherwise where the names are listed."""
+        nearest = closest(name.replace('-', '_'), [*self.fields, *self.aliases])
+        return f"; did you mean '{nearest}'?" if nearest else '; --help lists them all'
+
+
+def _default_of(entry: dataclasses.Field) -> Any:
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    assert entry.default is not dataclasses.MISSING, f'option {entry.name} has no default'
+    return entry.default
+
+
+# ---- values
+
+
+def _from_value(value: Any, kind: _Type) -> Any:
+    """`value` as a config file gives it, checked against the option's type. Raises `Refused`."""
+    if value is None and kind.optional:
+        return None
+    if kind.kind is Literal:
+        for choice in kind.choices:
+            if type(choice) is type(value) and choice == value:
+                return choice
+        nearest = closest(value, map(str, kind.choices)) if isinstance(value, str) else None
+        raise Refused(f"it must be {kind.words}" + (f"; did you mean '{nearest}'?" if nearest else ''))
+    if kind.kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind.kind is list and isinstance(value, list) and all(
+            type(item) in (int, float) and math.isfinite(item) for item in value):
+        return [float(item) for item in value]
+    if kind.kind is str and isinstance(value, str) and not _is_storable(value):
+        raise Refused('it must be text without null characters and broken UTF-8')
+    if type(value) is kind.kind and kind.kind in (int, bool, str):
+        return value
+    cure = '; use // to divide' if kind.kind is int and isinstance(value, float) else ''
+    raise Refused(f'it must be {kind.words}{cure}')
+
+
+def _from_text(text: str, kind: _Type) -> Any:
+    """`text` as the command line gives it, read as the option's type. Raises `Refused`."""
+    if text == 'None' and kind.optional:
+        return None
+    if kind.kind is str:
+        return _from_value(text, kind)
+    if kind.kind is Literal:
+        return _from_value(next((choice for choice in kind.choices if str(choice) == text), text), kind)
+    if kind.kind is bool:
+        return _from_value({'True': True, 'true': True, 'False': False, 'false': False}.get(text, text), kind)
+    if kind.kind is int and len(text) <= 30 and re.fullmatch(r'[+-]?[0-9]+(_[0-9]+)*', text):
+        return _from_value(bounded(int(text)), kind)
+    if kind.kind is float:
+        try:
+            return _from_value(float(text), kind)
+        except ValueError:
+            raise Refused(f'it must be {kind.words}') from None
+    if kind.kind is list:
+        return _from_value(_literal(text, kind), kind)
+    return _from_value(text, kind)
+
+
+def _literal(text: str, kind: _Type) -> Any:
+    """A list written as in Python, read like a config file's right-hand side in which no name is known."""
+    try:
+        tree = parse(text.strip(), 'eval')
+        check_expression(tree.body, ())
+        return evaluate(tree.body, {})
+    except Refused:
+        raise Refused(f'it must be {kind.words}') from None
+
+
+def _is_storable(text: str) -> bool:
+    try:
+        text.encode('utf-8')
+    except UnicodeEncodeError:
+        return False
+    return '\0' not in text
+
+
+# ---- the command line
+
+
+def _split_arguments(arguments: Sequence[str], keys: _Keys,
+                     problems: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Config file paths and (name, text) pairs in their order; arguments of another form are added to `problems`."""
+    paths, texts = [], []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        name, equals, text = argument.lstrip('-').partition('=')
+        if argument.startswith('--') and not argument.startswith('---') and equals and name:
+            texts.append((name, text))
+        elif argument.startswith('-'):
+            value = 'VALUE'
+            if not equals and waiting and not waiting[0].startswith('-') and not re.search(r'=|\.py$', waiting[0]):
+                value = waiting.pop(0)  # `--key value`: one mistake, one message
+            key = keys.find(name) or name
+            hint = '' if keys.find(name) or equals else keys.nearest(name)
+            form = f'--{key}={shown_name(text or value)}' if name.isidentifier() else '--batch_size=64'
+            problems.append(f'{shown_name(argument)} on the {COMMAND_LINE}: options are written --key=value, '
+                            f'here {form}{hint}')
+        elif argument.endswith('.py') or not equals or not name.isidentifier() or _is_file(Path(argument)):
+            paths.append(Path(argument))
+        else:
+            problems.append(f'{shown_name(argument)} on the {COMMAND_LINE}: options begin with two dashes: '
+                            f'--{shown_name(argument)}')
+    return paths, texts
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+# ---- config files
+
+
+class _FileReader:
+    """Reads config files one after another into `values`; keys set on the command line keep their value."""
+
+    def __init__(self, keys: _Keys, values: dict[str, Any], readable: dict[str, object], explicit: dict[str, str],
+                 problems: list[str], resolve_device: Callable[[str], str] | None) -> None:
+        self.keys, self.values, self.readable, self.explicit = keys, values, readable, explicit
+        self.problems, self.resolve_device = problems, resolve_device
+        self.pinned = frozenset(explicit)
+        self.notes: list[str] = []
+        self.path = ''
+        self.set_here: dict[str, Any] = {}  # key -> value, as assigned by the present file
+        self.conditions: dict[str, Any] = {}  # names that the present `if` has read -> value
+
+    def see_device(self, where: str) -> None:
+        """Let config files read the device that the option stands for."""
+        if self.resolve_device is None or 'device' not in self.values:
+            return
+        try:
+            self.readable['device'] = self.resolve_device(self.values['device'])
+        except UserError as error:
+            self.problems.append(f'device={shown(self.values["device"])} ({where}): {one_line(str(error))}')
+
+    def read(self, path: Path) -> None:
+        self.path, self.set_here = shown_name(path), {}
+        try:
+            tree = parse(_read_text(path), 'exec')
+            docstring = ast.get_docstring(tree, clean=False) is not None
+            self.block(tree.body[1:] if docstring else tree.body, taken=True, depth=0)
+        except Refused as refused:
+            self.problems.append(f'{self.path}: {refused}')
+        except RecursionError:
+            self.problems.append(f'{self.path}: statements are nested too deeply')
+
+    def block(self, statements: list[ast.stmt], taken: bool, depth: int) -> None:
+        """Run statements; where `taken` is False they are checked as far as possible and change nothing."""
+        for statement in statements:
+            try:
+                if isinstance(statement, ast.Assign):
+                    self.assign(statement, taken)
+                elif isinstance(statement, ast.If):
+                    self.condition(statement, taken, depth)
+                else:
+                    raise Refused(f'found {name_of(statement)}; '
+                                  'a config file holds key = value and if / elif / else only')
+            except Refused as refused:
+                self.problems.append(f'{self.path}:{statement.lineno}: {refused}')
+
+    def assign(self, statement: ast.Assign, taken: bool) -> None:
+        check_expression(statement.value, self.readable.keys() | self.keys.aliases.keys())
+        constant = not any(isinstance(node, ast.Name) for node in ast.walk(statement.value))
+        value = evaluate(statement.value, self.lookup()) if taken or constant else None
+        for target in statement.targets:
+            if not isinstance(target, ast.Name):
+                raise Refused(f'found {name_of(target)} on the left of =; write one key = value a line')
+            key = self.keys.find(target.id)
+            if key is None:
+                raise Refused(f"no such option '{shown_name(target.id)}'{self.keys.nearest(target.id)}")
+            if not (taken or constant):
+                continue
+            try:
+                checked = _from_value(value, self.keys.types[key])
+            except Refused as refused:
+                raise Refused(f'{target.id} = {shown(value)}: {refused}') from None
+            if taken and key not in self.pinned:
+                self.set(key, checked, f'{self.path}:{statement.lineno}')
+
+    def set(self, key: str, value: Any, where: str) -> None:
+        self.values[key] = self.readable[key] = self.set_here[key] = value
+        self.explicit[key] = where
+        if key == 'device':
+            self.see_device(where)
+
+    def lookup(self) -> dict[str, object]:
+        return self.readable | {alias: self.readable[key] for alias, key in self.keys.aliases.items()}
+
+    def condition(self, statement: ast.If, taken: bool, depth: int) -> None:
+        before = dict(self.set_here)
+        if depth == 0:
+            self.conditions = {}
+        undecided, branch = taken, statement
+        while True:
+            holds = self.test(branch, undecided)
+            self.block(branch.body, undecided and holds is True, depth + 1)
+            undecided = undecided and holds is False  # a condition in error decides for no branch at all
+            if len(branch.orelse) == 1 and isinstance(branch.orelse[0], ast.If):
+                branch = branch.orelse[0]
+                continue
+            self.block(branch.orelse, undecided, depth + 1)
+            break
+        changes = [f'{key} {shown(old)} -> {shown(self.set_here[key])}' for key, old in before.items()
+                   if self.set_here[key] != old]
+        if depth == 0 and changes:
+            reasons = ' and '.join(f'{name} is {shown(value)}' for name, value in self.conditions.items()) or 'always'
+            self.notes.append(f'{self.path}: {reasons}, so {", ".join(changes)}')
+
+    def test(self, branch: ast.If, needed: bool) -> bool | None:
+        """Whether the branch's condition holds; None where it is not needed or wrong, which is then reported."""
+        try:
+            check_expression(branch.test, self.readable.keys() | self.keys.aliases.keys())
+            if not needed:
+                return None
+            names = self.lookup()
+            holds = bool(evaluate(branch.test, names))
+            for node in ast.walk(branch.test):
+                if isinstance(node, ast.Name):
+                    self.conditions.setdefault(node.id, names[node.id])
+            return holds
+        except Refused as refused:
+            self.problems.append(f'{self.path}:{branch.lineno}: {refused}')
+            return None
+
+
+def _read_text(path: Path) -> str:
+    """The text of a config file. Raises `Refused`."""
+    if not _is_file(path):
+        raise Refused(f'there is no such config file{_nearest_file(path)}')
+    try:
+        with path.open('rb') as file:
+            content = file.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise Refused(f'the file cannot be read ({error.strerror})') from None
+    if len(content) > LARGEST_FILE:
+        raise Refused(f'the file has more than {LARGEST_FILE} bytes, too many for a config file')
+    try:
+        return content.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(10) + 1
+        raise Refused(f'line {line}: the file is not UTF-8 text; save it as UTF-8') from None
+
+
+def _nearest_file(path: Path) -> str:
+    try:
+        nearest = closest(path.stem, [entry.stem for entry in path.parent.glob('*.py')])
+    except (OSError, ValueError):
+        nearest = None
+    if nearest:
+        return f'; did you mean {shown_name(path.with_name(nearest + ".py"))}?'
+    return '' if path.suffix == '.py' else '; options are written --key=value'

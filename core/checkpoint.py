@@ -1,0 +1,501 @@
+"""Checkpoints: saved so that no failure loses the previous one, and read so that no file can do harm.
+
+    python -m core.checkpoint verify out/ckpt.pt           read every byte again and say what the file holds
+    python -m core.checkpoint export out/ckpt_best.pt FOLDER   weights as safetensors, the rest as JSON, for sharing
+
+A checkpoint is one zip file as `torch.save` writes it. Every member carries a CRC-32, which `torch.load` ignores and
+which is compared here before anything is unpickled; unpickling admits tensors and built-in types only.
+"""
+
+import argparse
+import base64
+import errno
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import BinaryIO
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from core.errors import UserError, raise_problems, run_script
+from model import GPT, GPTConfig
+
+FORMAT_VERSION = 1
+TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves behind
+WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'  # an exported folder
+HOW_TO_TRAIN = 'python train.py config/train_char_diffusion_sampler.py'
+SHOWN_KEYS = 5  # of a long list of differing names
+
+# Fields of GPTConfig that change how a model is trained, not what its weights mean: a resumed run may change them.
+TRAINING_FIELDS = frozenset((
+    'dropout', 'ignore_index', 'freeze_transformer', 'init_from_checkpoint', 'unfreeze_at_iteration',
+    'unfreeze_lr_multiplier', 'critic_alpha', 'critic_target_scope', 'critic_gradient', 'start_critic_iteration',
+    'end_critic_iteration', 'start_sampler_iteration', 'sampler_min_neighbors_ratio'))
+
+
+class CheckpointKind(StrEnum):
+    """What the model was trained for; a sampler takes a generator, not a judge."""
+
+    UNMASKING = 'unmasking'    # a diffusion model that reveals masked tokens
+    REMASKING = 'remasking'    # logits over base vocabulary and the wrong id
+    CLASSIFIER = 'classifier'  # the binary remasking model
+    JUDGE = 'judge'            # one number per sequence
+    CAUSAL = 'causal'          # left to right
+
+
+@dataclass
+class Checkpoint:
+    """Everything a run needs to go on, or a sampler to start. All values are tensors or built-in types."""
+
+    kind: str                             # one of CheckpointKind
+    model_config: dict[str, object]       # of `model_config_to_dict`
+    config: dict[str, object]             # the run's options
+    vocabulary: dict[str, object]         # of `Vocabulary.to_meta`
+    vocabulary_hash: str
+    data_hash: str
+    data_sizes: dict[str, int]            # tokens per split
+    model: dict[str, Tensor]              # state_dict
+    iteration: int                        # steps done
+    ema: dict[str, Tensor] | None = None  # averaged weights under the names of `model`
+    optimizers: list[dict[str, object]] = field(default_factory=list)  # state_dicts
+    scaler: dict[str, object] | None = None
+    best_value: float | None = None       # lowest validation value so far
+    extra: dict[str, object] = field(default_factory=dict)
+
+    def to_payload(self) -> dict[str, object]:
+        """What is written: the fields, plain, with the format version."""
+        return {'format_version': FORMAT_VERSION, **{one.name: getattr(self, one.name) for one in fields(self)},
+                'kind': str(self.kind), 'model': dict(self.model), 'ema': None if self.ema is None else dict(self.ema)}
+
+    @classmethod
+    def from_payload(cls, payload: object, source: Path) -> 'Checkpoint':
+        """Read what `to_payload` made; `source` names the file in a `UserError`. Weights get their plain names."""
+        if not isinstance(payload, dict) or type(payload.get('format_version')) is not int:
+            raise UserError(f'{source} has no format version, so an older or another program wrote it; '
+                            f'train again with: {HOW_TO_TRAIN}')
+        version = payload['format_version']
+        if version != FORMAT_VERSION:
+            cure = 'update this program' if version > FORMAT_VERSION else f'train again with: {HOW_TO_TRAIN}'
+            raise UserError(f'{source} has format {version}, but this program reads format {FORMAT_VERSION}; {cure}')
+        values = {name: payload.get(name) for name in _FIELD_TYPES}
+        raise_problems([f'{source} has no usable {name} (found {type(values[name]).__name__}); take another checkpoint'
+                        for name, types in _FIELD_TYPES.items()
+                        if type(values[name]) not in types])
+        if values['kind'] not in tuple(CheckpointKind):
+            raise UserError(f'{source} is of the kind {values["kind"]!r}, but this program knows '
+                            f'{", ".join(CheckpointKind)}; update this program')
+        values['model'] = normalise_names(values['model'], source)
+        values['ema'] = None if values['ema'] is None else normalise_names(values['ema'], source)
+        return cls(**values)
+
+    def weights(self, use_ema: bool = True) -> dict[str, Tensor]:
+        """The averaged weights where there are any and they are wanted, else the last ones."""
+        return self.ema if use_ema and self.ema is not None else self.model
+
+
+_FIELD_TYPES = {'kind': (str,), 'model_config': (dict,), 'config': (dict,), 'vocabulary': (dict,),
+                'vocabulary_hash': (str,), 'data_hash': (str,), 'data_sizes': (dict,), 'model': (dict,),
+                'iteration': (int,), 'ema': (dict, type(None)), 'optimizers': (list,), 'scaler': (dict, type(None)),
+                'best_value': (float, type(None)), 'extra': (dict,)}
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What a verified checkpoint holds, without its tensors."""
+
+    path: Path
+    kind: str
+    iteration: int
+    best_value: float | None
+    parameters: int  # numbers in the weights; tied ones count once
+
+
+# ---------------------------------------------------------------- saving
+
+@contextmanager
+def atomic_writer(path: Path, verify: Callable[[Path], object] | None = None) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` only when all of it is on the disk and `verify` has not objected.
+
+    Whatever fails, the earlier `path` stays as it was and the temporary file beside it is removed; a process that is
+    killed leaves one named *.saving.tmp. Raises UserError where the disk is full or the folder is not writable.
+    """
+    temporary = path.with_name(f'{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}')
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if verify is not None:
+            verify(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        _remove_quietly(temporary)
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The words for a file that could not be written."""
+    cure = 'free some space' if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else \
+        'choose a folder you may write to (--out_dir=...)'
+    return UserError(f'cannot write {path}: {error.strerror or error}; {cure}; what was saved before is unchanged')
+
+
+def _remove_quietly(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError:
+        pass  # it was renamed, or never made; a folder that fails now has raised already
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Sink:
+    """Passes bytes on and keeps the first failure, which `torch.save` would cover with a complaint about positions."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.failure: BaseException | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except BaseException as failure:  # an interrupt is lost in the same way
+            self.failure = self.failure or failure
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_checkpoint(path: Path | str, payload: Mapping[str, object]) -> None:
+    """Write `Checkpoint.to_payload()` to `path`: temporary file, fsync, verification, rename, fsync of the folder.
+
+    Raises UserError where it cannot be written or does not verify; an earlier file of that name is then unharmed.
+    """
+    def verify(temporary: Path) -> None:
+        try:
+            verify_checkpoint(temporary)
+        except UserError as error:
+            raise UserError(f'{path} was not saved, because it did not read back as written: {error}') from error
+
+    with atomic_writer(Path(path), verify) as file:
+        sink = _Sink(file)
+        try:
+            torch.save(dict(payload), sink)
+        except RuntimeError as error:
+            raise (sink.failure or error) from None
+
+
+# ---------------------------------------------------------------- reading
+
+def verify_checkpoint(path: Path | str) -> CheckpointSummary:
+    """Read all of the file at `path`, compare every checksum and check its header; UserError where anything is wrong.
+
+    Nothing is unpickled before the checksums agree, and the tensors are mapped, not copied.
+    """
+    path = Path(path)
+    checkpoint = _read(path, mapped=True, device='cpu')
+    storages = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in checkpoint.model.values()}
+    return CheckpointSummary(path, checkpoint.kind, checkpoint.iteration, checkpoint.best_value,
+                             sum(storages.values()))
+
+
+def load_checkpoint(path: Path | str, device: torch.device | str = 'cpu') -> Checkpoint:
+    """The checkpoint at `path`: a file of `save_checkpoint`, or a folder (or its weights file) of `export_checkpoint`.
+
+    Tensors come to `device`. UserError where it is missing, damaged, of another format, or holds anything but tensors
+    and built-in types.
+    """
+    path = Path(path)
+    if path.name == WEIGHTS_FILE:
+        return _import_folder(path.parent, device)
+    if path.is_dir():
+        if not (path / WEIGHTS_FILE).is_file():
+            raise UserError(f'{path} is a folder without {WEIGHTS_FILE}; name a file in it, such as '
+                            f'{path / "ckpt_best.pt"}')
+        return _import_folder(path, device)
+    return _read(path, mapped=False, device=device)
+
+
+def _read(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
+    if not path.is_file():
+        raise UserError(f'there is no checkpoint {path}; make one with: {HOW_TO_TRAIN}')
+    _compare_checksums(path)
+    try:
+        payload = torch.load(path, map_location=device, mmap=mapped, weights_only=True)
+    except Exception as error:  # any failure on bytes that others may have written means the same to the user
+        raise UserError(f'{path} holds something other than tensors and plain values, or is no checkpoint '
+                        f'({type(error).__name__}); it was not loaded; take another, or train with: '
+                        f'{HOW_TO_TRAIN}') from error
+    return Checkpoint.from_payload(payload, path)
+
+
+def _compare_checksums(path: Path) -> None:
+    """UserError unless `path` is a whole zip file of stored members whose CRC-32 all agree."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [one.filename for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED]
+            damaged = packed[0] if packed else archive.testzip()
+    except PermissionError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}; allow it or name another checkpoint') from error
+    except Exception as error:  # zipfile raises a dozen kinds on bytes at random
+        raise UserError(f'{path} ({path.stat().st_size} bytes) is damaged, cut off or no checkpoint ({error}); '
+                        f'{_IF_DAMAGED}') from error
+    if damaged is not None:
+        raise UserError(f'{path} is damaged: the checksum of {damaged} does not agree; {_IF_DAMAGED}')
+
+
+_IF_DAMAGED = f'take the previous one (ckpt_previous.pt beside it), or train with: {HOW_TO_TRAIN}'
+
+
+def normalise_names(state: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """`state` under the names of the plain model: without `_orig_mod.` (torch.compile) and leading `module.` (DDP)."""
+    plain = {}
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f'{source} holds {name!r} among its weights, which is no tensor; take another checkpoint')
+        short = '.'.join(part for part in name.split('.') if part != '_orig_mod')
+        while short.startswith('module.'):
+            short = short.removeprefix('module.')
+        if short in plain:
+            raise UserError(f'{source} holds the weight {short} twice; take another checkpoint')
+        plain[short] = tensor
+    return plain
+
+
+# ---------------------------------------------------------------- models from checkpoints
+
+def model_config_to_dict(config: GPTConfig) -> dict[str, object]:
+    """`config` in built-in types."""
+    return {name: value.value if isinstance(value, Enum) else value for name, value in asdict(config).items()}
+
+
+def model_config_from_dict(values: Mapping[str, object], source: Path | str) -> GPTConfig:
+    """The reverse of `model_config_to_dict`; a field that is missing takes its default, an unknown one is an error."""
+    unknown = [str(name) for name in values if name not in {one.name for one in fields(GPTConfig)}]
+    if unknown:
+        raise UserError(f'{source} describes its model with unknown options ({_shortened(unknown)}); '
+                        f'update this program')
+    try:
+        return GPTConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f'{source} describes a model that cannot be built: {error}; take another checkpoint') from error
+
+
+def build_model(checkpoint: Checkpoint, device: torch.device | str = 'cpu', use_ema: bool = True) -> GPT:
+    """The checkpoint's model on `device`, ready for evaluation, with averaged weights where there are any."""
+    model = GPT(model_config_from_dict(checkpoint.model_config, 'the checkpoint'))
+    load_weights(model, checkpoint.weights(use_ema), 'the checkpoint')
+    return model.to(device).eval()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
+    """Copy `weights` into `model`; UserError that lists the names unless they are the model's, shapes included."""
+    own = model.state_dict()
+    missing = _missing(own, weights)
+    superfluous = [name for name in weights if name not in own]
+    shapes = _shape_differences(own, weights)
+    raise_problems([f'{source} {words} ({_shortened(names)}); it belongs to another model' for names, words in
+                    ((missing, 'lacks weights of this model'), (superfluous, 'has weights this model does not have'),
+                     (shapes, 'has weights of other shapes')) if names])
+    model.load_state_dict(weights, strict=False)  # names were compared above, where tied ones count as one
+
+
+def initialise_from(model: nn.Module, path: Path | str, vocabulary_hash: str, say: Callable[[str], None]) -> None:
+    """Start `model` from the weights (averaged where there are any) of the checkpoint at `path`.
+
+    Heads, which are all weights outside `transformer`, may differ: those the checkpoint lacks stay fresh, those the
+    model lacks are dropped, and `say` is told. Any other difference is a UserError, as is another vocabulary.
+    """
+    checkpoint = load_checkpoint(path)
+    weights, own = checkpoint.weights(), model.state_dict()
+    if checkpoint.vocabulary_hash != vocabulary_hash:
+        raise UserError(f'{path} has another vocabulary ({checkpoint.model_config.get("vocab_size")} ids, this model '
+                        f'{own["transformer.wte.weight"].size(0)}); initialise from a checkpoint of the same corpus')
+    missing, superfluous = _missing(own, weights), [name for name in weights if name not in own]
+    fresh = _heads(missing) - _heads(weights)
+    dropped = _heads(superfluous) - _heads(own)
+    differing = [name for name in missing if _head(name) not in fresh]
+    differing += [name for name in superfluous if _head(name) not in dropped]
+    differing += _shape_differences(own, weights)
+    if differing:
+        raise UserError(f'{path} does not fit this model ({_shortened(differing)}); give the model the same shape, or '
+                        f'initialise from another checkpoint')
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in own}, strict=False)
+    say(f'initialised from {path} (iteration {checkpoint.iteration})')
+    for head in sorted(fresh):
+        say(f'{head} is not in the checkpoint and starts fresh')
+    for head in sorted(dropped):
+        say(f'{head} of the checkpoint is not part of this model and was dropped')
+
+
+def check_resume(saved: Checkpoint, model_config: Mapping[str, object], vocabulary_hash: str, data_hash: str,
+                 force: bool = False) -> list[str]:
+    """Lines to print about a run that goes on from `saved` with other options or (if forced) other data.
+
+    UserError where the architecture or the heads differ, always; where corpus or vocabulary differ, unless `force`.
+    """
+    differences = {name: f'{name}: {saved.model_config.get(name)!r} in the checkpoint, {model_config.get(name)!r} now'
+                   for name in sorted({*saved.model_config, *model_config})
+                   if saved.model_config.get(name) != model_config.get(name)}
+    other_model = [words for name, words in differences.items() if name not in TRAINING_FIELDS]
+    notes = [f'resuming with another {words}' for name, words in differences.items() if name in TRAINING_FIELDS]
+    other_data = [f'another {name}: {old[:12]} in the checkpoint, {new[:12]} now' for name, old, new in (
+        ('vocabulary', saved.vocabulary_hash, vocabulary_hash), ('corpus', saved.data_hash, data_hash)) if old != new]
+    problems = [f'cannot resume with another model, {words}; use the old value, or --init_from=scratch'
+                for words in other_model]
+    if not force:
+        problems += [f'cannot resume with {words}; restore the data, or force it if you mean it'
+                     for words in other_data]
+    raise_problems(problems)
+    return notes + [f'resuming with {words}' for words in other_data]
+
+
+def _missing(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of `own` that `weights` gives neither under that name nor under that of a tied tensor."""
+    given = {tensor.data_ptr() for name, tensor in own.items() if name in weights}
+    return [name for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in given]
+
+
+def _shape_differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    return [f'{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}' for name, tensor in own.items()
+            if name in weights and weights[name].shape != tensor.shape]
+
+
+def _head(name: str) -> str | None:
+    """The head a weight belongs to; None for the trunk."""
+    first = name.split('.')[0]
+    return None if first == 'transformer' else first
+
+
+def _heads(names: Mapping[str, Tensor] | list[str]) -> set[str]:
+    return {head for head in map(_head, names) if head is not None}
+
+
+def _shortened(names: list[str]) -> str:
+    more = len(names) - SHOWN_KEYS
+    return ', '.join(names[:SHOWN_KEYS]) + (f' and {more} more' if more > 0 else '')
+
+
+# ---------------------------------------------------------------- sharing
+
+def export_checkpoint(path: Path | str, folder: Path | str) -> Path:
+    """Write the checkpoint's weights (averaged where there are any) and its description into `folder`; returns it.
+
+    model.safetensors holds each tensor once; config.json the rest, the vocabulary and the weights' SHA-256 included,
+    without optimizer state: one can sample, evaluate and initialise from the folder, but not resume.
+    """
+    checkpoint, folder = load_checkpoint(path), Path(folder)
+    tensors, tied, first_names = {}, {}, {}
+    for name, tensor in checkpoint.weights().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        if place in first_names:
+            tied[name] = first_names[place]
+        else:
+            first_names[place] = name
+            tensors[name] = tensor.contiguous().clone()  # views of one storage become tensors of their own
+    data = safetensors.torch.save(tensors)
+    payload = checkpoint.to_payload()
+    description = {name: payload[name] for name in payload if name not in ('model', 'ema', 'optimizers', 'scaler')}
+    description |= {'tied': tied, 'averaged': checkpoint.ema is not None, 'sha256': hashlib.sha256(data).hexdigest()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with atomic_writer(folder / WEIGHTS_FILE) as file:
+        file.write(data)
+    with atomic_writer(folder / CONFIG_FILE) as file:
+        file.write(json.dumps(_to_json(description), indent=2, ensure_ascii=False).encode())
+    return folder
+
+
+def _import_folder(folder: Path, device: torch.device | str) -> Checkpoint:
+    """Read what `export_checkpoint` wrote."""
+    source = folder / WEIGHTS_FILE
+    try:
+        data = source.read_bytes()
+        description = _from_json(json.loads((folder / CONFIG_FILE).read_bytes()))
+        tied = description.pop('tied')
+        if description.pop('sha256') != hashlib.sha256(data).hexdigest():
+            raise UserError(f'{source} is damaged or belongs to another {CONFIG_FILE}: its SHA-256 does not agree; '
+                            f'export it again')
+        weights = {name: tensor.to(device) for name, tensor in safetensors.torch.load(data).items()}
+        weights |= {name: weights[first] for name, first in tied.items()}
+    except OSError as error:
+        raise UserError(f'cannot read {error.filename}: {error.strerror}; an exported folder holds {WEIGHTS_FILE} '
+                        f'and {CONFIG_FILE}') from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            safetensors.SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'{folder} is damaged or was not exported by this program ({type(error).__name__}: {error}); '
+                        f'export it again') from error
+    return Checkpoint.from_payload({**description, 'model': weights, 'ema': None, 'optimizers': [], 'scaler': None},
+                                   source)
+
+
+def _to_json(value: object) -> object:
+    """`value` in what JSON can say: bytes as base64, dicts with other keys than strings as pairs, tuples as lists."""
+    if isinstance(value, bytes):
+        return {'$bytes': base64.b64encode(value).decode()}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith('$') for key in value):
+            return {key: _to_json(one) for key, one in value.items()}
+        return {'$pairs': [[_to_json(key), _to_json(one)] for key, one in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(one) for one in value]
+    return value
+
+
+def _from_json(value: object) -> object:
+    """The reverse of `_to_json`, with lists for tuples."""
+    if isinstance(value, list):
+        return [_from_json(one) for one in value]
+    if isinstance(value, dict):
+        if set(value) == {'$bytes'}:
+            return base64.b64decode(value['$bytes'])
+        if set(value) == {'$pairs'}:
+            return {_from_json(key): _from_json(one) for key, one in value['$pairs']}
+        return {key: _from_json(one) for key, one in value.items()}
+    return value
+
+
+def main(arguments: list[str]) -> None:
+    """The commands at the top of this file."""
+    parser = argparse.ArgumentParser(prog='python -m core.checkpoint', description='Check or share a checkpoint.')
+    commands = parser.add_subparsers(dest='command', required=True)
+    verify = commands.add_parser('verify', help='read every byte again and say what the file holds')
+    export = commands.add_parser('export', help='weights as safetensors, the rest as JSON')
+    for command in (verify, export):
+        command.add_argument('checkpoint', type=Path)
+    export.add_argument('folder', type=Path)
+    options = parser.parse_args(arguments)
+    if options.command == 'verify':
+        summary = verify_checkpoint(options.checkpoint)
+        print(f'{summary.path} is whole: {summary.kind}, iteration {summary.iteration}, '
+              f'{summary.parameters:,} parameters, best value {summary.best_value}')
+    else:
+        folder = export_checkpoint(options.checkpoint, options.folder)
+        print(f'{options.checkpoint} exported to {folder}: {WEIGHTS_FILE} and {CONFIG_FILE}')
+
+
+if __name__ == '__main__':
+    run_script(main)

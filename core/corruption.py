@@ -1,0 +1,68 @@
+"""Corruption: times, masks and masked positions, as pure functions of a `RowRandom` generator.
+
+Absorbing-state diffusion with the linear schedule: at time t each position is masked independently with probability t
+(Sahoo et al. 2024, MDLM; Shi et al. 2024, MD4). Rows are numbered over the whole global batch of an iteration.
+
+Letters: B rows held here, G rows of the global batch, T sequence length.
+"""
+
+import torch
+from torch import Tensor
+
+from core.randomness import Purpose, RowRandom
+
+MINIMUM_TIME = 1e-3  # epsilon: times below it are never drawn, so 1 / t stays bounded
+
+
+def low_discrepancy_times(generator: RowRandom, global_batch: int) -> Tensor:
+    """Times t_b = eps + (1 - eps) * ((u + b / G) mod 1), float64 [B], with one u for the global batch.
+
+    Each t is uniform on [eps, 1), and the G times of a batch fall one into each of G equal cells (Kingma et al. 2021,
+    variational diffusion models, appendix I.1). Leaving out t < eps biases the 1 / t loss by less than eps times the
+    cross-entropy of an almost unmasked row.
+    """
+    shared = RowRandom(generator.seed, generator.iteration, torch.zeros_like(generator.rows[:1]))
+    offset = shared.uniform(Purpose.TIME, 1)[:, 0]  # [1]
+    phase = (offset + generator.rows.double() / global_batch) % 1.0  # [B]
+    return MINIMUM_TIME + (1 - MINIMUM_TIME) * phase
+
+
+def draw_mask(generator: RowRandom, times: Tensor, length: int) -> Tensor:
+    """bool [B, T], True where masked: each position independently with its row's probability `times` [B]."""
+    return generator.uniform(Purpose.MASK, length) < times[:, None]
+
+
+def apply_mask(tokens: Tensor, mask: Tensor, mask_token_id: int) -> Tensor:
+    """`tokens` [B, T] with the mask token where `mask` [B, T] is True; a new tensor."""
+    return tokens.masked_fill(mask, mask_token_id)
+
+
+def stratified_mask_counts(generator: RowRandom, total_rows: int, length: int) -> Tensor:
+    """Numbers n of masked positions, int64 [B], uniform in 1 .. T and stratified over `total_rows` rows."""
+    shared = RowRandom(generator.seed, generator.iteration, torch.zeros_like(generator.rows[:1]))
+    offset = shared.uniform(Purpose.VALIDATION, 1, stream=1)[:, 0]  # [1]
+    phase = (offset + generator.rows.double() / total_rows) % 1.0  # [B]
+    return (phase * length).long().clamp(max=length - 1) + 1
+
+
+def draw_exact_mask(generator: RowRandom, counts: Tensor, length: int) -> Tensor:
+    """bool [B, T] with exactly `counts` [B] positions masked in each row, every subset equally likely."""
+    ranks = generator.uniform(Purpose.VALIDATION, length).argsort(dim=1).argsort(dim=1)  # [B, T]
+    return ranks < counts[:, None]
+
+
+def shown_neighbours(generator: RowRandom, mask: Tensor, context: int, probability: float = 0.5) -> Tensor:
+    """Which neighbours the sampler head sees in training: bool [B, T, 2C], slots left_C .. left_1, right_1 .. right_C.
+
+    At inference a neighbour has been filled just before or not yet, side by side with neighbours that were revealed
+    all along. So each masked position shows each of its two sides with `probability`, independently: left only, right
+    only, both and none all occur, as the waves produce them. A side that is not shown still shows its revealed tokens.
+    Positions beyond the sequence are never shown.
+    """
+    rows, length = mask.shape
+    side_shown = generator.uniform(Purpose.NEIGHBOUR, 2 * length).view(rows, length, 2) < probability  # [B, T, 2]
+    offsets = torch.tensor([*range(-context, 0), *range(1, context + 1)], device=mask.device)  # [2C]
+    neighbours = torch.arange(length, device=mask.device)[:, None] + offsets  # [T, 2C]
+    inside = (neighbours >= 0) & (neighbours < length)
+    revealed = ~mask[:, neighbours.clamp(0, length - 1)]  # [B, T, 2C]
+    return (side_shown.repeat_interleave(context, dim=2) | revealed) & inside

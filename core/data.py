@@ -1,0 +1,349 @@
+"""Corpora as the program reads them: vocabulary, token files and windows. Preparing them is `core/corpora.py`.
+
+A corpus is a folder with `train.bin`, `val.bin`, perhaps `ref.bin` (flat token ids) and `meta.pkl` (one plain dict of
+built-in types). Files come from other people's machines, so `meta.pkl` is read by an unpickler that can build nothing
+but built-in values, every field is checked, and the token files must have the recorded length, hash and range of ids.
+
+Shapes: B windows, V0 base vocabulary.
+"""
+
+import difflib
+import hashlib
+import json
+import pickle
+import pickletools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import tiktoken
+import torch
+
+from core.errors import UserError
+
+META_FORMAT = 'masked-diffusion-corpus'
+META_VERSION = 1
+SPECIAL_NAMES = ('mask', 'wrong', 'pad', 'cls')  # their ids follow the base vocabulary in this order
+SPECIAL_SIGNS = ('_', '#', '~', '^')  # how `decode` shows them
+SPLITS = ('train', 'ref', 'val')
+_LARGEST_META = 256 * 2**20  # bytes; GPT-2's vocabulary needs less than 1 MiB
+_HASHED_AT_LOAD = 256 * 2**20  # bytes; longer files are checked by length and largest id only, which is much faster
+_SCAN_CHUNK = 2**24  # tokens looked at together while a file is scanned
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The base tokens of a corpus and the special ids behind them: one object from meta to model, sampler and printer.
+
+    `tokens[i]` is the text of character i (kind 'characters') or the bytes of byte-level BPE token i (kind 'bpe',
+    in the order of the merges; `pattern` is the regular expression that cuts text into pieces before merging).
+    """
+
+    kind: str
+    tokens: tuple[str, ...] | tuple[bytes, ...]
+    pattern: str = ''
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise UserError(f'the vocabulary is not usable: {problem}')
+
+    def _problem(self) -> str:
+        """What is wrong with the fields, or an empty string."""
+        if self.kind not in ('characters', 'bpe'):
+            return f"its kind is {self.kind!r}, not 'characters' or 'bpe'"
+        element = str if self.kind == 'characters' else bytes
+        if not self.tokens or any(type(token) is not element or not token for token in self.tokens):
+            return f'its tokens must be non-empty {element.__name__} values'
+        if len(set(self.tokens)) != len(self.tokens):
+            return 'a token appears twice'
+        if self.kind == 'characters':
+            return 'a token has more than one character' if any(len(token) != 1 for token in self.tokens) else ''
+        if not {bytes([value]) for value in range(256)}.issubset(self.tokens):
+            return 'a byte-level BPE needs all 256 single bytes'
+        try:
+            self._encoding
+        except Exception as error:  # tiktoken raises its own kinds for a pattern that does not compile
+            return f'tiktoken refuses it ({error})'
+        return ''
+
+    @property
+    def base_size(self) -> int:
+        """V0, the number of tokens that text can consist of."""
+        return len(self.tokens)
+
+    @property
+    def size(self) -> int:
+        return self.base_size + len(SPECIAL_NAMES)
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.base_size
+
+    @property
+    def wrong_token_id(self) -> int:
+        return self.base_size + 1
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.base_size + 2
+
+    @property
+    def cls_token_id(self) -> int:
+        return self.base_size + 3
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) of everything that decides which id means what."""
+        tokens = [token.encode('utf-8', 'surrogatepass').hex() if isinstance(token, str) else token.hex()
+                  for token in self.tokens]
+        return hashlib.sha256(json.dumps([self.kind, self.pattern, tokens, SPECIAL_NAMES]).encode()).hexdigest()
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding('corpus', pat_str=self.pattern, special_tokens={},
+                                 mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)})
+
+    @cached_property
+    def _sorted_characters(self) -> tuple[np.ndarray, np.ndarray]:
+        codes = np.array([ord(character) for character in self.tokens], dtype=np.uint32)
+        order = np.argsort(codes)
+        return codes[order], order
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids of `text` as int64 [tokens]. UserError where the vocabulary lacks a character."""
+        if self.kind == 'bpe':
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
+        codes, order = self._sorted_characters
+        wanted = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype=np.uint32)
+        places = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
+        if (codes[places] != wanted).any():
+            strangers = sorted({chr(code) for code in wanted[codes[places] != wanted]})
+            shown = ' '.join(map(repr, strangers[:10])) + (' ...' if len(strangers) > 10 else '')
+            raise UserError(f'the text has {len(strangers)} kinds of character outside the corpus vocabulary of '
+                            f'{self.base_size}: {shown}; leave them out or use a corpus that has them')
+        return order[places].astype(np.int64)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; UserError names the characters outside the vocabulary."""
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids: Sequence[int], mask: str = SPECIAL_SIGNS[0]) -> str:
+        """The text of `ids`; `mask` stands for the mask token, one sign for each other special id.
+
+        Bytes that are no complete UTF-8 character become U+FFFD. UserError for an id outside the vocabulary.
+        """
+        ids = [int(token) for token in ids]
+        outside = [token for token in ids if not 0 <= token < self.size]
+        if outside:
+            raise UserError(f'token id {outside[0]} is outside the vocabulary of {self.size} tokens '
+                            f'(0 to {self.size - 1}); check that text and model come from one corpus')
+        signs = (mask, *SPECIAL_SIGNS[1:])
+        if self.kind == 'characters':
+            return ''.join(self.tokens[token] if token < self.base_size else signs[token - self.base_size]
+                           for token in ids)
+        return b''.join(self.tokens[token] if token < self.base_size else signs[token - self.base_size].encode()
+                        for token in ids).decode('utf-8', 'replace')
+
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes of each base token, int64 [V0]; the unit of bits per byte."""
+        return np.array([len(token if isinstance(token, bytes) else token.encode('utf-8', 'surrogatepass'))
+                         for token in self.tokens], dtype=np.int64)
+
+    def to_meta(self) -> dict[str, object]:
+        """Built-in types only; `from_meta` gives the same vocabulary back."""
+        return {'kind': self.kind, 'tokens': list(self.tokens), 'pattern': self.pattern}
+
+    @classmethod
+    def from_meta(cls, meta: object) -> 'Vocabulary':
+        """The vocabulary that `to_meta` described. UserError where `meta` is not of that form."""
+        if not isinstance(meta, dict) or set(meta) != {'kind', 'tokens', 'pattern'}:
+            raise UserError('the vocabulary is not usable: it needs exactly the keys kind, tokens and pattern')
+        if type(meta['kind']) is not str or type(meta['tokens']) is not list or type(meta['pattern']) is not str:
+            raise UserError('the vocabulary is not usable: kind and pattern must be text and tokens a list')
+        return cls(kind=meta['kind'], tokens=tuple(meta['tokens']), pattern=meta['pattern'])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus. `characters` and `utf8_bytes` are counts of the real text of each split."""
+
+    name: str
+    folder: Path
+    vocabulary: Vocabulary
+    sizes: Mapping[str, int]  # tokens per split
+    characters: Mapping[str, int]
+    utf8_bytes: Mapping[str, int]
+    dtype: str  # 'uint16' or 'uint32', of the token files
+    data_hash: str  # SHA-256 over the hashes of all token files
+    source: str
+
+    def tokens(self, split: str, at_least: int = 1) -> np.memmap:
+        """The ids of a split, read-only and not yet in memory. UserError if it is missing or shorter than `at_least`."""
+        if split not in self.sizes:
+            raise UserError(f'corpus {self.name} has no {split}.bin, only {", ".join(self.sizes)}; '
+                            f'choose one of these or a corpus that has it')
+        if self.sizes[split] < at_least:
+            raise UserError(f'{self.folder / split}.bin has {self.sizes[split]} tokens, but windows of {at_least} are '
+                            f'asked for: use a smaller block_size or prepare a longer text')
+        return np.memmap(self.folder / f'{split}.bin', dtype=self.dtype, mode='r')
+
+
+def gather_windows(tokens: np.ndarray, starts: torch.Tensor | np.ndarray, length: int) -> torch.Tensor:
+    """Windows `tokens[start : start + length]` for each of `starts` (int64 [B]) as int64 [B, length]."""
+    starts = np.asarray(starts, dtype=np.int64)
+    last = len(tokens) - length
+    if last < 0:
+        raise UserError(f'a split of {len(tokens)} tokens has no window of {length}: use a smaller block_size or '
+                        f'prepare a longer text')
+    assert starts.size == 0 or (starts.min() >= 0 and starts.max() <= last), 'a window leaves the split'
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))  # [B, length]
+
+
+def ensure_corpus(name: str, say: Callable[[str], None] = print, root: Path | str = 'data') -> Corpus:
+    """Load a corpus, preparing it first where it is missing; `say` is told. UserError for a name nobody knows."""
+    from core.corpora import RECIPES  # preparing needs more packages and modules than reading does
+
+    folder = Path(root) / name
+    if not (folder / 'meta.pkl').is_file():
+        if name in RECIPES:
+            say(f'{folder} is not there yet: preparing it (about {RECIPES[name].seconds} seconds)')
+            RECIPES[name].prepare(Path(root), None, say)
+        else:
+            _refuse_unknown(name, folder, RECIPES)
+    return load_corpus(name, root)
+
+
+def load_corpus(name: str, root: Path | str = 'data') -> Corpus:
+    """Read and check a prepared corpus. UserError names the file, what is wrong and the command that cures it."""
+    folder = Path(root) / name
+    path = folder / 'meta.pkl'
+    if not path.is_file():
+        raise UserError(f'{path} does not exist: run {_cure(name)}')
+    try:
+        meta = _checked_meta(read_plain_pickle(path))
+        vocabulary = Vocabulary.from_meta(meta['vocabulary'])
+        if vocabulary.hash != meta['vocabulary_hash'] or vocabulary.size > 2**(16 if meta['dtype'] == 'uint16' else 32):
+            raise UserError('its vocabulary does not agree with the recorded hash or dtype')
+        for split, size in meta['sizes'].items():
+            _check_tokens(folder / f'{split}.bin', size, meta['dtype'], meta['file_hashes'][split], vocabulary)
+    except UserError as error:
+        raise UserError(f'{path} cannot be used: {error}; run {_cure(name)} again') from None
+    return Corpus(name=name, folder=folder, vocabulary=vocabulary, dtype=meta['dtype'], source=meta['source'],
+                  data_hash=hash_of_hashes(meta['file_hashes']),
+                  **{key: dict(meta[key]) for key in ('sizes', 'characters', 'utf8_bytes')})
+
+
+def hash_of_hashes(file_hashes: Mapping[str, str]) -> str:
+    """One SHA-256 for a corpus: over its split names and the hashes of their files, in the order of the names."""
+    listed = ''.join(f'{split} {file_hashes[split]}\n' for split in sorted(file_hashes))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+# --- reading meta.pkl without trusting it ---------------------------------------------------------------------------
+
+_PLAIN_OPCODES = frozenset((
+    'PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT '
+    'SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE '
+    'APPEND APPENDS SETITEM SETITEMS').split())
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds built-in values only: whatever would import or call something is refused."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}, and only plain values are allowed')
+
+
+def read_plain_pickle(path: Path) -> object:
+    """The built-in values pickled in `path`; UserError for anything else, before any of it is carried out."""
+    if path.stat().st_size > _LARGEST_META:
+        raise UserError(f'it is larger than {_LARGEST_META} bytes')
+    try:
+        with path.open('rb') as file:
+            for opcode, _, _ in pickletools.genops(file):  # also keeps out opcodes that reserve memory at will
+                if opcode.name not in _PLAIN_OPCODES:
+                    raise pickle.UnpicklingError(f'the instruction {opcode.name} is not allowed in plain values')
+            file.seek(0)
+            return _PlainUnpickler(file).load()
+    except OSError as error:
+        raise UserError(f'it cannot be read ({error.strerror})') from None
+    except Exception as error:  # a damaged pickle raises almost anything; none of it is our fault or our state
+        raise UserError(f'it is damaged or not a plain dict ({error or type(error).__name__})') from None
+
+
+_META_TYPES = {
+    'format': str, 'version': int, 'source': str, 'vocabulary': dict, 'vocabulary_hash': str, 'base_size': int,
+    'special_ids': dict, 'dtype': str, 'sizes': dict, 'characters': dict, 'utf8_bytes': dict, 'file_hashes': dict,
+    'data_hash': str,
+}
+
+
+def _checked_meta(meta: object) -> dict:
+    """`meta` with every key and type as `core/corpora.py` writes them, or a UserError."""
+    if type(meta) is not dict or meta.get('format') != META_FORMAT:
+        raise UserError('it was not written by this program')
+    if meta.get('version') != META_VERSION:
+        raise UserError(f'it has format version {meta.get("version")!r}, and this program reads {META_VERSION}')
+    if set(meta) != set(_META_TYPES):
+        differing = ', '.join(sorted(map(str, set(meta) ^ set(_META_TYPES))))
+        raise UserError(f'these keys are missing or unknown: {differing}')
+    for key, kind in _META_TYPES.items():
+        if type(meta[key]) is not kind:
+            raise UserError(f'{key} is of type {type(meta[key]).__name__}, not {kind.__name__}')
+    splits = set(meta['sizes'])
+    if not splits <= set(SPLITS) or 'train' not in splits or 'val' not in splits:
+        raise UserError('sizes must name train and val, and beside them only ref')
+    for key, kind in (('sizes', int), ('characters', int), ('utf8_bytes', int), ('file_hashes', str)):
+        if set(meta[key]) != splits or any(type(value) is not kind for value in meta[key].values()):
+            raise UserError(f'{key} must hold one {kind.__name__} for each of {", ".join(sorted(splits))}')
+    if any(value < 1 for key in ('sizes', 'characters', 'utf8_bytes') for value in meta[key].values()):
+        raise UserError('a split without tokens is recorded')
+    if meta['dtype'] not in ('uint16', 'uint32'):
+        raise UserError(f"dtype is {meta['dtype']!r}, not 'uint16' or 'uint32'")
+    if meta['special_ids'] != {special: meta['base_size'] + i for i, special in enumerate(SPECIAL_NAMES)}:
+        raise UserError('the special ids do not follow the base vocabulary')
+    if meta['base_size'] != len(meta['vocabulary'].get('tokens', ())):
+        raise UserError('base_size is not the number of tokens in the vocabulary')
+    if meta['data_hash'] != hash_of_hashes(meta['file_hashes']):
+        raise UserError('data_hash does not agree with the hashes of the files')
+    return meta
+
+
+def _check_tokens(path: Path, size: int, dtype: str, recorded_hash: str, vocabulary: Vocabulary) -> None:
+    """UserError unless `path` holds exactly `size` ids of the base vocabulary and, if it is not huge, the recorded bytes."""
+    if not path.is_file():
+        raise UserError(f'{path.name} beside it does not exist')
+    length, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if length != size * width:
+        raise UserError(f'{path.name} beside it has {length} bytes, but {size} tokens of {dtype} need {size * width}')
+    tokens = np.memmap(path, dtype=dtype, mode='r')
+    largest = max(int(tokens[start:start + _SCAN_CHUNK].max()) for start in range(0, size, _SCAN_CHUNK))
+    if largest >= vocabulary.base_size:
+        raise UserError(f'{path.name} beside it holds token id {largest}, but text has only the ids 0 to '
+                        f'{vocabulary.base_size - 1}')
+    if length <= _HASHED_AT_LOAD and file_hash(path) != recorded_hash:
+        raise UserError(f'{path.name} beside it is not the file that was prepared (its SHA-256 differs)')
+
+
+def _cure(name: str) -> str:
+    """The command that prepares corpus `name`."""
+    return f'python data/{name}/prepare.py' + (' my.txt' if name == 'custom' else '')
+
+
+def _refuse_unknown(name: str, folder: Path, known: Mapping[str, object]) -> NoReturn:
+    """UserError for a corpus that is neither there nor one that the program can prepare."""
+    if name == 'custom' or (folder / 'prepare.py').is_file():
+        raise UserError(f'corpus {name} is not prepared yet: run {_cure(name)}')
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    raise UserError(f'unknown dataset {name!r}{f", did you mean {near[0]!r}" if near else ""}? The program can prepare '
+                    f'{", ".join(known)}; for a text of your own run {_cure("custom")} and use --dataset=custom')

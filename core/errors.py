@@ -1,0 +1,29 @@
+"""Problems that the user can cure, and how a script reports them. Standard library only; every room may import this."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """A problem the user can cure. The message is one clear sentence with the value, the limit and the cure."""
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise one `UserError` that lists all `problems`, one per line; do nothing where there are none."""
+    if problems:
+        raise UserError('\n'.join(problems))
+
+
+def run_script(main: Callable[[list[str]], None]) -> NoReturn:
+    """Call `main` with the command line; a `UserError` becomes plain words and exit code 2, an interrupt code 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        for problem in str(error).splitlines():
+            print(f'error: {problem}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

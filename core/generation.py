@@ -1,0 +1,339 @@
+"""Generation: the loop that calls the network and counts the calls, blocks beyond the block size, and the trace.
+
+    diffusion    predict, then remask, as a policy of core/policies.py says; through the sampler head if there is one
+    sampler      the same, but the head is required
+    multinomial  every unprotected position is redrawn at each iteration from the network's own softmax
+    standard     left to right; a causal model reads with a key-value cache
+
+Row i of a run with seed s gets the same random numbers whatever batch it is in.
+
+Letters: B rows, L sequence length, T window length (at most block_size), V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+from core.policies import Policy, PolicyView
+from core.prompt import Layout
+from core.randomness import Purpose, RowRandom
+from core.timing import TimingAccumulator
+from model import GPT, KeyValueCache
+from sample_utils import (DrawRule, Fill, SelfConfidence, causal_confidence, draw, fill_positions, independent_fill,
+                          revealed_ids, self_confidence)
+
+Method = Literal['diffusion', 'sampler', 'multinomial', 'standard']
+
+
+class TraceStep(NamedTuple):
+    """What one step did to a window of some rows.
+
+    window: number of the block; start: its first position; step: of the window, from 0; steps: the most it can have;
+    event: 'start', 'predict' or 'remask'; rows int64 [B]: the samples' numbers; tokens int64 [B, T] after the event;
+    changed bool [B, T]: drawn by a prediction, or remasked; confidence float64 [B, T]: log-probability of each token
+    when it was drawn. On the CPU.
+    """
+
+    window: int
+    start: int
+    step: int
+    steps: int
+    event: Literal['start', 'predict', 'remask']
+    rows: Tensor
+    tokens: Tensor
+    changed: Tensor
+    confidence: Tensor
+
+
+Watch = Callable[[TraceStep], None]
+
+
+@dataclass
+class Trace:
+    """A sampling run step by step: the one record that the terminal, the JSON file and the statistics read.
+
+    protected bool [samples, L]; settings: the run's options in built-in types.
+    """
+
+    settings: dict[str, Any]
+    protected: Tensor
+    steps: list[TraceStep] = field(default_factory=list)
+
+    def add(self, step: TraceStep) -> None:
+        """Append a step; a `Watch`."""
+        self.steps.append(step)
+
+    def to_builtins(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+        """The run in built-in types for JSON; changed positions are indices into the window, confidence is in nats."""
+        return {'settings': self.settings, 'protected': [row.nonzero().squeeze(1).tolist() for row in self.protected],
+                'steps': [{'window': step.window, 'start': step.start, 'step': step.step, 'event': step.event,
+                           'samples': [{'sample': row, 'text': decode(tokens), 'tokens': tokens,
+                                        'changed': changed.nonzero().squeeze(1).tolist(),
+                                        'confidence': [round(value, 4) for value in confidence]}
+                                       for row, tokens, changed, confidence in zip(
+                                           step.rows.tolist(), step.tokens.tolist(), step.changed,
+                                           step.confidence.tolist())]}
+                          for step in self.steps]}
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate. policy: of 'diffusion' and 'sampler'; iterations: of 'multinomial'; start_token: what a causal
+    model reads before an empty prompt."""
+
+    method: Method
+    rule: DrawRule
+    policy: Policy | None = None
+    iterations: int = 1
+    use_sampler_head: bool = False
+    use_critic: bool = False
+    start_token: int = 0
+
+
+class Network:
+    """A model whose calls are counted and timed.
+
+    trunk_calls: evaluations of the generator's trunk for predictions; network_calls: these and every helper's, the
+    critic's among them. One call serves a whole batch. autocast: a lower precision for the calls, or None.
+    """
+
+    def __init__(self, model: GPT, timer: TimingAccumulator, autocast: torch.dtype | None = None,
+                 encode: Callable[..., Tensor] | None = None) -> None:
+        self.model, self.timer, self.autocast = model, timer, autocast
+        self._encode = encode or model.encode
+        self.trunk_calls = self.network_calls = 0
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """The precision that the network computes in, without gradients."""
+        device = self.model.transformer['wte'].weight.device.type
+        with torch.no_grad(), torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            yield
+
+    def encode(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states [B, T, D]: one trunk call. The cache takes the uncompiled way, since its length grows."""
+        self.trunk_calls += 1
+        self.network_calls += 1
+        with self.timer.measure('trunk'):
+            return self._encode(tokens) if cache is None else self.model.encode(tokens, None, cache)
+
+    def critic(self, tokens: Tensor) -> Tensor:
+        """Probability [B, T] that each token is wrong: one network call."""
+        self.network_calls += 1
+        with self.timer.measure('critic'):
+            return self.model.critic_scores(tokens)
+
+
+class Generation(NamedTuple):
+    """tokens int64 [B, L] without masks; confidence float64 [B, L]: each token's log-probability when it was drawn,
+    0 for protected ones; waves: of all wavefront fills together."""
+
+    tokens: Tensor
+    confidence: Tensor
+    waves: int
+
+
+class Window(NamedTuple):
+    """Positions start .. stop - 1 of a sequence, of which those before first_new are context already written."""
+
+    start: int
+    stop: int
+    first_new: int
+
+
+def windows(length: int, block_size: int) -> list[Window]:
+    """The windows that write `length` positions: each after the first carries half a block of protected context.
+
+    The last one is moved left to end with the sequence, so it carries more where little is left to write.
+    """
+    found = [Window(0, min(length, block_size), 0)]
+    while found[-1].stop < length:
+        written = found[-1].stop
+        stop = min(length, written - block_size // 2 + block_size)
+        found.append(Window(stop - block_size, stop, written))
+    return found
+
+
+def generate(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
+             watch: Watch | None = None) -> Generation:
+    """Write the masked positions of `layout` [B, L], one row per row of `generator`; protected ones never change."""
+    tokens, protected = layout
+    assert len(tokens) == len(generator.rows)
+    confidence, waves = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device), 0
+    with network.precision():
+        if settings.method == 'standard' and network.model.config.attention_type == 'causal':
+            return _read_on(network, layout, settings, generator, watch)
+        for index, (start, stop, first_new) in enumerate(windows(tokens.size(1), network.model.config.block_size)):
+            fixed = protected[:, start:stop] | (torch.arange(start, stop, device=tokens.device) < first_new)
+            part = _WindowRun(network, settings, fixed, generator, index, start, watch)
+            if settings.method == 'multinomial':
+                result = part.resample(tokens[:, start:stop], confidence[:, start:stop])
+            elif settings.method == 'standard':
+                result = part.reveal_left_to_right(tokens[:, start:stop], confidence[:, start:stop])
+            else:
+                result = part.run_policy(tokens[:, start:stop], confidence[:, start:stop])
+            tokens = torch.cat((tokens[:, :start], result.tokens, tokens[:, stop:]), dim=1)
+            confidence = torch.cat((confidence[:, :start], result.confidence, confidence[:, stop:]), dim=1)
+            waves += result.waves
+    return Generation(tokens, confidence, waves)
+
+
+@dataclass(frozen=True)
+class _WindowRun:
+    """One window of one batch: what its steps have in common. fixed bool [B, T]: prompt and carried context."""
+
+    network: Network
+    settings: GenerationSettings
+    fixed: Tensor
+    generator: RowRandom
+    window: int
+    start: int
+    watch: Watch | None
+
+    def numbers(self, step: int, steps: int) -> RowRandom:
+        """The rows' random numbers of a step, apart from those of all other windows."""
+        return self.generator.at(self.window * steps + step)
+
+    def tell(self, step: int, steps: int, event: Literal['start', 'predict', 'remask'], tokens: Tensor,
+             changed: Tensor, confidence: Tensor) -> None:
+        """Show a step to whoever watches."""
+        if self.watch is not None:
+            self.watch(TraceStep(self.window, self.start, step, steps, event, *(part.detach().cpu() for part in (
+                self.generator.rows, tokens, changed, confidence))))
+
+    def run_policy(self, tokens: Tensor, confidence: Tensor) -> Generation:
+        """The diffusion loop: trunk call, reveal, remask, until no mask is left or the policy's steps are used up."""
+        network, settings, policy = self.network, self.settings, self.settings.policy
+        mask_token_id, waves, steps = network.model.config.mask_token_id, 0, policy.predictions
+        finished = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # [B, 1]
+        self.tell(0, steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
+        for step in range(steps):
+            generator = self.numbers(step, steps)
+            hidden_states = network.encode(tokens)  # [B, T, D]
+            view = PolicyView(step, tokens, self.fixed, mask_token_id, generator, network.model, hidden_states,
+                              confidence, None)
+            with network.timer.measure('draw'):
+                fill = fill_positions(network.model, tokens, hidden_states, settings.rule, generator,
+                                      use_sampler_head=settings.use_sampler_head, positions=policy.reveal(view))
+            _refuse_nan(fill, step)
+            tokens, confidence = fill.tokens, torch.where(fill.drawn, fill.confidence, confidence)
+            waves += fill.statistics.waves if fill.statistics is not None else 0
+            self.tell(step, steps, 'predict', tokens, fill.drawn, confidence)
+            if step == steps - 1:
+                break
+            with network.timer.measure('remask'):
+                filled = tokens
+                remasked = policy.remask(PolicyView(
+                    step, tokens, self.fixed, mask_token_id, generator, network.model, hidden_states, confidence,
+                    (lambda: network.critic(filled)) if settings.use_critic else None)) & ~self.fixed & ~finished
+                tokens = tokens.masked_fill(remasked, mask_token_id)
+                finished = finished | ~(tokens == mask_token_id).any(1, keepdim=True)
+                ended = bool(finished.all())
+            if ended:
+                break
+            self.tell(step, steps, 'remask', tokens, remasked, confidence)
+        assert not (tokens == mask_token_id).any(), 'the policy left masks behind'
+        return Generation(tokens, confidence, waves)
+
+    def resample(self, tokens: Tensor, confidence: Tensor) -> Generation:
+        """Multinomial: at every iteration all unprotected positions are redrawn, visible ones too."""
+        steps = self.settings.iterations
+        self.tell(0, steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
+        for step in range(steps):
+            tokens, confidence = self._predict(tokens, confidence, ~self.fixed, step, steps)
+        return Generation(tokens, confidence, 0)
+
+    def reveal_left_to_right(self, tokens: Tensor, confidence: Tensor) -> Generation:
+        """A bidirectional model from left to right: each trunk call reveals the first masked position of every row."""
+        mask_token_id = self.network.model.config.mask_token_id
+        steps = int((tokens == mask_token_id).sum(1).max())
+        self.tell(0, steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
+        for step in range(steps):
+            masked = tokens == mask_token_id
+            first = masked & (masked.cumsum(1) == 1)
+            # one number per position serves all steps: each position is drawn once
+            tokens, confidence = self._predict(tokens, confidence, first, step, steps, self.numbers(0, 1))
+        return Generation(tokens, confidence, 0)
+
+    def _predict(self, tokens: Tensor, confidence: Tensor, positions: Tensor, step: int, steps: int,
+                 generator: RowRandom | None = None) -> tuple[Tensor, Tensor]:
+        """A trunk call and independent draws of `positions`; tokens and confidence afterwards."""
+        hidden_states = self.network.encode(tokens)
+        with self.network.timer.measure('draw'):
+            fill = independent_fill(self.network.model, tokens, hidden_states, self.settings.rule,
+                                    generator or self.numbers(step, steps), positions=positions)
+        _refuse_nan(fill, step)
+        confidence = torch.where(positions, fill.confidence, confidence)
+        self.tell(step, steps, 'predict', fill.tokens, positions, confidence)
+        return fill.tokens, confidence
+
+
+def _refuse_nan(fill: Fill, step: int) -> None:
+    """A network whose logits are not numbers must not print letters."""
+    if bool(fill.log_probabilities.isnan().any()):
+        raise UserError(f"the network's logits are not numbers (NaN or infinite) at step {step}; the checkpoint is "
+                        f'damaged or its training diverged: take an earlier one (checkpoint_name), or dtype=float32')
+
+
+def _read_on(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
+             watch: Watch | None) -> Generation:
+    """A causal model left to right with a key-value cache; the prompt is a prefix of the same length in every row.
+
+    A full cache is begun again with the last half block as context. An empty prompt is read as `start_token`, which is
+    not part of the text.
+    """
+    model, rule, block_size = network.model, settings.rule, network.model.config.block_size
+    B, L = layout.tokens.shape
+    known = int(layout.protected[0].sum())
+    before = torch.full((B, 1), settings.start_token, device=layout.tokens.device) if known == 0 else \
+        layout.tokens[:, :0]
+    text = torch.cat((before, layout.tokens), dim=1)  # [B, L] or [B, 1 + L]
+    confidence = torch.zeros(B, L, dtype=torch.float64, device=text.device)
+    uniform = generator.uniform(Purpose.TOKEN, L)  # [B, L]
+    # with no mask among the ids (a corpus of the same special ids has one all the same) the unread part is hidden here
+    seen = revealed_ids(text[:, :before.size(1) + known], model.config.vocab_size, None)
+    cache, pending = model.new_cache(B), text[:, :before.size(1) + known]
+    for position in range(known, L):
+        end = position + before.size(1)
+        if cache.length + pending.size(1) > block_size:
+            cache, pending = model.new_cache(B), text[:, max(0, end - max(1, block_size // 2)):end]
+        hidden = network.encode(pending, cache)[:, -1]  # [B, D]
+        with network.timer.measure('draw'):
+            drawn = draw(model.lm_head(hidden), rule, uniform[:, position], seen)
+            text[:, end], confidence[:, position] = drawn.tokens, drawn.confidence
+            seen = seen.scatter(1, drawn.tokens[:, None], True)
+        pending = text[:, end:end + 1]
+        if watch is not None:
+            changed = torch.zeros(B, L, dtype=torch.bool)
+            changed[:, position] = True
+            watch(TraceStep(0, 0, position - known, L - known, 'predict', generator.rows.cpu(),
+                            text[:, before.size(1):].cpu().clone(), changed, confidence.cpu().clone()))
+    tokens = text[:, before.size(1):]
+    if bool(confidence.isnan().any()):
+        raise UserError("the network's logits are not numbers (NaN or infinite); the checkpoint is damaged or its "
+                        'training diverged: take an earlier one (checkpoint_name), or dtype=float32')
+    return Generation(tokens, confidence, 0)
+
+
+def score_confidence(network: Network, tokens: Tensor, protected: Tensor, allowed: Tensor, generator: RowRandom,
+                     groups: int) -> SelfConfidence:
+    """Self-confidence of the generated tokens of whole sequences [B, L], window by window, each token scored once.
+
+    A bidirectional model scores by masked pseudo-likelihood in `groups` groups, a causal one by its own likelihood.
+    """
+    model = network.model
+    total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    count, calls = torch.zeros_like(total, dtype=torch.int64), 0
+    with network.precision(), network.timer.measure('self-confidence'):
+        for index, (start, stop, first_new) in enumerate(windows(tokens.size(1), model.config.block_size)):
+            scored = ~protected[:, start:stop] & (torch.arange(start, stop, device=tokens.device) >= first_new)
+            part = causal_confidence(model, tokens[:, start:stop], scored, allowed) \
+                if model.config.attention_type == 'causal' else \
+                self_confidence(model, tokens[:, start:stop], scored, allowed, generator.at(index), groups)
+            total, count, calls = total + part.total, count + part.count, calls + part.network_calls
+    return SelfConfidence(total, count, calls)

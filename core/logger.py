@@ -1,0 +1,242 @@
+"""What a training run says: console lines, `metrics.jsonl`, Weights & Biases and the progress bar.
+
+`metrics.jsonl` is always written and reads as one run whatever was stopped and resumed. Weights & Biases is optional
+and can never stop a run. Only rank 0 says anything.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_NAME = 'metrics.jsonl'
+WANDB_FAILURES_BORNE = 5  # consecutive log calls that may fail before W&B is left for the rest of the run
+WANDB_SECONDS = 60  # the longest wait for W&B to begin or to finish
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """One training iteration. A part of the loss whose stage has not begun is None: neither printed nor logged."""
+
+    iteration: int
+    loss: float  # nats, as trained on: main + sampler + alpha * critic
+    loss_main: float
+    learning_rate: float
+    seconds: float  # of this iteration
+    loss_sampler: float | None = None
+    loss_critic: float | None = None
+    mfu: float | None = None  # share of the peak matrix rate, 0..1; None while not known
+    extra: Mapping[str, float] = field(default_factory=dict)  # for the log only, such as 'train/grad_norm'
+
+    def line(self) -> str:
+        """The console line: 'iter N: loss a (main b, sampler c, critic d), time 1.00ms, mfu 2.00%'."""
+        parts = {'main': self.loss_main, 'sampler': self.loss_sampler, 'critic': self.loss_critic}
+        shown = ', '.join(f'{name} {value:.4f}' for name, value in parts.items() if value is not None)
+        mfu = '' if self.mfu is None else f', mfu {100 * self.mfu:.2f}%'
+        return f'iter {self.iteration}: loss {self.loss:.4f} ({shown}), time {1000 * self.seconds:.2f}ms{mfu}'
+
+    def numbers(self) -> dict[str, float]:
+        """The keys of `metrics.jsonl` and W&B; inactive parts are absent."""
+        numbers = {'train/loss': self.loss, 'train/loss_main': self.loss_main, 'train/loss_sampler': self.loss_sampler,
+                   'train/loss_critic': self.loss_critic, 'lr': self.learning_rate, 'seconds': self.seconds,
+                   'mfu': self.mfu}
+        return {name: value for name, value in numbers.items() if value is not None} | dict(self.extra)
+
+
+class RunLogger:
+    """Says and records everything of one training run; with `enabled=False` (ranks above 0) it does nothing."""
+
+    def __init__(self, folder: Path, *, wandb_log: bool, project: str, run_name: str, config: dict[str, Any],
+                 start_iteration: int, total_iterations: int, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar: tqdm | None = None
+        self._wandb: _WandbRun | None = None
+        self._metrics: _MetricsFile | None = None
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        rewind_metrics(folder / METRICS_NAME, start_iteration)
+        self._metrics = _MetricsFile(folder / METRICS_NAME, self.message)
+        if wandb_log:
+            self._wandb = _WandbRun(folder, project, run_name, config, self.message)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_iterations, initial=start_iteration, unit='it', dynamic_ncols=True,
+                             smoothing=0.05)
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Print and record one training iteration; the caller chooses every how many."""
+        self.message(record.line())
+        self._record('iteration', record.iteration, record.numbers())
+
+    def evaluation(self, iteration: int, line: str, numbers: Mapping[str, float]) -> None:
+        """Print `line` and record `numbers`, whose keys are W&B's: 'val/nelbo' in nats per token, and so on."""
+        self.message(line)
+        self._record('evaluation', iteration, numbers)
+
+    def sample(self, text: str) -> None:
+        """Print a sample of the model's text, indented so that it stands apart from the log."""
+        self.message('\n'.join(f'  | {line}' for line in text.splitlines()))
+
+    def message(self, text: str) -> None:
+        """Print a plain line to stdout without tearing the progress bar."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            with tqdm.external_write_mode(file=sys.stdout):
+                _print(text)
+        else:
+            _print(text)
+
+    def advance(self, iteration: int, loss: float | None = None) -> None:
+        """Move the progress bar to `iteration` finished iterations; `loss` is the last number known on the host."""
+        if self._bar is None:
+            return
+        if loss is not None:
+            self._bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+        self._bar.update(iteration - self._bar.n)
+
+    def close(self) -> None:
+        """Finish the progress bar, `metrics.jsonl` and W&B; may be called more than once."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def _record(self, kind: str, iteration: int, numbers: Mapping[str, float]) -> None:
+        if self._metrics is not None:
+            self._metrics.append({'kind': kind, 'iteration': iteration, **numbers})
+        if self._wandb is not None:
+            self._wandb.log(dict(numbers), iteration)
+
+
+def _print(text: str) -> None:
+    """`print` that survives a terminal without the sample's letters and one that has gone away."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding or 'ascii'
+        print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
+    except OSError:
+        pass  # a closed window or pipe does not end hours of training; metrics.jsonl goes on
+
+
+# ---- metrics.jsonl
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl` in their order, without half-written lines; none where there is no file."""
+    return [record for _, record in _whole_lines(path)]
+
+
+def rewind_metrics(path: Path, start_iteration: int) -> None:
+    """Drop what a run that now starts at `start_iteration` will write again, and any half-written line; atomic."""
+    if not path.exists():
+        return
+    kept = b''.join(line + b'\n' for line, record in _whole_lines(path) if record['iteration'] < start_iteration)
+    if kept == path.read_bytes():
+        return
+    temporary = path.with_name(path.name + '.tmp')
+    with temporary.open('wb') as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_bytes().split(b'\n'):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get('iteration')) is int:
+            lines.append((line, record))
+    return lines
+
+
+class _MetricsFile:
+    """Appends records to a file; a full disk is said once and does not stop the run."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+        self._failed = False
+
+    def append(self, record: dict[str, Any]) -> None:
+        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                 for key, value in record.items()}  # JSON has no NaN
+        line = json.dumps(plain, allow_nan=False).encode() + b'\n'
+        try:
+            with self._path.open('ab') as file:
+                file.write(b'\n' + line if self._failed else line)  # what failed may have left half a line
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                self._say(f'{self._path} cannot be written ({error.strerror}); training goes on without it')
+            self._failed = True
+
+
+# ---- Weights & Biases
+
+
+class _WandbRun:
+    """A W&B run whose failures are said in one line each and never raised."""
+
+    def __init__(self, folder: Path, project: str, run_name: str, config: dict[str, Any],
+                 say: Callable[[str], None]) -> None:
+        self._say = say
+        self._run = None
+        self._failures = 0
+        try:
+            import wandb
+        except Exception as error:
+            say(f'W&B is not available ({_reason(error)}), metrics go to {METRICS_NAME} only; pip install wandb')
+            return
+        try:
+            settings = wandb.Settings(init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS,
+                                      finish_timeout=WANDB_SECONDS)
+            self._run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), settings=settings)
+            say(f"W&B: run '{run_name}' of project '{project}', {self._run.settings.mode}")
+        except Exception as error:
+            say(f'W&B did not start ({_reason(error)}), metrics go to {METRICS_NAME} only; '
+                'WANDB_MODE=offline keeps them for later')
+            self._run = None
+
+    def log(self, numbers: dict[str, float], iteration: int) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(numbers, step=iteration)
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            if self._failures == 1:
+                self._say(f'W&B did not take a record ({_reason(error)}), training goes on')
+            if self._failures >= WANDB_FAILURES_BORNE:
+                self._say(f'W&B failed {self._failures} times in a row and is left; metrics go to {METRICS_NAME} only')
+                self.finish()
+
+    def finish(self) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish()
+        except Exception as error:
+            self._say(f'W&B did not finish ({_reason(error)}); {METRICS_NAME} has every number')
+
+
+def _reason(error: Exception) -> str:
+    """An error in one short line."""
+    text = ' '.join(f'{type(error).__name__}: {error}'.split())
+    return text if len(text) <= 200 else f'{text[:200]}...'

@@ -1,0 +1,101 @@
+"""The optimizers: Muon for the matrices inside the network, fused AdamW for everything else.
+
+`torch.optim.Muon` casts every gradient to bfloat16 and works matrix by matrix; on a processor without bfloat16
+arithmetic that costs more than the training step itself (docs/LOG.md). This one orthogonalises all matrices of one
+shape as a batch, in the dtype that the machine is fast in.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Muon": the quintic with the steepest slope at zero
+_ITERATIONS = 5
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest semi-orthogonal matrices to `matrices` [K, rows, columns], approximately: singular values go to
+    about 0.7 .. 1.2 (Newton-Schulz iteration, Jordan et al. 2024)."""
+    linear, cubic, quintic = _COEFFICIENTS
+    transposed = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if transposed else matrices).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
+    return (x.mT if transposed else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), scaled to the size of an AdamW update (Liu et al. 2025).
+
+    Takes matrices only. One learning rate serves both optimizers: an update has root mean square 0.2 * lr.
+    """
+
+    def __init__(self, parameters: Iterable, lr: float, momentum: float, weight_decay: float,
+                 dtype: torch.dtype) -> None:
+        super().__init__(parameters, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group['params']:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for shape, parameters in by_shape.items():
+                self._update(parameters, shape, group)
+
+    def _update(self, parameters: list[nn.Parameter], shape: torch.Size, group: dict) -> None:
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if 'momentum_buffer' not in self.state[parameter]:
+                self.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]['momentum_buffer'] for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group['momentum'])
+        nesterov = torch._foreach_lerp(gradients, buffers, group['momentum'])
+        updates = orthogonalise(torch.stack(nesterov), self.dtype).unbind()
+        torch._foreach_mul_(parameters, 1 - group['lr'] * group['weight_decay'])
+        torch._foreach_add_(parameters, updates, alpha=-group['lr'] * 0.2 * math.sqrt(max(shape)))
+
+
+HEADS = ('sampler_head', 'critic_head', 'classifier', 'scorer')  # every parameter outside these belongs to the trunk
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes the parameter: the matrices inside the trunk's layers and the sampler head, not embeddings,
+    output layers, gains and biases."""
+    inside = name.startswith('transformer.h.') or name in ('sampler_head.input.weight', 'sampler_head.hidden.weight')
+    return inside and parameter.ndim == 2
+
+
+def make_optimizers(model: nn.Module, name: str, learning_rate: float, weight_decay: float, betas: tuple[float, float],
+                    matrix_dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """The optimizers of `model`: name 'muon' gives [Muon, AdamW], 'adamw' gives [AdamW].
+
+    Weight decay acts on matrices and embeddings, not on gains and biases. Every group says whether it belongs to the
+    trunk. matrix_dtype is what Muon multiplies in.
+    """
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = defaultdict(list)
+    for key, parameter in model.named_parameters():
+        matrix = name == 'muon' and is_matrix(key, parameter)
+        groups[matrix, key.split('.')[0] not in HEADS, parameter.ndim >= 2].append(parameter)
+    described = {matrix: [{'params': parameters, 'trunk': trunk, 'weight_decay': weight_decay if decays else 0.0}
+                          for (is_muon, trunk, decays), parameters in groups.items() if is_muon == matrix]
+                 for matrix in (True, False)}
+    adamw = torch.optim.AdamW(described[False], lr=learning_rate, betas=betas, fused=True)
+    muon = [Muon(described[True], learning_rate, 0.95, weight_decay, matrix_dtype)] if described[True] else []
+    return [*muon, adamw]
+
+
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], learning_rate: float,
+                      trunk_multiplier: float = 1.0) -> None:
+    """Set the learning rate of every group, times trunk_multiplier for the trunk's."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate * (trunk_multiplier if group['trunk'] else 1.0)

@@ -1,0 +1,174 @@
+"""Where a program runs: device, precision, compilation and ranks, each chosen for a stated reason."""
+
+import os
+import shutil
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as distributed
+
+from core.errors import UserError
+
+# Dense bfloat16 peak, operations per second, by vendors' data sheets; any other device is measured.
+PEAK_RATES = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
+PAYING_ITERATIONS = 200  # compiling costs about this many iterations of a small model
+PAYING_WIDTH = 256  # a narrower model gains nothing from bfloat16 on a CPU with AMX
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def resolve_device(name: str) -> str:
+    """'auto' becomes 'cuda' where there is a GPU, else 'cpu'; UserError for a device that is not there."""
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'cpu'
+    kind = name.split(':')[0]
+    if kind not in ('cpu', 'cuda'):
+        raise UserError(f'device is {name!r}, but this program runs on cpu or cuda; take --device=auto')
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise UserError(f'device is {name!r}, but this machine has no usable GPU; take --device=cpu')
+    if ':' in name and not name.removeprefix('cuda:').isdigit() or name.startswith('cpu:'):
+        raise UserError(f'device is {name!r}, but should be cpu, cuda or cuda:0 and so on')
+    if name.startswith('cuda:') and int(name[5:]) >= torch.cuda.device_count():
+        raise UserError(f'device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs')
+    return name
+
+
+@dataclass
+class Runtime:
+    """The choices of one process. `reasons` are lines that say what was chosen and why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    rank: int = 0
+    world_size: int = 1
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank prints and saves."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        """Runs matrix products in `dtype`; does nothing in float32."""
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock can be read."""
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` added over all ranks."""
+        if self.world_size == 1:
+            return values
+        values = values.clone()
+        distributed.all_reduce(values)
+        return values
+
+    def total_count(self, count: int) -> int:
+        """A host-side count added over all ranks."""
+        if self.world_size == 1:
+            return count
+        return int(self.total(torch.tensor([count], dtype=torch.int64, device=self.device)))
+
+    def matrix_dtype(self) -> torch.dtype:
+        """What the optimizer multiplies matrices in: bfloat16 where the forward pass does, else float32."""
+        return torch.bfloat16 if self.dtype is torch.bfloat16 else torch.float32
+
+    def matrix_rate(self) -> tuple[float, str]:
+        """(operations per second that mfu is a share of, words for where the figure comes from)."""
+        if self.device.type == 'cuda' and self.dtype is not torch.float32:
+            name = torch.cuda.get_device_name(self.device)
+            for known, rate in PEAK_RATES.items():
+                if known in name:
+                    return rate, f"{name}'s peak of {rate / 1e12:.0f} TFLOP/s"
+        rate = measure_matrix_rate(self.device, self.dtype)
+        return rate, f"this machine's measured matrix rate of {rate / 1e9:.0f} GFLOP/s"
+
+
+def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, iterations: int,
+                  backend: str | None = None) -> Runtime:
+    """Choose precision and compilation for a model of `width` channels and join the other ranks, if any.
+
+    dtype 'auto' and compile None choose by what pays; anything else is taken as it is. backend None: nccl on a GPU,
+    gloo on a CPU. Raises UserError for what cannot be had.
+    """
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world_size > 1:
+        backend = backend or ('nccl' if device.startswith('cuda') else 'gloo')
+        if device == 'cuda':
+            device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(device)
+        distributed.init_process_group(backend)
+    runtime = Runtime(torch.device(device), torch.float32, False, rank, world_size)
+    runtime.reasons.append(f'device {device}: ' + (torch.cuda.get_device_name(runtime.device)
+                           if device.startswith('cuda') else f'{torch.get_num_threads()} threads'))
+    runtime.dtype, reason = _choose_dtype(runtime.device, dtype, width)
+    runtime.reasons.append(f'dtype {str(runtime.dtype).removeprefix("torch.")}: {reason}')
+    runtime.compile, reason = _choose_compile(runtime.device, compile, iterations)
+    runtime.reasons.append(f'compile {runtime.compile}: {reason}')
+    if world_size > 1:
+        runtime.reasons.append(f'{world_size} ranks over {backend}')
+    if device.startswith('cuda'):
+        torch.set_float32_matmul_precision('high')
+    else:
+        torch.set_flush_denormal(True)  # numbers near zero would cost a hundred times as much
+    return runtime
+
+
+def stop_runtime(runtime: Runtime) -> None:
+    """Leave the other ranks."""
+    if runtime.world_size > 1:
+        distributed.destroy_process_group()
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones: a GPU since Ampere, a CPU with AMX."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _choose_dtype(device: torch.device, dtype: str, width: int) -> tuple[torch.dtype, str]:
+    if dtype != 'auto':
+        if dtype == 'float16' and device.type == 'cpu':
+            raise UserError("dtype is 'float16', but a CPU has no fast float16; take float32, bfloat16 or auto")
+        return DTYPES[dtype], 'as asked for'
+    if not has_fast_bfloat16(device):
+        return torch.float32, 'this processor has no fast bfloat16'
+    if device.type == 'cpu' and width < PAYING_WIDTH:
+        return torch.float32, f'bfloat16 gains nothing below {PAYING_WIDTH} channels on a CPU'
+    return torch.bfloat16, 'this processor has fast bfloat16'
+
+
+def _choose_compile(device: torch.device, wanted: bool | None, iterations: int) -> tuple[bool, str]:
+    if wanted is False:
+        return False, 'as asked for'
+    if device.type == 'cpu' and not has_compiler():
+        return False, 'there is no C++ compiler (install g++ for faster steps)'
+    if wanted is None and iterations < PAYING_ITERATIONS:
+        return False, f'{iterations} iterations are over before compiling pays'
+    return True, 'as asked for' if wanted else 'fuses element-wise work'
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is at hand for torch.compile on the CPU."""
+    return any(shutil.which(name) for name in (os.environ.get('CXX'), 'g++', 'clang++') if name)
+
+
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Operations per second of square matrix products in `dtype`: the median of as many as fit into `seconds`."""
+    size = 8192 if device.type == 'cuda' else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times, begin = [], time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(times) < 4:
+        start = time.perf_counter()
+        left @ right
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size ** 3 / sorted(times[1:])[len(times[1:]) // 2]

@@ -1,0 +1,448 @@
+"""What sample.py does: check the options, load the checkpoint, generate in batches, report and write files.
+
+`config` is sample.py's flat dataclass of options everywhere here.
+"""
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from core.checkpoint import build_model, load_checkpoint, model_config_from_dict
+from core.data import Vocabulary
+from core.errors import UserError, raise_problems
+from core.generation import (GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows)
+from core.policies import POLICIES, Policy
+from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
+from core.randomness import RowRandom
+from core.timing import TimingAccumulator, get_global_timer
+from model import GPT, GPTConfig
+from sample_utils import DrawRule, allowed_ids, cosine_remasking_schedule, linear_remasking_schedule
+
+PREVIEW = 100  # characters of a preview
+REMASKING = ('start_ratio', 'end_ratio', 'schedule_type', 'masking_ratios', 'schedule_mode', 'start_threshold',
+             'end_threshold', 'intelligent_remasking', 'randomness_strength')
+METHODS_OF = {  # options that not every method has
+    **{name: ('diffusion', 'sampler') for name in REMASKING},
+    'iterations': ('diffusion', 'sampler', 'multinomial'),
+    'use_sampler_head': ('diffusion', 'sampler'),
+    'top_p': ('diffusion', 'sampler', 'standard'),
+    'top_k': ('diffusion', 'sampler', 'standard'),
+}
+
+
+# Checks -------------------------------------------------------------------------------------------------------------
+
+def option_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
+    """What is wrong with the options before any file is read, each a sentence with value, limit and cure."""
+    return [*_range_problems(config), *_applicability_problems(config, explicit), *_custom_problems(config, explicit)]
+
+
+def _range_problems(config: Any) -> list[str]:
+    problems = [f'{name} is {getattr(config, name)}, but must be at least 1' for name in
+                ('num_samples', 'batch_size', 'iterations', 'sequence_length', 'max_new_tokens', 'top_k',
+                 'confidence_groups')
+                if getattr(config, name) is not None and getattr(config, name) < 1]
+    problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1]' for name in
+                 ('start_ratio', 'end_ratio', 'start_threshold', 'end_threshold', 'randomness_strength')
+                 if not 0 <= getattr(config, name) <= 1]
+    problems += [f'masking_ratios holds {ratio}, but every ratio must lie in [0, 1]'
+                 for ratio in config.masking_ratios or () if not 0 <= ratio <= 1]
+    if config.temperature < 0:
+        problems.append(f'temperature is {config.temperature}, but must not be negative; 0 is greedy')
+    if not 0 < config.top_p <= 1:
+        problems.append(f'top_p is {config.top_p}, but must lie in (0, 1]; 1 is off')
+    if config.repetition_penalty <= 0:
+        problems.append(f'repetition_penalty is {config.repetition_penalty}, but must be above 0; 1 is off')
+    if len(config.infill_char) != 1:
+        problems.append(f'infill_char is {config.infill_char!r}, but must be one character')
+    return problems
+
+
+def _applicability_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
+    """Options that were given although they do not apply; defaults are never a problem."""
+    method, problems = config.sampling_method, []
+    for name, methods in METHODS_OF.items():
+        if name in explicit and method not in methods:
+            problems.append(f'{name} does not apply to sampling_method={method}; leave it out, or take '
+                            f'sampling_method={" or ".join(methods)}')
+    if method == 'sampler' and not config.use_sampler_head:
+        problems.append('use_sampler_head is False, but sampling_method=sampler draws through the sampler head; take '
+                        'sampling_method=diffusion')
+    needs = (('seed_placement', bool(config.start_text), 'start_text'),
+             ('infill_char', bool(config.infill_text), 'infill_text'),
+             ('start_threshold', config.schedule_mode == 'threshold', 'schedule_mode=threshold'),
+             ('end_threshold', config.schedule_mode == 'threshold', 'schedule_mode=threshold'),
+             ('start_ratio', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
+             ('end_ratio', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
+             ('randomness_strength', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
+             ('masking_ratios', config.schedule_type == 'custom', 'schedule_type=custom'),
+             ('confidence_groups', config.quality_metric == 'self', 'quality_metric=self'))
+    problems += [f'{name} was given, but applies only with {condition}; add that or leave {name} out'
+                 for name, holds, condition in needs if name in explicit and not holds
+                 and method in METHODS_OF.get(name, (method,))]
+    exclusive = (('start_text', 'infill_text'), ('max_new_tokens', 'sequence_length'),
+                 ('max_new_tokens', 'infill_text'))
+    problems += [f'{first} and {second} were both given, but exclude each other; leave one out'
+                 for first, second in exclusive if first in explicit and second in explicit]
+    return problems
+
+
+def _custom_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
+    """A custom schedule of N ratios is N remaskings, hence N + 1 predictions."""
+    if config.schedule_type != 'custom' or config.sampling_method not in METHODS_OF['schedule_type']:
+        return []
+    if not config.masking_ratios:
+        return ['schedule_type is custom, but masking_ratios is empty; give one ratio per remasking, as in '
+                '--masking_ratios="[0.9,0.5,0.1]"']
+    problems = [f'{name} does not apply to schedule_type=custom, whose ratios are masking_ratios; leave it out'
+                for name in ('start_ratio', 'end_ratio') if name in explicit]
+    if config.schedule_mode == 'threshold':
+        problems.append('schedule_type=custom lists ratios, but schedule_mode is threshold; take schedule_mode=ratio')
+    predictions = len(config.masking_ratios) + 1
+    if 'iterations' in explicit and config.iterations != predictions:
+        problems.append(f'iterations is {config.iterations}, but the {predictions - 1} masking_ratios make '
+                        f'{predictions} predictions; leave iterations out')
+    return problems
+
+
+def model_problems(config: Any, explicit: Mapping[str, str], model_config: GPTConfig, kind: str) -> list[str]:
+    """Options that do not suit the checkpoint."""
+    causal, method = model_config.attention_type == 'causal', config.sampling_method
+    if kind not in ('unmasking', 'causal'):
+        return [f'{config.checkpoint_name} is a checkpoint of kind {kind!r}, which writes no text; give '
+                f'--checkpoint_name=... of a language model']
+    problems = []
+    if causal and method != 'standard':
+        problems.append(f'the checkpoint is causal, but sampling_method={method} needs a bidirectional one; take '
+                        f'--sampling_method=standard')
+    if causal and config.infill_text:
+        problems.append('infill_text needs a bidirectional checkpoint: a causal one sees no text behind a gap')
+    if causal and config.seed_placement == 'random':
+        problems.append('seed_placement=random needs a bidirectional checkpoint; take seed_placement=prefix')
+    if causal and 'confidence_groups' in explicit:
+        problems.append('confidence_groups does not apply to a causal checkpoint; leave it out')
+    if not model_config.add_sampler_head and (method == 'sampler' or 'use_sampler_head' in explicit and
+                                              config.use_sampler_head and method == 'diffusion'):
+        problems.append('the checkpoint has no sampler head; take --sampling_method=diffusion without '
+                        'use_sampler_head, or a checkpoint trained with add_sampler_head=True')
+    if config.schedule_mode == 'threshold' and not config.intelligent_remasking and not model_config.add_critic_head:
+        problems.append('schedule_mode is threshold, but nothing tells how wrong a token is; use '
+                        'intelligent_remasking=True, a checkpoint with a critic, or schedule_mode=ratio')
+    return problems
+
+
+# From options to what generation takes ------------------------------------------------------------------------------
+
+def remasking_levels(config: Any) -> list[float]:
+    """One level per remasking: `iterations` predictions have a remasking between each two."""
+    if config.schedule_type == 'custom':
+        return list(config.masking_ratios)
+    schedule = {'linear': linear_remasking_schedule, 'cosine': cosine_remasking_schedule}[config.schedule_type]
+    first, last = (config.start_ratio, config.end_ratio) if config.schedule_mode == 'ratio' else \
+        (config.start_threshold, config.end_threshold)
+    return schedule(config.iterations - 1, first, last)
+
+
+def started_heads(model_config: GPTConfig, iteration: int) -> tuple[bool, bool, list[str]]:
+    """Whether the sampler and the critic head had begun to train at `iteration`, and what to say of those not begun."""
+    said = []
+    sampler = model_config.add_sampler_head and iteration > model_config.start_sampler_iteration
+    critic = model_config.add_critic_head and iteration > model_config.start_critic_iteration
+    for name, has, started, start in (
+            ('sampler', model_config.add_sampler_head, sampler, model_config.start_sampler_iteration),
+            ('critic', model_config.add_critic_head, critic, model_config.start_critic_iteration)):
+        if has and not started:
+            said.append(f'the {name} head is ignored: its stage begins at iteration {start}, the checkpoint is of '
+                        f'iteration {iteration}')
+    return sampler, critic, said
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; 'auto' is a GPU where there is one."""
+    if name == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'device {name!r} cannot be used here ({str(error).splitlines()[0]}); '
+                        f'take --device=cpu') from None
+    return device
+
+
+def choose_autocast(dtype: str, device: torch.device) -> torch.dtype | None:
+    """The precision of autocast, None for float32 throughout."""
+    if dtype == 'auto':
+        return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else None
+    return None if dtype == 'float32' else getattr(torch, dtype)
+
+
+def lay_out(config: Any, vocabulary: Vocabulary, block_size: int, generator: RowRandom) -> Layout:
+    """The start of the rows of `generator`: prompt or infill text, masks elsewhere."""
+    mask = vocabulary.mask_token_id
+    if config.infill_text:
+        pieces = [piece if isinstance(piece, int) else vocabulary.encode(piece)
+                  for piece in split_infill(config.infill_text, config.infill_char)]
+        size = sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
+        return lay_out_infill(pieces, config.sequence_length or size, mask, generator)
+    prompt = vocabulary.encode(config.start_text) if config.start_text else []
+    length = len(prompt) + config.max_new_tokens if config.max_new_tokens else config.sequence_length or block_size
+    return lay_out_prompt(prompt, length, mask, generator, config.seed_placement)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A checkpoint ready to sample from, and what is to be said about it."""
+
+    model: GPT
+    vocabulary: Vocabulary
+    settings: GenerationSettings
+    device: torch.device
+    said: list[str]
+
+
+def _load(config: Any, explicit: Mapping[str, str]) -> _Loaded:
+    device = choose_device(config.device)
+    checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint_name, device='cpu')
+    model_config = model_config_from_dict(checkpoint.model_config, config.checkpoint_name)
+    raise_problems(model_problems(config, explicit, model_config, checkpoint.kind))
+    sampler, critic, said = started_heads(model_config, checkpoint.iteration)
+    if config.sampling_method == 'sampler' and not sampler:
+        raise UserError(f'sampling_method is sampler, but {said[0]}; train longer or take --sampling_method=diffusion')
+    if config.schedule_mode == 'threshold' and not config.intelligent_remasking and not critic:
+        raise UserError(f'schedule_mode is threshold, but nothing tells how wrong a token is: {said[-1]}; use '
+                        f'intelligent_remasking=True')
+    vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
+    model = build_model(checkpoint, device).eval().requires_grad_(False)
+    rule = DrawRule(allowed_ids(model_config.vocab_size, vocabulary.base_size, device), config.temperature,
+                    config.top_k, config.top_p, config.repetition_penalty)
+    diffusing = config.sampling_method in ('diffusion', 'sampler')
+    newline = vocabulary.encode('\n')[0] if _encodes(vocabulary, '\n') else 0
+    settings = GenerationSettings(config.sampling_method, rule, _policy(config) if diffusing else None,
+                                  config.iterations, diffusing and sampler and config.use_sampler_head,
+                                  diffusing and critic, newline)
+    return _Loaded(model, vocabulary, settings, device, said)
+
+
+def _policy(config: Any) -> Policy:
+    return POLICIES['remask'](remasking_levels(config), config.schedule_mode, config.randomness_strength,
+                              config.intelligent_remasking)
+
+
+def _encodes(vocabulary: Vocabulary, text: str) -> bool:
+    try:
+        return bool(vocabulary.encode(text))
+    except UserError:
+        return False
+
+
+# The run ------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SamplingResult:
+    """What a run made: texts, tokens int64 [samples, L], self-confidence in nats per token (None: not asked for),
+    counts and seconds, and the trace (None: nobody reads it)."""
+
+    texts: list[str]
+    tokens: Tensor
+    protected: Tensor
+    self_confidence: list[float] | None
+    trunk_calls: int
+    network_calls: int
+    waves: int
+    seconds: float
+    trace: Trace | None
+
+
+def run_sampling(config: Any, explicit: Mapping[str, str], say: Callable[[str], None] = print) -> SamplingResult:
+    """Sample as `config` says, tell it through `say`, write the asked files; `explicit` names the options given."""
+    raise_problems(option_problems(config, explicit))
+    for name in (config.output_file, config.save_json):
+        if name is not None and not Path(name).absolute().parent.is_dir():
+            raise UserError(f'cannot write {name}: the folder {Path(name).parent} does not exist; create it first')
+    loaded = _load(config, explicit)
+    for line in loaded.said:
+        say(line)
+    timer = get_global_timer()
+    timer.device = loaded.device
+    timer.reset()
+    result = _sample(config, loaded, timer, say)
+    _report(config, loaded, result, timer, say)
+    if config.output_file is not None:
+        _write(Path(config.output_file), '\n\n'.join(result.texts) + '\n')
+        say(f'texts written to {config.output_file}')
+    if config.save_json is not None:
+        _write(Path(config.save_json), json.dumps(_as_builtins(result, loaded), ensure_ascii=False) + '\n')
+        say(f'run written to {config.save_json}')
+    return result
+
+
+def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callable[[str], None]) -> SamplingResult:
+    model, vocabulary = loaded.model, loaded.vocabulary
+    encode = torch.compile(model.encode) if config.compile else None
+    network = Network(model, timer, choose_autocast(config.dtype, loaded.device), encode)
+    everyone = RowRandom(config.seed, 0, torch.arange(config.num_samples, device=loaded.device))
+    layout = lay_out(config, vocabulary, model.config.block_size, everyone)
+    trace = Trace(asdict(config), layout.protected.cpu()) if config.save_json is not None else None
+    if config.use_verbose_logging:
+        _say_checks(config, loaded, layout, say)
+    batches = torch.arange(config.num_samples, device=loaded.device).split(config.batch_size)
+    tokens, scores, waves, start = [], [], 0, time.perf_counter()
+    with _Progress(config, vocabulary, len(batches), len(windows(layout.tokens.size(1), model.config.block_size)),
+                   trace, say) as progress:
+        for rows in batches:
+            generator = RowRandom(config.seed, 0, rows)
+            made = generate(network, Layout(layout.tokens[rows], layout.protected[rows]), loaded.settings, generator,
+                            progress.see if progress.wanted else None)
+            tokens.append(made.tokens)
+            waves += made.waves
+            progress.end_batch()
+    seconds = time.perf_counter() - start
+    for rows, made in zip(batches, tokens):
+        if config.quality_metric == 'self':
+            scored = score_confidence(network, made, layout.protected[rows], loaded.settings.rule.allowed,
+                                      RowRandom(config.seed, 0, rows), config.confidence_groups)
+            scores += (scored.total / scored.count.clamp(min=1)).tolist()
+    made = torch.cat(tokens).cpu()
+    return SamplingResult([vocabulary.decode(row) for row in made.tolist()], made, layout.protected.cpu(),
+                          scores if config.quality_metric == 'self' else None, network.trunk_calls,
+                          network.network_calls, waves, seconds, trace)
+
+
+class _Progress:
+    """The terminal's reader of a run's steps: progress bar, verbose lines; feeds the trace as well."""
+
+    def __init__(self, config: Any, vocabulary: Vocabulary, batches: int, blocks: int, trace: Trace | None,
+                 say: Callable[[str], None]) -> None:
+        self.config, self.vocabulary, self.trace, self.say = config, vocabulary, trace, say
+        self.bar_wanted = config.show_progress and sys.stderr.isatty()
+        self.wanted = self.bar_wanted or trace is not None or config.use_verbose_logging or config.log_debug
+        self.batches, self.blocks, self.batch, self.last = batches, blocks, 0, None
+        self.bar: tqdm | None = None
+
+    def __enter__(self) -> '_Progress':
+        if self.bar_wanted:
+            self.bar = tqdm(total=1.0, desc='sampling',
+                            bar_format='{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}')
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def see(self, step: TraceStep) -> None:
+        """A `Watch`."""
+        if self.trace is not None:
+            self.trace.add(step)
+        done = (step.window + (step.step + (step.event != 'start')) / step.steps) / self.blocks if step.steps else 1.0
+        self._move((self.batch + done) / self.batches)
+        self.log_iteration_progress(step)
+
+    def end_batch(self) -> None:
+        """All windows of a batch are written; a run that ended early moves the bar the rest of the way."""
+        if self.config.use_verbose_logging and self.last is not None:
+            self._say(f'last preview: {self._preview(self.last)}')
+        self.batch += 1
+        self._move(self.batch / self.batches)
+
+    def log_iteration_progress(self, step: TraceStep) -> None:
+        """Mask shares, the first preview, and with log_debug a line per step."""
+        masked = (step.tokens == self.vocabulary.mask_token_id).float().mean()
+        if self.config.log_debug:
+            mean = step.confidence[step.changed].mean() if step.event == 'predict' and step.changed.any() else None
+            self._say(f'block {step.window} step {step.step} {step.event}: {int(step.changed.sum())} positions '
+                      f'changed, {masked:.1%} masked' + ('' if mean is None else f', mean log-probability {mean:.3f}'))
+        elif self.config.use_verbose_logging:
+            self._say(f'block {step.window} step {step.step} {step.event}: {masked:.1%} masked')
+        if self.config.use_verbose_logging and step.event == 'predict' and step.step == 0:
+            self._say(f'first preview: {self._preview(step)}')
+        self.last = step
+
+    def _preview(self, step: TraceStep) -> str:
+        return repr(self.vocabulary.decode(step.tokens[0].tolist())[:PREVIEW])
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.clear()
+        self.say(line)
+
+    def _move(self, share: float) -> None:
+        if self.bar is not None:
+            self.bar.update(max(0.0, share - self.bar.n))
+
+
+def _say_checks(config: Any, loaded: _Loaded, layout: Layout, say: Callable[[str], None]) -> None:
+    """Sanity checks before the start."""
+    model, (rows, length) = loaded.model, layout.tokens.shape
+    masked = layout.tokens == loaded.vocabulary.mask_token_id
+    say(f'{rows} samples of {length} tokens in {len(windows(length, model.config.block_size))} blocks of at most '
+        f'{model.config.block_size}; {int(layout.protected[0].sum())} protected, {masked.float().mean():.1%} masked')
+    say(f'{model.parameter_count():,} parameters on {loaded.device}, {int(loaded.settings.rule.allowed.sum())} tokens '
+        f'may be drawn, special ids {loaded.vocabulary.base_size} to {model.config.vocab_size - 1} never')
+    say(f'sampler head {"on" if loaded.settings.use_sampler_head else "off"}, critic '
+        f'{"on" if loaded.settings.use_critic else "off"}, seed {config.seed}')
+
+
+# The report ---------------------------------------------------------------------------------------------------------
+
+def character_distribution(texts: Sequence[str], most: int = 10) -> list[tuple[str, float]]:
+    """The most frequent characters and their shares of all texts."""
+    counts = Counter(character for text in texts for character in text)
+    return [(character, count / counts.total()) for character, count in counts.most_common(most)]
+
+
+def frequent_patterns(texts: Sequence[str], size: int = 3, most: int = 10) -> list[tuple[str, int]]:
+    """The most frequent groups of `size` characters that occur more than once, and how often."""
+    counts = Counter(text[start:start + size] for text in texts for start in range(len(text) - size + 1))
+    return [(pattern, count) for pattern, count in counts.most_common(most) if count > 1]
+
+
+def _report(config: Any, loaded: _Loaded, result: SamplingResult, timer: TimingAccumulator,
+            say: Callable[[str], None]) -> None:
+    for index, text in enumerate(result.texts):
+        score = '' if result.self_confidence is None else \
+            f' (self-confidence {result.self_confidence[index]:.3f} nats per token)'
+        say(f'--- sample {index}{score}')
+        say(text)
+    say('---')
+    new = int((~result.protected).sum())
+    waves = f', {result.waves} waves' if loaded.settings.use_sampler_head else ''
+    say(f'{new} tokens in {result.seconds:.2f} s ({new / result.seconds:.0f} tokens/s), {result.trunk_calls} trunk '
+        f'calls, {result.network_calls} network calls{waves}')
+    if result.self_confidence is not None:
+        way = 'left to right' if loaded.model.config.attention_type == 'causal' else \
+            f'masked pseudo-likelihood in {config.confidence_groups} groups'
+        say(f'self-confidence {sum(result.self_confidence) / len(result.texts):.3f} nats per token ({way})')
+    say('characters: ' + ', '.join(f'{character!r} {share:.1%}'
+                                   for character, share in character_distribution(result.texts)))
+    patterns = ', '.join(f'{pattern!r} {count}' for pattern, count in frequent_patterns(result.texts))
+    say(f'patterns: {patterns or "none"}')
+    say(timer.summary())
+
+
+def _as_builtins(result: SamplingResult, loaded: _Loaded) -> dict[str, Any]:
+    assert result.trace is not None
+    return {**result.trace.to_builtins(loaded.vocabulary.decode), 'texts': result.texts,
+            'tokens': result.tokens.tolist(), 'self_confidence': result.self_confidence,
+            'trunk_calls': result.trunk_calls, 'network_calls': result.network_calls, 'seconds': result.seconds}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all."""
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        temporary.write_text(text, encoding='utf-8')
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f'cannot write {path}: {error.strerror}; choose another file') from None

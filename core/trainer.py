@@ -1,0 +1,285 @@
+"""The training loop: evaluate and save at intervals, step in between, stop cleanly when asked to."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as distributed
+
+from core.batches import BatchPlan
+from core.checkpoint import (Checkpoint, CheckpointKind, check_resume, initialise_from, load_checkpoint, load_weights,
+                             model_config_to_dict)
+from core.data import Corpus, ensure_corpus
+from core.errors import UserError, raise_problems
+from core.evaluator import Validation, validate
+from core.preview import preview
+from core.logger import IterationRecord, RunLogger, read_metrics
+from core.plots import plot_loss_curve
+from core.run_folder import RunFolder, latest_checkpoint
+from core.runtime import Runtime, start_runtime, stop_runtime
+from core.schedule import all_heads_trained_from, learning_rate_at, stage_at
+from core.training_step import TrainingState, training_step
+from model import GPT, GPTConfig
+from sample_utils import allowed_ids
+
+STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit codes
+
+
+def train(config: Any, notes: list[str]) -> None:
+    """Train as `config` (the options of train.py) says; `notes` are lines to print first.
+
+    Raises UserError for what cannot be done, and SystemExit with 130 or 143 when a signal stopped the run after it
+    was saved.
+    """
+    problems = option_problems(config)
+    runtime = start_runtime(config.device, config.dtype, config.compile, width=config.n_embd,
+                            iterations=config.max_iters, backend=config.backend)
+    try:
+        raise_problems(problems + world_problems(config, runtime))
+        say = print if runtime.is_writer else lambda line: None
+        for line in [*notes, *runtime.reasons]:
+            say(line)
+        corpus = ready_corpus(config.dataset, runtime, say)
+        Run(config, runtime, corpus, say).work()
+    finally:
+        stop_runtime(runtime)
+
+
+def option_problems(config: Any) -> list[str]:
+    """What is wrong with the numbers that no type shows."""
+    problems = [f'{name} is {getattr(config, name)}, but must be at least 1'
+                for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'eval_iters',
+                             'max_iters', 'keep_snapshots') if getattr(config, name) < 1]
+    problems += [f'{name} is {getattr(config, name)}, but must not be negative'
+                 for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters')
+                 if getattr(config, name) < 0]
+    problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1)'
+                 for name in ('beta1', 'beta2', 'ema_decay') if not 0 <= getattr(config, name) < 1]
+    if config.add_critic_head and config.add_sampler_head and \
+            config.start_critic_iteration < config.start_sampler_iteration:
+        problems.append(f'start_critic_iteration is {config.start_critic_iteration}, but the critic judges what the '
+                        f'sampler head draws, so it must not start before start_sampler_iteration '
+                        f'({config.start_sampler_iteration})')
+    if config.init_from == 'resume' and config.init_from_checkpoint:
+        problems.append('init_from=resume goes on from the run folder, so init_from_checkpoint must stay None')
+    return problems
+
+
+def world_problems(config: Any, runtime: Runtime) -> list[str]:
+    """What is wrong with sharing the work among the ranks."""
+    if config.gradient_accumulation_steps % runtime.world_size:
+        return [f'gradient_accumulation_steps is {config.gradient_accumulation_steps}, but must be a multiple of the '
+                f'{runtime.world_size} ranks, which share them']
+    return []
+
+
+def ready_corpus(name: str, runtime: Runtime, say: Callable[[str], None]) -> Corpus:
+    """The corpus, prepared by one rank if it is missing."""
+    if runtime.is_writer:
+        corpus = ensure_corpus(name, say)
+    if runtime.world_size > 1:
+        distributed.barrier()
+    return corpus if runtime.is_writer else ensure_corpus(name, say)
+
+
+def build_model_config(config: Any, corpus: Corpus) -> GPTConfig:
+    """The model's part of the options, with the corpus's vocabulary. UserError lists every problem."""
+    vocabulary, names = corpus.vocabulary, {one.name for one in dataclasses.fields(config)}
+    values = {one.name: getattr(config, one.name) for one in dataclasses.fields(GPTConfig) if one.name in names}
+    try:
+        return GPTConfig(**values, vocab_size=vocabulary.size, mask_token_id=vocabulary.mask_token_id,
+                         wrong_token_id=vocabulary.wrong_token_id, pad_token_id=vocabulary.pad_token_id,
+                         cls_token_id=vocabulary.cls_token_id)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+class Run:
+    """One training run in one folder."""
+
+    def __init__(self, config: Any, runtime: Runtime, corpus: Corpus, say: Callable[[str], None]) -> None:
+        self.config, self.runtime, self.corpus = config, runtime, corpus
+        self.model_config = build_model_config(config, corpus)
+        kind = CheckpointKind.CAUSAL if config.attention_type == 'causal' else CheckpointKind.UNMASKING
+        self.kind = str(kind)
+        tokens = corpus.tokens('train', config.block_size + 1)
+        plan = BatchPlan(tokens, config.seed, config.block_size, config.batch_size,
+                         config.gradient_accumulation_steps // runtime.world_size, runtime.rank, runtime.world_size,
+                         corpus.vocabulary.mask_token_id, config.loss_weighting,
+                         config.sampler_context if config.add_sampler_head else 0)
+        model = GPT(self.model_config, config.seed).to(runtime.device)
+        if config.init_from == 'scratch' and config.init_from_checkpoint:
+            initialise_from(model, config.init_from_checkpoint, corpus.vocabulary.hash, say)
+        self.allowed = allowed_ids(self.model_config.vocab_size, corpus.vocabulary.base_size, runtime.device)
+        self.state = TrainingState(model, self.allowed, runtime, plan, self.kind, optimizer=config.optimizer,
+                                   learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+                                   betas=(config.beta1, config.beta2), grad_clip=config.grad_clip,
+                                   ema_decay=config.ema_decay)
+        self.iteration, self.best_value, self.best_is_final, self.seconds = 0, None, False, 0.0
+        self.asked_to_stop: signal.Signals | None = None
+
+    def work(self) -> None:
+        """Train to max_iters, or evaluate once with eval_only."""
+        config = self.config
+        self.folder = RunFolder(config.out_dir) if self.runtime.is_writer else None
+        say = print if self.runtime.is_writer else lambda line: None
+        if config.init_from == 'resume':
+            self.resume(say)
+        elif self.folder is not None:
+            self.folder.set_aside_earlier_run(say)
+        if self.folder is not None:
+            self.folder.write_description(dataclasses.asdict(config))
+        model, rate = self.state.model, (0.0, '')
+        if self.runtime.is_writer:
+            rate = self.runtime.matrix_rate()
+        self.matrix_rate = rate[0]
+        rows = self.state.plan.global_batch
+        say(f'model: {model.parameter_count():,} parameters; {rows} rows of {config.block_size} tokens an iteration; '
+            f'mfu is a share of {rate[1]}')
+        self.logger = RunLogger(Path(config.out_dir), wandb_log=config.wandb_log, project=config.wandb_project,
+                                run_name=config.wandb_run_name, config=dataclasses.asdict(config),
+                                start_iteration=self.iteration, total_iterations=config.max_iters,
+                                enabled=self.runtime.is_writer)
+        for number in STOPPED:
+            signal.signal(number, self.on_signal)
+        try:
+            if config.eval_only:
+                self.evaluate(save=False)
+            else:
+                self.loop()
+        finally:
+            self.logger.close()
+            if self.folder is not None:
+                self.draw_curve()
+                self.folder.close()
+
+    def loop(self) -> None:
+        """Evaluate at every eval_interval and at the end; take a step in between; stop when asked to, once saved."""
+        config = self.config
+        while True:
+            if self.iteration % config.eval_interval == 0 or self.iteration == config.max_iters:
+                self.evaluate(save=self.iteration > 0)
+            if self.iteration >= config.max_iters:
+                return
+            self.step()
+            if self.stop_wanted():
+                self.save()
+                self.logger.message(f'stopped after iteration {self.iteration}; go on with --init_from=resume')
+                raise SystemExit(STOPPED[self.asked_to_stop or signal.SIGTERM])
+
+    def step(self) -> None:
+        """One iteration, and its line where it is due."""
+        config, start = self.config, time.perf_counter()
+        learning_rate = learning_rate_at(self.iteration, learning_rate=config.learning_rate, min_lr=config.min_lr,
+                                         warmup_iters=config.warmup_iters, lr_decay_iters=config.lr_decay_iters,
+                                         decay_lr=config.decay_lr)
+        losses = training_step(self.state, self.iteration, learning_rate)
+        due = self.iteration % config.log_interval == 0 or self.iteration == config.max_iters - 1
+        if due:
+            self.runtime.synchronize()
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        if due and self.runtime.is_writer:
+            total, main, sampler, critic = (None if loss is None else loss.item() for loss in losses)
+            plan = self.state.plan
+            operations = 3 * self.state.model.operations_per_token() * plan.global_batch * plan.block_size
+            mfu = operations / seconds / self.matrix_rate / plan.world_size
+            self.logger.iteration(IterationRecord(self.iteration, total, main, learning_rate, seconds, sampler, critic,
+                                                  mfu))
+        self.iteration += 1
+        self.logger.advance(self.iteration)
+
+    def evaluate(self, save: bool) -> None:
+        """Validate the averaged weights, print a sample of them, and save the latest and maybe the best."""
+        config, state = self.config, self.state
+        found = validate(state.averaged, self.corpus, self.runtime, self.allowed, batch_size=config.batch_size,
+                         windows=config.eval_iters * config.batch_size)
+        name = 'val loss' if self.kind == CheckpointKind.CAUSAL else 'val nelbo'
+        self.logger.evaluation(self.iteration, found.line(f'step {self.iteration}: {name}'), {
+            f'val/{name.split()[1]}': found.value, 'val/standard_error': found.standard_error, 'val/bits': found.bits,
+            'train_seconds': self.seconds})
+        if self.runtime.is_writer and self.iteration > 0 and config.sample_length > 0:
+            trained = stage_at(self.model_config, self.iteration - 1)
+            self.logger.sample(preview(state.averaged, self.corpus.vocabulary, self.allowed, trained.sampler,
+                                       min(config.sample_length, config.block_size), config.seed))
+        if save:
+            self.save_best(found)
+            self.save()
+
+    def save_best(self, found: Validation) -> None:
+        """Keep the best checkpoint, chosen among those in which every configured head has had its schedule as soon as
+        there is one."""
+        is_final = self.iteration >= all_heads_trained_from(self.model_config)
+        better = self.best_value is None or found.value < self.best_value or self.config.always_save_checkpoint
+        if better or (is_final and not self.best_is_final):
+            self.best_value, self.best_is_final = found.value, is_final
+            if self.folder is not None:
+                self.folder.save_best(self.checkpoint(with_optimizers=False))
+
+    def save(self) -> None:
+        """Save the latest state, and a snapshot where one is due."""
+        if self.folder is not None:
+            self.folder.save_latest(self.checkpoint(with_optimizers=True))
+            if self.iteration % self.config.eval_interval == 0:
+                self.folder.save_snapshot(self.checkpoint(with_optimizers=False), self.kind, self.config.keep_snapshots)
+
+    def checkpoint(self, with_optimizers: bool) -> Checkpoint:
+        """Everything as it is now; without optimizers it serves sampling only, and holds the averaged weights alone."""
+        state, corpus = self.state, self.corpus
+        averaged = state.averaged.state_dict()
+        return Checkpoint(
+            kind=self.kind, model_config=model_config_to_dict(self.model_config),
+            config=dataclasses.asdict(self.config), vocabulary=corpus.vocabulary.to_meta(),
+            vocabulary_hash=corpus.vocabulary.hash, data_hash=corpus.data_hash, data_sizes=dict(corpus.sizes),
+            model=state.model.state_dict() if with_optimizers else averaged, iteration=self.iteration,
+            ema=averaged if with_optimizers else None,
+            optimizers=[one.state_dict() for one in state.optimizers] if with_optimizers else [],
+            scaler=state.scaler.state_dict() if with_optimizers and state.scaler.is_enabled() else None,
+            best_value=self.best_value, extra={'best_is_final': self.best_is_final, 'train_seconds': self.seconds,
+                                               'resumable': with_optimizers})
+
+    def resume(self, say: Callable[[str], None]) -> None:
+        """Take up the newest checkpoint of the run folder that verifies; the run goes on exactly as if never stopped."""
+        path = self.folder.latest(say) if self.folder is not None else None
+        if self.runtime.world_size > 1:
+            distributed.barrier()  # a damaged file has been put aside
+            path = path or latest_checkpoint(self.config.out_dir, say)
+        saved = load_checkpoint(path, self.runtime.device)
+        check_resume(saved, model_config_to_dict(self.model_config), self.corpus.vocabulary.hash,
+                     self.corpus.data_hash, force=self.config.force_resume)
+        state = self.state
+        load_weights(state.model, saved.model, path)
+        load_weights(state.averaged, saved.ema, path)
+        for optimizer, values in zip(state.optimizers, saved.optimizers, strict=True):
+            optimizer.load_state_dict(values)
+        if saved.scaler is not None:
+            state.scaler.load_state_dict(saved.scaler)
+        self.iteration, self.best_value = saved.iteration, saved.best_value
+        self.best_is_final, self.seconds = saved.extra['best_is_final'], saved.extra['train_seconds']
+        say(f'going on from {path} after iteration {self.iteration}')
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Finish the step, save, stop; a second interrupt stops at once."""
+        if self.asked_to_stop is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked_to_stop = signal.Signals(number)
+
+    def stop_wanted(self) -> bool:
+        """Whether any rank was asked to stop; all agree."""
+        return self.runtime.total_count(int(self.asked_to_stop is not None)) > 0
+
+    def draw_curve(self) -> None:
+        """The loss curve as a picture."""
+        path = Path(self.config.out_dir)
+        if not read_metrics(path / 'metrics.jsonl'):
+            return
+        config, borders = self.model_config, {}
+        if config.add_sampler_head:
+            borders['sampler head'] = config.start_sampler_iteration
+        if config.add_critic_head:
+            borders['critic'] = config.start_critic_iteration
+        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', stage_borders=borders)
+

@@ -1,0 +1,95 @@
+"""One training step: corrupt, forward, loss, backward, clip, update."""
+
+from contextlib import nullcontext
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from core.batches import BATCH_MAKERS, BatchPlan
+from core.objective import Losses, Objective
+from core.optimizer import make_optimizers, set_learning_rate
+from core.randomness import Purpose, RowRandom
+from core.runtime import Runtime
+from core.schedule import Stage, critic_alpha, stage_at
+from model import GPT
+
+
+class TrainingState:
+    """Everything that a step changes: model, averaged model, optimizers, and the stage that they are in."""
+
+    def __init__(self, model: GPT, allowed: Tensor, runtime: Runtime, plan: BatchPlan, kind: str, *, optimizer: str,
+                 learning_rate: float, weight_decay: float, betas: tuple[float, float], grad_clip: float,
+                 ema_decay: float) -> None:
+        self.model, self.runtime, self.plan, self.kind = model, runtime, plan, kind
+        self.grad_clip, self.ema_decay = grad_clip, ema_decay
+        self.objective = Objective(model, allowed)
+        if runtime.compile:
+            self.objective.compile_parts()
+        self.averaged = deepcopy(model).eval().requires_grad_(False)
+        self.optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, betas, runtime.matrix_dtype())
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype is torch.float16)
+        self.stage: Stage | None = None
+        self.parallel: nn.Module = self.objective
+
+    def enter(self, stage: Stage, trunk_frozen: bool) -> None:
+        """Let exactly the parameters that this stage trains have gradients; ranks then wait for no others."""
+        if (stage, trunk_frozen) == self.stage:
+            return
+        self.stage = stage, trunk_frozen
+        active = {'sampler_head': stage.sampler, 'critic_head': stage.critic}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(active.get(name.split('.')[0], not trunk_frozen))
+        if self.runtime.world_size > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.objective)
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the sampler head's gradients apart from all others, so that it moves nothing outside itself.
+
+        Returns the norm of the others before clipping.
+        """
+        head, others = [], []
+        for name, parameter in self.model.named_parameters():
+            (head if name.startswith('sampler_head.') else others).append(parameter)
+        limit = self.grad_clip or float('inf')
+        nn.utils.clip_grad_norm_(head, limit, foreach=True)
+        return nn.utils.clip_grad_norm_(others, limit, foreach=True)
+
+    def update_average(self, iteration: int) -> None:
+        """Exponential moving average of the weights; the decay grows to ema_decay so that early weights are forgotten."""
+        decay = min(self.ema_decay, (1 + iteration) / (10 + iteration))
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+
+
+def training_step(state: TrainingState, iteration: int, learning_rate: float) -> Losses:
+    """Step number `iteration`: moves the model, returns its losses over the global batch (on the device, detached)."""
+    runtime, plan, config = state.runtime, state.plan, state.model.config
+    stage = stage_at(config, iteration)
+    trunk_frozen = config.freeze_transformer and \
+        (config.unfreeze_at_iteration is None or iteration < config.unfreeze_at_iteration)
+    state.enter(stage, trunk_frozen)
+    multiplier = config.unfreeze_lr_multiplier if config.freeze_transformer else 1.0
+    set_learning_rate(state.optimizers, learning_rate, multiplier)
+
+    parts = []
+    batches = BATCH_MAKERS[state.kind](plan, iteration, runtime.total_count)
+    for micro_step, batch in enumerate(batches):
+        batch = batch.to(runtime.device)
+        generator = RowRandom(plan.seed, iteration, batch.rows)
+        torch.manual_seed(generator.derived_seed(Purpose.DROPOUT))  # the first row differs by micro-step and rank
+        last = micro_step == len(batches) - 1
+        with nullcontext() if last or runtime.world_size == 1 else state.parallel.no_sync():
+            with runtime.autocast():
+                losses = state.parallel(batch, stage, critic_alpha(config, iteration), generator)
+            state.scaler.scale(losses.total * runtime.world_size).backward()  # ranks average their gradients
+        parts.append(losses)
+
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
+    state.clip_gradients()
+    for optimizer in state.optimizers:
+        state.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    state.scaler.update()
+    state.update_average(iteration)
+    return Losses(*(None if one[0] is None else runtime.total(torch.stack(one).detach().sum()) for one in zip(*parts)))

@@ -1,0 +1,405 @@
+"""The model: a GPT trunk with optional critic and sampler heads, and nothing else.
+
+Corruption, losses and sampling live elsewhere; `forward` returns raw logits and hidden states and stores nothing.
+
+Letters: B batch, T sequence length, V vocabulary with the special ids, D = n_embd, H heads, C = sampler_context,
+N positions picked out of a batch.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ModelMode(str, Enum):
+    """What the last layer predicts."""
+
+    LANGUAGE_MODEL = 'language_model'      # a token per position
+    TOKEN_CLASSIFIER = 'token_classifier'  # a class per position: the binary remasking model
+    SEQUENCE_SCORER = 'sequence_scorer'    # one number per sequence, read at the CLS position: the judge
+
+
+@dataclass
+class GPTConfig:
+    """Everything that decides the architecture and the stages; all problems are reported in one `ValueError`."""
+
+    block_size: int = 256
+    vocab_size: int = 69  # base vocabulary and the four special ids
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.0
+    bias: bool = False
+    ignore_index: int = -100
+    attention_type: Literal['causal', 'bidirectional'] = 'bidirectional'
+    position_encoding: Literal['absolute', 'rotary'] = 'rotary'
+    mode: ModelMode = ModelMode.LANGUAGE_MODEL
+    num_token_classes: int = 2
+    cls_token_id: int | None = None
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    wrong_token_id: int | None = None
+    freeze_transformer: bool = False
+    init_from_checkpoint: str | None = None
+    unfreeze_at_iteration: int | None = None
+    unfreeze_lr_multiplier: float = 0.1
+    add_critic_head: bool = False
+    critic_alpha: float = 0.5
+    critic_target_scope: Literal['masked_only', 'masked_and_ignore'] = 'masked_only'
+    critic_gradient: Literal['trunk', 'head'] = 'trunk'
+    start_critic_iteration: int = 0
+    end_critic_iteration: int = 0
+    add_sampler_head: bool = False
+    start_sampler_iteration: int = 0
+    sampler_min_neighbors_ratio: float = 0.01
+    sampler_context: int = 1
+    sampler_output: Literal['own', 'shared_detached'] = 'own'
+    sampler_residual: bool = True  # the head's output is added to the trunk's detached logits
+
+    def __post_init__(self) -> None:
+        self.mode = ModelMode(self.mode)
+        problems = [*self._shape_problems(), *self._head_problems()]
+        if problems:
+            raise ValueError('\n'.join(problems))
+
+    def _shape_problems(self) -> list[str]:
+        problems = [f'{name} is {getattr(self, name)}, but must be at least 1'
+                    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if getattr(self, name) < 1]
+        if not problems and self.n_embd % self.n_head:
+            problems.append(f'n_embd is {self.n_embd}, but must be a multiple of n_head ({self.n_head})')
+        elif not problems and self.position_encoding == 'rotary' and self.n_embd // self.n_head % 2:
+            problems.append(f'rotary positions need an even head size, but n_embd / n_head is '
+                            f'{self.n_embd // self.n_head}; change one of them or take position_encoding=absolute')
+        if not 0 <= self.dropout < 1:
+            problems.append(f'dropout is {self.dropout}, but must lie in [0, 1)')
+        for name, choices in (('attention_type', ('causal', 'bidirectional')),
+                              ('position_encoding', ('absolute', 'rotary')),
+                              ('critic_target_scope', ('masked_only', 'masked_and_ignore')),
+                              ('critic_gradient', ('trunk', 'head')), ('sampler_output', ('own', 'shared_detached'))):
+            if getattr(self, name) not in choices:
+                problems.append(f'{name} is {getattr(self, name)!r}, but must be one of {", ".join(choices)}')
+        for name in ('cls_token_id', 'mask_token_id', 'pad_token_id', 'wrong_token_id'):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                problems.append(f'{name} is {token}, but the vocabulary has ids 0 to {self.vocab_size - 1}')
+        if self.mode is ModelMode.TOKEN_CLASSIFIER and self.num_token_classes < 2:
+            problems.append(f'num_token_classes is {self.num_token_classes}, but a classifier needs at least 2')
+        if self.mode is ModelMode.SEQUENCE_SCORER and self.cls_token_id is None:
+            problems.append('A sequence scorer requires cls_token_id to be configured')
+        if self.mode is not ModelMode.LANGUAGE_MODEL and self.attention_type != 'bidirectional':
+            problems.append(f'mode {self.mode.value} requires bidirectional attention')
+        return problems
+
+    def _head_problems(self) -> list[str]:
+        problems = []
+        if self.add_sampler_head:
+            if self.mode is not ModelMode.LANGUAGE_MODEL:
+                problems.append('Sampler head only supported for LANGUAGE_MODEL mode')
+            if self.attention_type != 'bidirectional':
+                problems.append('Sampler head requires bidirectional attention')
+            if self.mask_token_id is None:
+                problems.append('Sampler head requires mask_token_id to be configured')
+            if not 0 < self.sampler_min_neighbors_ratio <= 0.5:
+                problems.append(f'sampler_min_neighbors_ratio is {self.sampler_min_neighbors_ratio}, but must lie in '
+                                f'(0, 0.5]: bootstrapped positions are never adjacent')
+            if not 1 <= self.sampler_context < self.block_size:
+                problems.append(f'sampler_context is {self.sampler_context}, but must lie between 1 and '
+                                f'block_size - 1 ({self.block_size - 1})')
+        if self.add_critic_head:
+            if self.mode is not ModelMode.LANGUAGE_MODEL:
+                problems.append('Critic head only supported for LANGUAGE_MODEL mode')
+            if self.attention_type != 'bidirectional':
+                problems.append('Critic head requires bidirectional attention')
+            if self.mask_token_id is None:
+                problems.append('Critic head requires mask_token_id to be configured')
+            if self.critic_alpha < 0:
+                problems.append(f'critic_alpha is {self.critic_alpha}, but must not be negative')
+        return problems
+
+
+class GPTOutput(NamedTuple):
+    """logits: [B, T, V] of a language model, [B, T, classes] of a classifier, [B] of a scorer (before the sigmoid).
+    hidden_states: [B, T, D] after the final norm."""
+
+    logits: Tensor
+    hidden_states: Tensor
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the tokens read so far by a causal model, one [B, H, block_size, D / H] tensor a layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = field(default=0)
+
+
+class Norm(nn.Module):
+    """Root mean square normalisation (Zhang & Sennrich 2019) with a gain per channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.size(-1),), self.weight, eps=1e-6)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021) on queries or keys x [B, T, H, D / H]; cosine and sine are [T, 1, D / 2H]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, causal or bidirectional; queries and keys are normalised (Henry et al. 2020)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.causal = config.attention_type == 'causal'
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.query_norm = Norm(config.n_embd // config.n_head)
+        self.key_norm = Norm(config.n_embd // config.n_head)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
+                cache: KeyValueCache | None, layer: int) -> Tensor:
+        B, T, D = x.shape
+        query, key, value = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).unbind(2)  # [B, T, H, D/H]
+        query, key = self.query_norm(query), self.key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H, T, D/H]
+        causal = self.causal
+        if cache is not None:
+            cache.keys[layer][:, :, cache.length:cache.length + T] = key
+            cache.values[layer][:, :, cache.length:cache.length + T] = value
+            key = cache.keys[layer][:, :, :cache.length + T]
+            value = cache.values[layer][:, :, :cache.length + T]
+            causal = causal and T > 1  # one new query may read everything before it
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask,
+                                           dropout_p=self.dropout if self.training else 0.0,
+                                           is_causal=causal and attention_mask is None)  # [B, H, T, D/H]
+        x = self.c_proj(x.transpose(1, 2).reshape(B, T, D))  # [B, T, D]
+        return F.dropout(x, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two matrices with a squared ReLU between (So et al. 2021)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.relu(self.c_fc(x)).square())
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = Norm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = Norm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
+                cache: KeyValueCache | None, layer: int) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, attention_mask, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class SamplerHead(nn.Module):
+    """Predicts a masked token from its hidden state and the tokens beside it (docs/sampler.md).
+
+    Input slots, each D wide: neighbours left_C .. left_1, the hidden state, neighbours right_1 .. right_C; a neighbour
+    that is missing (sequence boundary, or still masked) is a zero vector. The first matrix acts on each slot alone, so
+    its product with every token's embedding can be kept in a table: `neighbour_tables`, `hidden_projection` and
+    `from_projection` together give what `forward` gives, up to rounding.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        width, self.context = config.n_embd, config.sampler_context
+        self.residual = config.sampler_residual
+        self.input = nn.Linear((2 * self.context + 1) * width, width)
+        self.norm_1 = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, width)
+        self.norm_2 = nn.LayerNorm(width)
+        self.output_head = nn.Linear(width, config.vocab_size, bias=False) if config.sampler_output == 'own' else None
+
+    def forward(self, sampler_input: Tensor, trunk_logits: Tensor, output_weight: Tensor) -> Tensor:
+        """Logits [..., V] from sampler_input [..., (2C + 1) D].
+
+        trunk_logits [..., V] are added when the head is residual; output_weight [V, D] is the trunk's `lm_head`, read
+        when sampler_output is 'shared_detached'. Both are detached here: no gradient leaves the head.
+        """
+        return self.from_projection(self.input(sampler_input), trunk_logits, output_weight)
+
+    def from_projection(self, projection: Tensor, trunk_logits: Tensor, output_weight: Tensor) -> Tensor:
+        """Logits [..., V] from the first matrix's product, projection [..., D]; the rest as in `forward`."""
+        x = self.norm_1(F.silu(projection))
+        x = self.norm_2(F.silu(self.hidden(x)))
+        logits = F.linear(x, output_weight.detach()) if self.output_head is None else self.output_head(x)
+        return logits + trunk_logits.detach() if self.residual else logits
+
+    def hidden_projection(self, hidden_states: Tensor) -> Tensor:
+        """The hidden state's part of the first matrix's product, bias included: [..., D] to [..., D]."""
+        width = hidden_states.size(-1)
+        return F.linear(hidden_states, self.input.weight[:, self.context * width:(self.context + 1) * width],
+                        self.input.bias)
+
+    def neighbour_tables(self, embedding: Tensor) -> Tensor:
+        """Each token's part of the first matrix's product per neighbour slot: embedding [V, D] to [2C, V, D]."""
+        slots = self.input.weight.view(self.input.out_features, 2 * self.context + 1, -1)  # [D, 2C + 1, D]
+        neighbours = torch.cat((slots[:, :self.context], slots[:, self.context + 1:]), dim=1)  # [D, 2C, D]
+        return torch.einsum('vd,esd->sve', embedding, neighbours)
+
+
+class GPT(nn.Module):
+    """The trunk, what its mode predicts, and the optional heads. `seed` decides the initial weights.
+
+    Heads draw their initial weights from generators of their own, so a trunk is the same with and without them.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
+        if config.position_encoding == 'absolute':
+            self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer['ln_f'] = Norm(config.n_embd)
+        self.lm_head = self.classifier = self.scorer = self.sampler_head = self.critic_head = None
+        if config.mode is ModelMode.LANGUAGE_MODEL:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head.weight = self.transformer['wte'].weight  # tied
+        elif config.mode is ModelMode.TOKEN_CLASSIFIER:
+            self.classifier = nn.Linear(config.n_embd, config.num_token_classes)
+        else:
+            self.scorer = nn.Linear(config.n_embd, 1)
+        if config.add_sampler_head:
+            self.sampler_head = SamplerHead(config)
+        if config.add_critic_head:
+            self.critic_head = nn.Linear(config.n_embd, 1)
+        self._initialise(seed)
+        if config.position_encoding == 'rotary':
+            cosine, sine = rotary_tables(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer('rotary_cosine', cosine, persistent=False)
+            self.register_buffer('rotary_sine', sine, persistent=False)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Normal with deviation 0.02 as in GPT-2, zero for what writes into the residual stream and for the critic."""
+        generators = {name: torch.Generator().manual_seed(seed + offset)
+                      for offset, name in enumerate(('trunk', 'sampler_head', 'critic_head', 'classifier', 'scorer'))}
+        for name, module in self.named_modules():
+            generator = generators.get(name.split('.')[0], generators['trunk'])
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                deviation = 0.02 if name.startswith(('transformer.wte', 'transformer.wpe', 'lm_head')) else \
+                    1 / math.sqrt(3 * module.weight.size(1))
+                nn.init.normal_(module.weight, std=deviation, generator=generator)
+                if name.endswith('c_proj') or name == 'critic_head':
+                    nn.init.zeros_(module.weight)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.sampler_head is not None and self.sampler_head.residual and self.sampler_head.output_head is not None:
+            nn.init.zeros_(self.sampler_head.output_head.weight)  # starts as the trunk's own prediction
+
+    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None,
+               cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states [B, T, D] after the final norm, of tokens [B, T]: one trunk call.
+
+        attention_mask: bool [B, T], True where a token may be attended to (False for padding).
+        cache: of a causal model; tokens are then those that follow what was read, and the cache grows by T.
+        """
+        T = tokens.size(1)
+        start = 0 if cache is None else cache.length
+        assert start + T <= self.config.block_size, f'{start + T} tokens in a block of {self.config.block_size}'
+        x = self.transformer['wte'](tokens)  # [B, T, D]
+        rotary = None
+        if self.config.position_encoding == 'absolute':
+            x = x + self.transformer['wpe'].weight[start:start + T]
+        else:
+            rotary = self.rotary_cosine[start:start + T], self.rotary_sine[start:start + T]
+        x = F.rms_norm(x, (x.size(-1),), eps=1e-6)
+        x = F.dropout(x, self.config.dropout, self.training)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, T]
+            if self.config.attention_type == 'causal':
+                attention_mask = attention_mask & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+        for layer, block in enumerate(self.transformer['h']):
+            x = block(x, rotary, attention_mask, cache, layer)
+        if cache is not None:
+            cache.length += T
+        return self.transformer['ln_f'](x)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> GPTOutput:
+        """Raw logits and hidden states of tokens [B, T]; `GPTOutput` gives the shapes for each mode."""
+        hidden_states = self.encode(tokens, attention_mask)
+        if self.config.mode is ModelMode.LANGUAGE_MODEL:
+            logits = self.lm_head(hidden_states)  # [B, T, V]
+        elif self.config.mode is ModelMode.TOKEN_CLASSIFIER:
+            logits = self.classifier(hidden_states)  # [B, T, classes]
+        else:
+            logits = self.scorer(hidden_states[:, 0]).squeeze(-1)  # [B]
+        return GPTOutput(logits, hidden_states)
+
+    def neighbour_embedding(self) -> Tensor:
+        """[V, D]: the token embeddings as the trunk reads them (normalised), detached; the sampler head's neighbours."""
+        weight = self.transformer['wte'].weight.detach()
+        return F.rms_norm(weight, (weight.size(-1),), eps=1e-6)
+
+    def critic_logits(self, hidden_states: Tensor) -> Tensor:
+        """Wrongness logits [...] from hidden states [..., D] of tokens without masks."""
+        if self.config.critic_gradient == 'head':
+            hidden_states = hidden_states.detach()
+        return self.critic_head(hidden_states).squeeze(-1)
+
+    def critic_scores(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Probability [B, T] that each of `tokens` [B, T] is wrong: one network call."""
+        return torch.sigmoid(self.critic_logits(self.encode(tokens, attention_mask)).float())
+
+    def sequence_scores(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """A scorer's evaluation [B] in 0..1 of tokens [B, T] that begin with the CLS token; 0 stands for real text."""
+        return torch.sigmoid(self.forward(tokens, attention_mask).logits.float())
+
+    def new_cache(self, batch: int) -> KeyValueCache:
+        """An empty cache for `batch` rows of a causal model, in the weights' device and dtype."""
+        config, weight = self.config, self.transformer['wte'].weight
+        shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) \
+            else weight.dtype
+        layers = range(config.n_layer)
+        return KeyValueCache([torch.zeros(shape, dtype=dtype, device=weight.device) for _ in layers],
+                             [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in layers])
+
+    def parameter_count(self) -> int:
+        """Number of weights; the tied embedding counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def operations_per_token(self) -> int:
+        """Floating-point operations of one trunk call per token (two per multiply-add), logits included, heads not."""
+        config = self.config
+        matrices = config.n_layer * 12 * config.n_embd ** 2 + config.n_embd * config.vocab_size
+        attention = config.n_layer * 2 * config.block_size * config.n_embd
+        return 2 * (matrices + attention)
+
+
+def rotary_tables(length: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [length, 1, width / 2] of position times frequency, base 10,000 (Su et al. 2021)."""
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float()[:, None], angle.sin().float()[:, None]

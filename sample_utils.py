@@ -1,0 +1,514 @@
+"""Sampling utilities: pure functions that return new tensors and take their random numbers from a `RowRandom`.
+
+Exact draws from a masked diffusion language model, the sampler head's wavefront fill, remasking, the critic's filled-in
+text and self-confidence. The loop that calls the network again and again is core/generation.py.
+
+Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, C = sampler_context,
+N positions picked out of a batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.errors import UserError
+from core.randomness import Purpose, RowRandom
+from model import GPT
+
+Order = Literal['wave', 'left_to_right']
+_CHUNK = 1 << 24  # most logits held at once by independent draws
+
+
+# Drawing one token per position -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class DrawRule:
+    """How tokens are drawn from logits.
+
+    allowed: bool [V], False for ids that never come out. temperature 0 takes the most probable token. top_k None and
+    top_p 1 leave the distribution whole. repetition_penalty: see `penalise_repetition`; 1 is off.
+    """
+
+    allowed: Tensor
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+class Draws(NamedTuple):
+    """tokens int64 [...]; log_probabilities float64 [...] under the distribution they were drawn from; confidence
+    float64 [...], the log-probability under the model itself (temperature 1, nothing cut), one scale for all draws."""
+
+    tokens: Tensor
+    log_probabilities: Tensor
+    confidence: Tensor
+
+
+def allowed_ids(vocab_size: int, base_size: int, device: torch.device | str = 'cpu') -> Tensor:
+    """bool [V]: the base vocabulary is allowed, the special ids behind it are not."""
+    return torch.arange(vocab_size, device=device) < base_size
+
+
+def allowed_log_probabilities(logits: Tensor, allowed: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                              top_p: float = 1.0) -> Tensor:
+    """Normalised log-probabilities, float64 [..., V], of logits [..., V]; minus infinity for ids that cannot come out.
+
+    First the temperature, then top_k, then top_p (each renormalised). Temperature 0 gives the most probable id all
+    the weight. Logits that are not a number stay so, hence a broken network shows in the log-probabilities of draws.
+    """
+    log_probabilities = logits.double().masked_fill(~allowed, -math.inf)  # [..., V]
+    if temperature == 0:
+        highest, token = log_probabilities.max(-1, keepdim=True)  # [..., 1]
+        return torch.full_like(log_probabilities, -math.inf).scatter(-1, token, highest - highest)
+    if temperature != 1:
+        log_probabilities = log_probabilities / temperature
+    log_probabilities = F.log_softmax(log_probabilities, dim=-1)
+    if top_k is not None and top_k < logits.size(-1):
+        order = log_probabilities.argsort(dim=-1, descending=True, stable=True)
+        log_probabilities = F.log_softmax(log_probabilities.scatter(-1, order[..., top_k:], -math.inf), dim=-1)
+    return nucleus(log_probabilities, top_p) if top_p < 1 else log_probabilities
+
+
+def nucleus(log_probabilities: Tensor, top_p: float) -> Tensor:
+    """Log-probabilities [..., V] cut to the smallest set of ids that holds at least `top_p` (Holtzman et al. 2020)."""
+    ordered, order = log_probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # weight of all more probable ids
+    outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    outside = outside.scatter(-1, order[..., :1], False)  # the most probable id stays
+    return F.log_softmax(log_probabilities.masked_fill(outside, -math.inf), dim=-1)
+
+
+def draw_tokens(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """int64 [...]: exact draws by inverse distribution function, one number of `uniform` [...] in (0, 1) per draw.
+
+    The first id whose cumulative probability exceeds uniform times the total; an id of probability zero never comes
+    out, whatever the rounding. No Gumbel noise, so no lowered temperature by rounding (Zheng et al. 2024).
+    """
+    probabilities = log_probabilities.detach().exp()  # [..., V]
+    cumulative = probabilities.cumsum(-1)
+    reached = (cumulative > uniform[..., None] * cumulative[..., -1:]) & (probabilities > 0)
+    return reached.byte().argmax(-1)
+
+
+def nucleus_sample(logits: Tensor, uniform: Tensor, allowed: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
+    """int64 [...]: tokens drawn from the nucleus `top_p` of logits [..., V]."""
+    return draw_tokens(allowed_log_probabilities(logits, allowed, temperature, top_p=top_p), uniform)
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [N, V] of ids in `seen` bool [N, V] divided by `penalty` where positive, multiplied where negative
+    (Keskar et al. 2019, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def revealed_ids(tokens: Tensor, vocab_size: int, mask_token_id: int | None) -> Tensor:
+    """bool [B, V]: which ids stand revealed in each row of tokens [B, T]."""
+    seen = torch.zeros(tokens.size(0), vocab_size, dtype=torch.bool, device=tokens.device).scatter(1, tokens, True)
+    if mask_token_id is not None:
+        seen[:, mask_token_id] = False
+    return seen
+
+
+def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = None) -> Draws:
+    """`Draws` of logits [N, V] under `rule` with uniform [N]; seen [N, V] is read when repetition is penalised."""
+    model_log_probabilities = allowed_log_probabilities(logits, rule.allowed)  # [N, V]
+    if rule.repetition_penalty != 1:
+        logits = penalise_repetition(logits, seen, rule.repetition_penalty)
+        log_probabilities = allowed_log_probabilities(logits, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
+    elif rule.temperature != 1 or rule.top_k is not None or rule.top_p < 1:
+        log_probabilities = allowed_log_probabilities(
+            model_log_probabilities, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
+    else:
+        log_probabilities = model_log_probabilities
+    tokens = draw_tokens(log_probabilities, uniform)  # [N]
+    return Draws(tokens, log_probabilities.gather(-1, tokens[..., None]).squeeze(-1),
+                 model_log_probabilities.detach().gather(-1, tokens[..., None]).squeeze(-1))
+
+
+# What the sampler head reads ----------------------------------------------------------------------------------------
+
+def neighbour_tokens(tokens: Tensor, flat_positions: Tensor, context: int, mask_token_id: int) -> Tensor:
+    """int64 [N, 2C]: the tokens left_C .. left_1, right_1 .. right_C of positions [N], indices into flat tokens [B T].
+
+    A neighbour beyond the sequence's boundary or still masked is -1.
+    """
+    T = tokens.size(1)
+    shown = F.pad(tokens.masked_fill(tokens == mask_token_id, -1), (context, context), value=-1)  # [B, T + 2C]
+    padded_positions = flat_positions + 2 * context * (flat_positions // T) + context  # [N]
+    return shown.flatten()[padded_positions[:, None] + _neighbour_offsets(context, tokens.device)]
+
+
+def _neighbour_offsets(context: int, device: torch.device) -> Tensor:
+    """int64 [2C]: -C .. -1, 1 .. C."""
+    steps = torch.arange(1, context + 1, device=device)
+    return torch.cat((-steps.flip(0), steps))
+
+
+def prepare_sampler_inputs(hidden: Tensor, neighbour_tokens: Tensor, embedding_weight: Tensor) -> Tensor:
+    """[N, (2C + 1) D]: the sampler head's input, detached, of hidden [N, D] and neighbour_tokens int64 [N, 2C].
+
+    A neighbour of -1 is a zero vector; the others are rows of embedding_weight [V, D]. Slots stand in the order left_C
+    .. left_1, hidden state, right_1 .. right_C.
+    """
+    context = neighbour_tokens.size(1) // 2
+    embedded = embedding_weight.detach()[neighbour_tokens.clamp(min=0)].to(hidden.dtype)  # [N, 2C, D]
+    embedded = embedded * (neighbour_tokens >= 0)[..., None]
+    slots = (embedded[:, :context], hidden.detach()[:, None], embedded[:, context:])
+    return torch.cat(slots, dim=1).flatten(1)  # [N, (2C + 1) D]
+
+
+# The wavefront fill -------------------------------------------------------------------------------------------------
+
+class WaveStatistics(NamedTuple):
+    """tokens_per_wave: how many tokens of the batch each wave filled; bootstrapped: how many came from `lm_head`."""
+
+    waves: int
+    bootstrapped: int
+    tokens_per_wave: tuple[int, ...]
+
+
+class Fill(NamedTuple):
+    """tokens int64 [B, T] with the asked positions filled; log_probabilities and confidence float64 [B, T] of the
+    tokens just drawn (see `Draws`), 0 elsewhere; drawn bool [B, T]; statistics of the waves, None without them."""
+
+    tokens: Tensor
+    log_probabilities: Tensor
+    confidence: Tensor
+    drawn: Tensor
+    statistics: WaveStatistics | None
+
+
+def _distance_to_last(flags: Tensor, missing: int) -> Tensor:
+    """int64 [B, T]: steps back to the last True of flags [B, T]; `missing` or more where there is none on the left."""
+    position = torch.arange(flags.size(1), device=flags.device)
+    return position - torch.where(flags, position, -missing).cummax(1).values
+
+
+def _distance_to_next(flags: Tensor, missing: int) -> Tensor:
+    """int64 [B, T]: steps ahead to the next True of flags [B, T]; `missing` or more where there is none."""
+    return _distance_to_last(flags.flip(1), missing).flip(1)
+
+
+def wave_schedule(masked: Tensor, order: Order = 'wave') -> Tensor:
+    """int64 [B, T]: the wave that fills each position of masked bool [B, T], from 1 on; 0 where nothing is masked.
+
+    'wave': the distance to the nearest revealed token; where two fronts meet at two adjacent positions of equal
+    distance, the right one waits one wave. 'left_to_right': the distance from the last revealed token on the left; a
+    gap at the row's start has none and is filled from its right end towards the left, so that every position still has
+    a filled neighbour. Either way no two adjacent positions share a wave. Every row needs a revealed token.
+    """
+    T = masked.size(1)
+    left = _distance_to_last(~masked, missing=2 * T)  # [B, T]
+    right = _distance_to_next(~masked, missing=2 * T)  # [B, T]
+    if order == 'wave':
+        return torch.minimum(left, right + (right == left - 1)) * masked
+    return torch.where(left < 2 * T, left, right) * masked
+
+
+def group_schedule(positions: Tensor, order: Order = 'wave') -> Tensor:
+    """int64 [B, T]: the stage that fills each position of a group, positions bool [B, T]; 0 outside the group.
+
+    In each run of adjacent positions one, its middle ('wave') or its left end ('left_to_right'), comes in stage 1 and
+    the others follow by their distance from it. No two adjacent positions share a stage.
+    """
+    T = positions.size(1)
+    position = torch.arange(T, device=positions.device)
+    start = position - _distance_to_last(~positions, missing=1) + 1  # [B, T], first position of the run
+    end = position + _distance_to_next(~positions, missing=1) - 1
+    first = (start + end) // 2 if order == 'wave' else start
+    return ((position - first).abs() + 1) * positions
+
+
+def _bootstrap_fill_by_confidence(confidence: Tensor, key: Tensor, count: int, tolerance: float) -> Tensor:
+    """bool [B, T]: `count` (at most (T + 1) // 2) positions of each row, by highest confidence, never adjacent.
+
+    confidence float [B, T]: the highest allowed log-probability of each position. Values within `tolerance` of the
+    highest count as equal (rounding must not decide: with rotary positions all hidden states of a fully masked row are
+    equal) and the highest key [B, T] wins. A choice that would leave too little room for the rest is passed over.
+    """
+    T = confidence.size(1)
+    free = torch.ones_like(confidence, dtype=torch.bool)
+    chosen = torch.zeros_like(free)
+    for remaining in range(count - 1, -1, -1):
+        left = _distance_to_last(~free, missing=1) - 1  # [B, T], free positions on the left in the same run
+        right = _distance_to_next(~free, missing=1) - 1
+        room = (free & (left % 2 == 0)).sum(1, keepdim=True)  # most positions that still fit, none adjacent
+        lost = (left + right + 2) // 2 - left // 2 - right // 2  # how much of it a choice takes
+        score = confidence.masked_fill(~(free & (room - lost >= remaining)), -math.inf)
+        best = score >= score.amax(1, keepdim=True) - tolerance
+        pick = torch.where(best, key, -1.0).argmax(1, keepdim=True)  # [B, 1]
+        chosen = chosen.scatter(1, pick, True)
+        free = free & (torch.arange(T, device=free.device) - pick).abs().gt(1)
+    return chosen
+
+
+def _tie_tolerance(hidden_states: Tensor) -> float:
+    """Log-probabilities closer than this are taken as equal: the square root of the computing type's precision."""
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+    return math.sqrt(torch.finfo(dtype).eps)
+
+
+def _bootstrap_rows(model: GPT, hidden_states: Tensor, rows: Tensor, rule: DrawRule, key: Tensor) -> Tensor:
+    """bool [B, T]: the bootstrap positions of `rows` int64 [R], which hold no revealed token."""
+    B, T, _ = hidden_states.shape
+    seeds = torch.zeros(B, T, dtype=torch.bool, device=hidden_states.device)
+    step = max(1, _CHUNK // (T * rule.allowed.numel()))
+    count = max(1, math.floor(model.config.sampler_min_neighbors_ratio * T))
+    for chunk in rows.split(step):
+        logits = model.lm_head(hidden_states[chunk])  # [R, T, V]
+        confidence = allowed_log_probabilities(logits, rule.allowed).amax(-1)  # [R, T]
+        seeds[chunk] = _bootstrap_fill_by_confidence(confidence, key[chunk], count, _tie_tolerance(hidden_states))
+    return seeds
+
+
+@torch.no_grad()
+def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: Tensor, rule: DrawRule, key: Tensor,
+                 order: Order) -> Tensor:
+    """int64 [B, T]: 0 stays, 1 is drawn from `lm_head`, 2 and above by the head in that order.
+
+    A row that is to be filled completely runs in waves from its revealed tokens, or from bootstrapped ones. In a row
+    of which only a group is filled, the hidden states know every revealed token already, so the head serves only where
+    a neighbour was filled since.
+    """
+    empty = masked.all(1) & positions.all(1)  # [B]
+    seeds = _bootstrap_rows(model, hidden_states, empty.nonzero().squeeze(1), rule, key)  # [B, T]
+    remaining = masked & ~seeds
+    waves = wave_schedule(remaining, order)
+    whole = torch.where(seeds, 1, torch.where(remaining, waves + 1, 0))
+    complete = (positions == masked).all(1, keepdim=True)  # [B, 1]
+    return torch.where(complete, whole, group_schedule(positions, order))
+
+
+def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
+                           positions: Tensor | None = None, order: Order = 'wave',
+                           purpose: Purpose = Purpose.TOKEN) -> Fill:
+    """Fill masked positions wave by wave through the sampler head, from one trunk call (docs/sampler.md).
+
+    tokens int64 [B, T]; hidden_states [B, T, D] of these tokens; positions bool [B, T] limits the fill to a group
+    (None: every masked position). Each token is drawn given the hidden state and the neighbours revealed so far;
+    neighbours missing or masked contribute nothing. With gradients enabled the log-probabilities keep the graph of the
+    head, and of the trunk where a token came from `lm_head`. The host reads the waves' sizes once for the whole fill.
+    """
+    head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, hidden_states.shape
+    context, V = head.context, model.config.vocab_size
+    masked = tokens == mask_token_id
+    positions = masked if positions is None else positions & masked
+    stage = _fill_stages(model, masked, positions, hidden_states, rule, generator.uniform(Purpose.BOOTSTRAP, T),
+                         order).flatten()  # [B T]
+    counts = torch.zeros(T + 3, dtype=torch.int64, device=tokens.device).scatter_add(
+        0, stage, torch.ones_like(stage)).tolist()
+    picked = stage.argsort(stable=True)[counts[0]:]  # [N], in the order of filling
+    sizes = [size for size in counts[1:] if size]
+
+    tables = head.neighbour_tables(model.neighbour_embedding())  # [2C, V, D]
+    tables = tables.index_fill(1, torch.tensor([mask_token_id], device=tokens.device), 0.0).flatten(0, 1)  # [2C V, D]
+    slot = torch.arange(2 * context, device=tokens.device) * V  # [2C]
+    padded = F.pad(tokens, (context, context), value=mask_token_id).flatten()  # [B (T + 2C)], a mask is no neighbour
+    padded_positions = picked + 2 * context * (picked // T) + context  # [N]
+    neighbours = padded_positions[:, None] + _neighbour_offsets(context, tokens.device)  # [N, 2C]
+    hidden = hidden_states.reshape(B * T, D)[picked]  # [N, D]
+    projection = head.hidden_projection(hidden.detach())  # [N, D]
+    seen = revealed_ids(tokens, V, mask_token_id) if rule.repetition_penalty != 1 else None
+    parts = zip(*(part.split(sizes) for part in (
+        generator.uniform(purpose, T).flatten()[picked], picked // T, padded_positions, neighbours, hidden,
+        projection)))
+    draws = []
+    for wave, (uniform, row, position, neighbour, state, projected) in enumerate(parts):
+        logits = model.lm_head(state)  # [n, V]
+        if wave > 0 or counts[1] == 0:
+            beside = F.embedding_bag(padded[neighbour] + slot, tables, mode='sum')  # [n, D]
+            logits = head.from_projection(projected + beside, logits, model.lm_head.weight)
+        drawn = draw(logits, rule, uniform, None if seen is None else seen[row])
+        padded[position] = drawn.tokens
+        if seen is not None:
+            seen[row, drawn.tokens] = True
+        draws.append(drawn)
+    waves = tuple(counts[2:counts.index(0, 2)]) if 0 in counts[2:] else tuple(counts[2:])
+    return _scatter_draws(tokens, picked, draws, positions, WaveStatistics(len(waves), counts[1], waves))
+
+
+def _scatter_draws(tokens: Tensor, picked: Tensor, draws: Sequence[Draws], drawn: Tensor,
+                   statistics: WaveStatistics | None) -> Fill:
+    """`Fill` with draws put back to the flat positions `picked` of tokens [B, T]."""
+    if not draws:
+        zeros = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+        return Fill(tokens.clone(), zeros, zeros.clone(), drawn, statistics)
+    values = Draws(*(torch.cat(parts) for parts in zip(*draws)))
+    zeros = torch.zeros(tokens.numel(), dtype=torch.float64, device=tokens.device)
+    return Fill(tokens.flatten().index_put((picked,), values.tokens).view_as(tokens),
+                zeros.index_put((picked,), values.log_probabilities).view_as(tokens),
+                zeros.index_put((picked,), values.confidence).view_as(tokens), drawn, statistics)
+
+
+def independent_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
+                     positions: Tensor | None = None, purpose: Purpose = Purpose.TOKEN) -> Fill:
+    """Draw every masked position, or those in positions bool [B, T], from `lm_head` alone, each without the others.
+
+    `positions` may name visible positions too: they are redrawn. Logits are computed for these positions only.
+    """
+    B, T, D = hidden_states.shape
+    positions = tokens == model.config.mask_token_id if positions is None else positions
+    picked = positions.flatten().nonzero().squeeze(1)  # [N]
+    uniform = generator.uniform(purpose, T).flatten()
+    seen = revealed_ids(tokens, model.config.vocab_size, model.config.mask_token_id) \
+        if rule.repetition_penalty != 1 else None
+    hidden, draws = hidden_states.reshape(B * T, D), []
+    for chunk in picked.split(max(1, _CHUNK // rule.allowed.numel())) if len(picked) else ():
+        logits = model.lm_head(hidden[chunk])  # [n, V]
+        draws.append(draw(logits, rule, uniform[chunk], None if seen is None else seen[chunk // T]))
+    return _scatter_draws(tokens, picked, draws, positions, None)
+
+
+def fill_positions(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
+                   use_sampler_head: bool, positions: Tensor | None = None, order: Order = 'wave',
+                   purpose: Purpose = Purpose.TOKEN) -> Fill:
+    """Fill masked positions from one trunk call's hidden states: by the wavefront, or independently."""
+    if use_sampler_head:
+        return sampler_wavefront_fill(model, tokens, hidden_states, rule, generator, positions=positions, order=order,
+                                      purpose=purpose)
+    return independent_fill(model, tokens, hidden_states, rule, generator, positions=positions, purpose=purpose)
+
+
+def predict_and_sample_tokens(model: GPT, tokens: Tensor, rule: DrawRule, generator: RowRandom, *,
+                              use_sampler_head: bool, positions: Tensor | None = None, order: Order = 'wave',
+                              no_grad: bool = True) -> Fill:
+    """One trunk call on tokens int64 [B, T], then a `Fill` of its masked positions.
+
+    no_grad=False keeps the graph of the drawn tokens' log-probabilities, as policy gradients (GRPO) need.
+    """
+    with torch.set_grad_enabled(not no_grad):
+        hidden_states = model.encode(tokens)  # [B, T, D]
+        return fill_positions(model, tokens, hidden_states, rule, generator, use_sampler_head=use_sampler_head,
+                              positions=positions, order=order)
+
+
+# The critic's filled-in text ----------------------------------------------------------------------------------------
+
+class CriticArtifacts(NamedTuple):
+    """tokens int64 [B, T] without masks; labels float32 [B, T], 1 where a token differs from the truth; labelled bool
+    [B, T], the positions that carry a label."""
+
+    tokens: Tensor
+    labels: Tensor
+    labelled: Tensor
+
+
+@torch.no_grad()
+def build_critic_artifacts_from_logits(model: GPT, tokens: Tensor, targets: Tensor, hidden_states: Tensor,
+                                       rule: DrawRule, generator: RowRandom, *,
+                                       use_sampler_head: bool) -> CriticArtifacts:
+    """Text and labels that train the critic (Lezama et al. 2022), from the trunk call that the main loss made.
+
+    tokens int64 [B, T] with masks, targets int64 [B, T] the true tokens or ignore_index where the truth is unknown,
+    hidden_states [B, T, D] of tokens. The masks are filled as inference fills them, under `rule`. critic_target_scope
+    'masked_only' labels the filled positions, 'masked_and_ignore' also the visible ones. Padding and unknown truth
+    never carry a label.
+    """
+    config = model.config
+    fill = fill_positions(model, tokens, hidden_states, rule, generator, use_sampler_head=use_sampler_head,
+                          purpose=Purpose.CRITIC_FILL)
+    labelled = targets != config.ignore_index
+    if config.pad_token_id is not None:
+        labelled = labelled & (targets != config.pad_token_id) & (tokens != config.pad_token_id)
+    if config.critic_target_scope == 'masked_only':
+        labelled = labelled & fill.drawn
+    return CriticArtifacts(fill.tokens, ((fill.tokens != targets) & labelled).float(), labelled)
+
+
+# Remasking ----------------------------------------------------------------------------------------------------------
+
+def linear_remasking_schedule(count: int, start: float, end: float) -> list[float]:
+    """`count` levels in equal steps, the first `start`, the last `end`."""
+    return [start + (end - start) * index / max(1, count - 1) for index in range(count)]
+
+
+def cosine_remasking_schedule(count: int, start: float, end: float) -> list[float]:
+    """`count` levels on a quarter of a cosine: slow at `start`, fast towards `end` (Chang et al. 2022)."""
+    return [end + (start - end) * math.cos(math.pi / 2 * index / max(1, count - 1)) if index < max(1, count - 1) or
+            count == 1 else end for index in range(count)]
+
+
+def apply_remasking_step(protected: Tensor, wrongness: Tensor | None, level: float, generator: RowRandom, *,
+                         mode: Literal['ratio', 'threshold'] = 'ratio', randomness_strength: float = 0.0) -> Tensor:
+    """bool [B, T]: the positions to remask now; never one of protected bool [B, T].
+
+    wrongness float [B, T]: higher is remasked first (None: no guidance, all positions alike). mode 'ratio': the share
+    `level` of each row's unprotected positions (rounded to the nearest count); of these the share randomness_strength
+    is drawn uniformly from the positions that guidance left, the others are the most wrong. mode 'threshold': every
+    unprotected position whose wrongness exceeds `level`; nothing is drawn at random.
+    """
+    free = ~protected  # [B, T]
+    if mode == 'threshold':
+        if wrongness is None:
+            raise UserError("schedule_mode is 'threshold', but nothing tells how wrong a token is; "
+                            'use intelligent_remasking=True, a critic or schedule_mode=ratio')
+        return free & (wrongness > level)
+    keys = generator.uniform(Purpose.REMASK, protected.size(1) * 2)  # [B, 2 T]
+    uniform_key, tie_key = keys.chunk(2, dim=1)
+    count = _rounded(free.sum(1, keepdim=True) * level)  # [B, 1]
+    if wrongness is None:
+        return _highest(uniform_key, tie_key, free, count)
+    guided = _highest(wrongness, tie_key, free, count - _rounded(count * randomness_strength))
+    return guided | _highest(uniform_key, tie_key, free & ~guided, count - guided.sum(1, keepdim=True))
+
+
+def _rounded(counts: Tensor) -> Tensor:
+    """int64, the nearest whole number; halves go up."""
+    return (counts + 0.5).floor().long()
+
+
+def _highest(score: Tensor, tie_key: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+    """bool [B, T]: the count [B, 1] eligible positions of highest score in each row; equal scores go by tie_key."""
+    shuffled = tie_key.argsort(1)  # [B, T]
+    score = score.double().masked_fill(~eligible, -math.inf).gather(1, shuffled)
+    order = shuffled.gather(1, score.argsort(dim=1, descending=True, stable=True))
+    taken = torch.arange(score.size(1), device=score.device) < count  # [B, T], by rank
+    return torch.zeros_like(eligible).scatter(1, order, taken) & eligible
+
+
+# Self-confidence ----------------------------------------------------------------------------------------------------
+
+class SelfConfidence(NamedTuple):
+    """total float64 [B]: summed log-probability in nats; count int64 [B]: tokens scored; network_calls spent."""
+
+    total: Tensor
+    count: Tensor
+    network_calls: int
+
+
+@torch.no_grad()
+def self_confidence(model: GPT, tokens: Tensor, scored: Tensor, allowed: Tensor, generator: RowRandom,
+                    groups: int) -> SelfConfidence:
+    """Masked pseudo-likelihood of tokens int64 [B, T] at positions scored bool [B, T] (Salazar et al. 2020, in groups).
+
+    The positions of a row are dealt at random into `groups`; each group is masked at once and its tokens are read from
+    the trunk, at temperature 1, given everything else. So no token is judged while the model can see it.
+    """
+    rank = torch.where(scored, generator.uniform(Purpose.ORDER, tokens.size(1)), 2.0).argsort(1).argsort(1)  # [B, T]
+    group = torch.where(scored, rank % groups, -1)
+    total = torch.zeros(tokens.size(0), dtype=torch.float64, device=tokens.device)
+    for index in range(groups):
+        picked = group == index  # [B, T]
+        hidden = model.encode(tokens.masked_fill(picked, model.config.mask_token_id))[picked]  # [N, D]
+        log_probabilities = allowed_log_probabilities(model.lm_head(hidden), allowed)  # [N, V]
+        values = log_probabilities.gather(1, tokens[picked][:, None]).squeeze(1)  # [N]
+        total = total.index_add(0, picked.nonzero()[:, 0], values)
+    return SelfConfidence(total, scored.sum(1), groups)
+
+
+def causal_confidence(model: GPT, tokens: Tensor, scored: Tensor, allowed: Tensor) -> SelfConfidence:
+    """Exact log-likelihood of a causal model at positions scored bool [B, T], each given the tokens before it.
+
+    Position 0 has nothing before it and is not scored.
+    """
+    with torch.no_grad():
+        log_probabilities = allowed_log_probabilities(model(tokens).logits[:, :-1], allowed)  # [B, T - 1, V]
+    values = log_probabilities.gather(2, tokens[:, 1:, None]).squeeze(2)  # [B, T - 1]
+    return SelfConfidence(torch.where(scored[:, 1:], values, 0.0).sum(1), scored[:, 1:].sum(1), 1)

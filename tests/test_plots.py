@@ -1,0 +1,72 @@
+"""The loss curve from whole, tiny, empty and damaged metrics."""
+
+import json
+import math
+import subprocess
+import sys
+
+import matplotlib.figure
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from core.plots import _smoothed, plot_loss_curve
+
+
+def write(path, records):
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved, to look at its lines."""
+    saved, save = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig',
+                        lambda figure, *given, **named: (saved.append(figure), save(figure, *given, **named)))
+    return saved
+
+
+def legend(figure):
+    shown = figure.axes[0].get_legend()
+    return [text.get_text() for text in shown.get_texts()] if shown else []
+
+
+def test_every_active_part_is_a_curve_at_its_iterations(tmp_path, figures):
+    records = [{'kind': 'iteration', 'iteration': i, 'train/loss_main': 4.0 - i / 100} |
+               ({'train/loss_sampler': 3.0} if i >= 20 else {}) for i in range(0, 60, 10)]
+    records += [{'kind': 'evaluation', 'iteration': i, 'val/nelbo': 4.1 - i / 100, 'val/nelbo_standard_error': 0.01}
+                for i in (0, 50)]
+    write(tmp_path / 'metrics.jsonl', records)
+    plot_loss_curve(tmp_path / 'metrics.jsonl', tmp_path / 'loss.png', stage_borders={'sampler': 20, 'critic': 500})
+    axes = figures[0].axes[0]
+    assert legend(figures[0]) == ['training, main', 'training, sampler head', 'validation NELBO, lowest 3.600']
+    curves = {line.get_label(): line for line in axes.get_lines()}
+    assert curves['training, sampler head'].get_xdata().tolist() == [20, 30, 40, 50]
+    assert curves['validation NELBO, lowest 3.600'].get_ydata().tolist() == pytest.approx([4.1, 3.6])
+    assert axes.get_xlabel() == 'iteration' and 'nats' in axes.get_ylabel()
+    assert [text.get_text() for text in axes.texts] == ['sampler']  # a border beyond the run is left out
+    assert imread(tmp_path / 'loss.png').shape[:2] == (675, 1200)
+    assert {entry.name for entry in tmp_path.iterdir()} == {'metrics.jsonl', 'loss.png'}
+
+
+@pytest.mark.parametrize('text', [
+    None, '', '{"iteration": 3, "train/loss_main": 2.5}\n', '{"iteration": 0, "val/nelbo": 1.5}\n',
+    '{"iteration": 1, "train/loss_main": null}\n{"iteration": 2, "train/lo', 'null\n[]\n{}\n{"iteration": "x"}\n'])
+def test_little_or_damaged_data_gives_a_picture(tmp_path, text):
+    if text is not None:
+        (tmp_path / 'metrics.jsonl').write_text(text)
+    plot_loss_curve(tmp_path / 'metrics.jsonl', tmp_path / 'loss.png', stage_borders={'sampler': 1})
+    assert imread(tmp_path / 'loss.png').size
+
+
+def test_the_smoothing_is_a_centred_mean():
+    values = np.sin(np.arange(200.0))
+    smooth = _smoothed(values)
+    assert smooth[100] == pytest.approx(values[96:105].mean()) and smooth[0] == pytest.approx(values[:5].mean())
+    assert smooth[-1] == pytest.approx(values[-5:].mean())
+    assert _smoothed(values[:10]) == pytest.approx(values[:10]) and not math.isnan(_smoothed(values[:1])[0])
+
+
+def test_importing_the_room_does_not_import_matplotlib():
+    code = 'import core.plots, sys; sys.exit("matplotlib" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0

@@ -1,0 +1,178 @@
+"""sample.py from the command line: options, files, and what is said when something is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configurator import configure
+from core.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
+from core.data import Vocabulary
+from core.errors import UserError
+from core.sampling_run import (character_distribution, frequent_patterns, option_problems, remasking_levels, run_sampling,
+                               started_heads)
+from model import GPT, GPTConfig
+from sample import SampleConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh'))
+
+
+def write_checkpoint(path, iteration=100, kind='unmasking', **changes):
+    config = GPTConfig(**{'block_size': 16, 'vocab_size': VOCABULARY.size, 'n_layer': 1, 'n_head': 2, 'n_embd': 16,
+                          'mask_token_id': VOCABULARY.mask_token_id, **changes})
+    checkpoint = Checkpoint(kind=kind, model_config=model_config_to_dict(config), config={},
+                            vocabulary=VOCABULARY.to_meta(), vocabulary_hash=VOCABULARY.hash, data_hash='',
+                            data_sizes={}, model=GPT(config).state_dict(), iteration=iteration)
+    save_checkpoint(path, checkpoint.to_payload())
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    write_checkpoint(folder / 'ckpt_best.pt', add_sampler_head=True, add_critic_head=True)
+    write_checkpoint(folder / 'plain.pt')
+    write_checkpoint(folder / 'young.pt', iteration=5, add_sampler_head=True, add_critic_head=True,
+                     start_sampler_iteration=5, start_critic_iteration=9)
+    write_checkpoint(folder / 'causal.pt', kind='causal', attention_type='causal')
+    write_checkpoint(folder / 'judge.pt', kind='judge', mode='sequence_scorer', cls_token_id=VOCABULARY.cls_token_id)
+    return folder
+
+
+def sample(folder, *arguments):
+    configuration = configure(SampleConfig, [f'--out_dir={folder}', '--device=cpu', *arguments])
+    lines = []
+    return run_sampling(configuration.config, configuration.explicit, lines.append), '\n'.join(lines)
+
+
+def problems(*arguments):
+    configuration = configure(SampleConfig, list(arguments))
+    return '\n'.join(option_problems(configuration.config, configuration.explicit))
+
+
+def test_the_script_prints_texts_scores_and_times(folder):
+    done = subprocess.run([sys.executable, 'sample.py', f'--out_dir={folder}', '--device=cpu', '--num_samples=2',
+                           '--sampling_method=diffusion', '--diffusion_iterations=4', '--seed_text=ab'], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for part in ('--- sample 1 (self-confidence -', '\nab', '28 tokens in', '4 trunk calls, 7 network calls', 'characters: ',
+                 'patterns: ', 'trunk', 'remask', '8 groups'):
+        assert part in done.stdout
+    assert done.stderr == ''
+
+
+def test_a_missing_checkpoint_names_the_command_that_makes_one(tmp_path):
+    done = subprocess.run([sys.executable, 'sample.py', f'--out_dir={tmp_path}/none'], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 2 and 'python train.py' in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--sampling_method=sampler', '--iterations=1'],
+    ['--sampling_method=multinomial', '--iterations=3'],
+    ['--sampling_method=standard', '--max_new_tokens=9', '--start_text=ab', '--top_k=3', '--repetition_penalty=1.3'],
+    ['--sampling_method=standard', '--checkpoint_name=causal.pt', '--max_new_tokens=30', '--start_text=ab'],
+    ['--sequence_length=40', '--schedule_type=cosine', '--iterations=3', '--temperature=0', '--use_sampler_head=False'],
+    ['--schedule_type=custom', '--masking_ratios=[0.9,0.5,0.1]', '--top_p=0.9', '--seed_placement=random',
+     '--start_text=abc'],
+    ['--schedule_mode=threshold', '--iterations=4', '--log_debug=True', '--use_verbose_logging=True'],
+    ['--intelligent_remasking=False', '--checkpoint_name=plain.pt', '--iterations=3', '--quality_metric=none'],
+])
+def test_each_way_of_sampling_runs_and_ignores_the_batch_size(folder, arguments):
+    first, _ = sample(folder, *arguments, '--num_samples=3')
+    second, _ = sample(folder, *arguments, '--num_samples=3', '--batch_size=2')
+    assert first.texts == second.texts and len(first.texts) == 3
+    assert not any('_' in text for text in first.texts) and (first.tokens < VOCABULARY.base_size).all()
+
+
+def test_infilling_and_json(folder, tmp_path):
+    result, said = sample(folder, '--infill_text=ab##cd#', '--infill_char=#', '--iterations=3', '--end_ratio=0.5', '--num_samples=2',
+                          f'--save_json={tmp_path}/run.json', f'--output_file={tmp_path}/texts.txt')
+    assert all(text[:2] == 'ab' and text[4:6] == 'cd' and len(text) == 7 for text in result.texts)
+    saved = json.loads((tmp_path / 'run.json').read_text())
+    assert saved['texts'] == result.texts and saved['trunk_calls'] == 3
+    assert [step['event'] for step in saved['steps']][:3] == ['start', 'predict', 'remask']
+    assert saved['steps'][0]['samples'][1]['changed'] == [] and saved['steps'][1]['samples'][1]['changed'] == [2, 3, 6]
+    assert saved['steps'][-1]['samples'][0]['text'] == result.texts[0]
+    assert (tmp_path / 'texts.txt').read_text() == '\n\n'.join(result.texts) + '\n'
+
+
+def test_heads_that_had_not_begun_are_ignored_and_that_is_said(folder):
+    result, said = sample(folder, '--checkpoint_name=young.pt', '--iterations=2', '--num_samples=1')
+    assert 'the sampler head is ignored: its stage begins at iteration 5' in said and 'critic head is ignored' in said
+    assert result.waves == 0 and result.network_calls == 2
+    plain, _ = sample(folder, '--checkpoint_name=young.pt', '--iterations=2', '--num_samples=1',
+                      '--use_sampler_head=False')
+    assert plain.texts == result.texts
+    with pytest.raises(UserError, match='sampler head is ignored'):
+        sample(folder, '--checkpoint_name=young.pt', '--sampling_method=sampler')
+    config = GPTConfig(add_sampler_head=True, mask_token_id=1, start_sampler_iteration=5)
+    assert started_heads(config, 6)[0] and not started_heads(config, 5)[0]
+
+
+def test_verbose_and_debug_lines(folder):
+    _, said = sample(folder, '--use_verbose_logging=True', '--log_debug=True', '--iterations=3', '--num_samples=1')
+    for part in ('100.0% masked', 'first preview', 'last preview', 'step 0 remask: 15 positions changed', 'never'):
+        assert part in said
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--sampling_method=multinomial', '--top_p=0.9'], 'top_p does not apply to sampling_method=multinomial'),
+    (['--sampling_method=standard', '--iterations=5'], 'iterations does not apply'),
+    (['--sampling_method=sampler', '--use_sampler_head=False'], 'sampling_method=diffusion'),
+    (['--masking_ratios=[0.5]'], 'schedule_type=custom'),
+    (['--schedule_type=custom'], 'masking_ratios is empty'),
+    (['--schedule_type=custom', '--masking_ratios=[0.5,0.2]', '--iterations=2'], 'make 3 predictions'),
+    (['--schedule_type=custom', '--masking_ratios=[1.5]'], 'holds 1.5'),
+    (['--start_ratio=1.2'], 'start_ratio is 1.2'),
+    (['--start_threshold=0.2'], 'schedule_mode=threshold'),
+    (['--schedule_mode=threshold', '--start_ratio=0.5'], 'schedule_mode=ratio'),
+    (['--infill_text=a_', '--start_text=b'], 'exclude each other'),
+    (['--max_new_tokens=3', '--sequence_length=8'], 'exclude each other'),
+    (['--seed_placement=random'], 'start_text'),
+    (['--temperature=-1'], 'temperature is -1'),
+    (['--num_samples=0'], 'num_samples is 0'),
+])
+def test_options_that_do_not_apply_or_fit_are_named(arguments, words):
+    assert words in problems(*arguments)
+
+
+def test_defaults_are_never_a_problem_and_all_problems_come_together():
+    for method in ('diffusion', 'sampler', 'multinomial', 'standard'):
+        assert problems(f'--sampling_method={method}') == ''
+    assert len(problems('--sampling_method=standard', '--iterations=0', '--top_p=2').splitlines()) == 3
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--start_text=' + 'a' * 17], '17 tokens, but the sequence holds 16'),
+    (['--start_text=xyz'], 'x'),
+    (['--checkpoint_name=plain.pt', '--sampling_method=sampler'], 'no sampler head'),
+    (['--checkpoint_name=plain.pt', '--schedule_mode=threshold', '--intelligent_remasking=False'], 'threshold'),
+    (['--checkpoint_name=causal.pt'], 'sampling_method=standard'),
+    (['--checkpoint_name=causal.pt', '--sampling_method=standard', '--infill_text=a_'], 'bidirectional'),
+    (['--checkpoint_name=judge.pt'], 'judge'),
+    (['--save_json=/nowhere/at/all.json'], 'does not exist'),
+])
+def test_what_does_not_suit_the_checkpoint_is_one_sentence(folder, arguments, words):
+    with pytest.raises(UserError, match=words):
+        sample(folder, *arguments)
+
+
+def test_iterations_count_predictions():
+    config = configure(SampleConfig, ['--iterations=4', '--start_ratio=0.9', '--end_ratio=0.3']).config
+    assert remasking_levels(config) == pytest.approx([0.9, 0.6, 0.3])
+    assert remasking_levels(configure(SampleConfig, ['--iterations=1']).config) == []
+    custom = configure(SampleConfig, ['--schedule_type=custom', '--masking_ratios=[0.9,0.1]']).config
+    assert remasking_levels(custom) == [0.9, 0.1]
+
+
+def test_character_statistics():
+    assert character_distribution(['aab', 'a']) == [('a', 0.75), ('b', 0.25)]
+    assert frequent_patterns(['abcabc', 'abc'], 3) == [('abc', 3)]
+
+
+def test_another_seed_gives_other_texts(folder):
+    texts = [sample(folder, '--iterations=2', f'--seed={seed}', '--num_samples=2')[0].texts for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]

@@ -1,0 +1,221 @@
+"""The wavefront fill: schedule, bootstrap, and what the sampler head is shown."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sample_utils
+from core.randomness import RowRandom, keyed
+from model import GPT, GPTConfig
+from sample_utils import (DrawRule, _bootstrap_fill_by_confidence, allowed_ids, allowed_log_probabilities, draw_tokens,
+                          group_schedule, neighbour_tokens, predict_and_sample_tokens, prepare_sampler_inputs,
+                          sampler_wavefront_fill, wave_schedule)
+
+BASE, MASK, V, T = 10, 10, 14, 24
+
+
+@pytest.fixture(scope='module')
+def model():
+    """A small rotary model in float64 whose head has something to say."""
+    config = GPTConfig(block_size=T, vocab_size=V, n_layer=2, n_head=2, n_embd=16, mask_token_id=MASK,
+                       wrong_token_id=11, pad_token_id=12, cls_token_id=13, add_sampler_head=True, sampler_context=2)
+    model = GPT(config, seed=3).double().eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model.requires_grad_(False)
+
+
+RULE = DrawRule(allowed_ids(V, BASE))
+
+
+def some_tokens(rows=5, seed=0, share=0.7):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(BASE, (rows, T), generator=generator)
+    tokens[torch.rand(rows, T, generator=generator) < share] = MASK
+    tokens[0] = MASK
+    return tokens
+
+
+def slow_wave_schedule(masked):
+    """The rule, position by position."""
+    revealed = [index for index, flag in enumerate(masked) if not flag]
+    waves = []
+    for index, flag in enumerate(masked):
+        left = min((index - other for other in revealed if other < index), default=10 ** 6)
+        right = min((other - index for other in revealed if other > index), default=10 ** 6)
+        waves.append(0 if not flag else min(left, right) + (right == left - 1))
+    return waves
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=40).filter(lambda row: not all(row)))
+def test_waves_follow_distance_and_never_hold_two_neighbours(row):
+    masked = torch.tensor([row])
+    waves = wave_schedule(masked)[0]
+    assert waves.tolist() == slow_wave_schedule(row)
+    for order in ('wave', 'left_to_right'):
+        waves = wave_schedule(masked, order)[0]
+        assert ((waves > 0) == masked[0]).all()
+        assert not ((waves[1:] == waves[:-1]) & masked[0, 1:] & masked[0, :-1]).any()
+        for index in waves.nonzero().squeeze(1).tolist():  # a neighbour is filled earlier
+            beside = [waves[other] for other in (index - 1, index + 1) if 0 <= other < len(row)]
+            assert min(beside) < waves[index]
+
+
+def test_left_to_right_runs_from_the_left_of_each_gap_and_from_the_right_of_the_first():
+    masked = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1]]).bool()
+    assert wave_schedule(masked, 'left_to_right').tolist() == [[2, 1, 0, 1, 2, 3, 0, 1]]
+    assert wave_schedule(masked, 'wave').tolist() == [[2, 1, 0, 1, 2, 1, 0, 1]]
+    assert wave_schedule(torch.tensor([[0, 1, 1, 0]]).bool()).tolist() == [[0, 1, 2, 0]]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_group_stages_start_once_per_run_and_spread(row):
+    for order in ('wave', 'left_to_right'):
+        stages = group_schedule(torch.tensor([row]), order)[0].tolist()
+        runs = sum(flag and (index == 0 or not row[index - 1]) for index, flag in enumerate(row))
+        assert [stage > 0 for stage in stages] == row and stages.count(1) == runs
+        for index, stage in enumerate(stages):
+            if stage > 1:
+                assert stage - 1 in stages[max(0, index - 1):index + 2]
+            if stage:
+                assert stage not in stages[index + 1:index + 2]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 30), st.data())
+def test_bootstrap_takes_the_asked_count_never_adjacent(length, data):
+    count = data.draw(st.integers(1, (length + 1) // 2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    confidence, key = torch.randn(3, length, generator=generator), torch.rand(3, length, generator=generator)
+    chosen = _bootstrap_fill_by_confidence(confidence, key, count, 1e-6)
+    assert chosen.sum(1).tolist() == [count] * 3
+    assert not (chosen[:, 1:] & chosen[:, :-1]).any()
+    if count == 1:
+        assert chosen.byte().argmax(1).equal(confidence.argmax(1))
+
+
+def test_rounding_does_not_decide_between_equal_positions():
+    key = torch.tensor([[0.1, 0.9, 0.5]])
+    noise = torch.tensor([[2e-7, 0.0, 1e-7]])
+    assert _bootstrap_fill_by_confidence(-1.0 + noise, key, 1, 1e-4).tolist() == [[False, True, False]]
+
+
+def test_bootstrap_positions_differ_between_rows_of_a_fully_masked_batch(model):
+    fill = predict_and_sample_tokens(model, torch.full((32, T), MASK), RULE, keyed(1, 0, 0, 32), use_sampler_head=True)
+    assert fill.statistics.bootstrapped == 32 and len({tuple(row) for row in fill.tokens.tolist()}) == 32
+    seeds = sample_utils._fill_stages(model, torch.ones(32, T).bool(), torch.ones(32, T).bool(),
+                                      model.encode(torch.full((32, T), MASK)), RULE,
+                                      keyed(1, 0, 0, 32).uniform(9, T), 'wave') == 1
+    assert len(set(seeds.byte().argmax(1).tolist())) > 10  # the row's key decides, not the position
+
+
+@pytest.mark.parametrize('order', ['wave', 'left_to_right'])
+def test_everything_is_filled_and_nothing_else_changes(model, order):
+    tokens = some_tokens()
+    before = tokens.clone()
+    fill = predict_and_sample_tokens(model, tokens, RULE, keyed(1, 0, 0, 5), use_sampler_head=True, order=order)
+    assert tokens.equal(before) and (fill.tokens < BASE).all()
+    assert fill.tokens[tokens != MASK].equal(tokens[tokens != MASK])
+    statistics = fill.statistics
+    assert sum(statistics.tokens_per_wave) + statistics.bootstrapped == int((tokens == MASK).sum())
+    assert statistics.bootstrapped == 1 and statistics.waves == len(statistics.tokens_per_wave)
+    assert (fill.log_probabilities[tokens != MASK] == 0).all() and (fill.log_probabilities[tokens == MASK] < 0).all()
+
+
+def slow_fill(model, tokens, hidden, uniform, stage):
+    """Position by position through the head's plain forward pass; also the log-probabilities."""
+    tokens, total = tokens.clone(), torch.zeros(tokens.shape, dtype=torch.float64)
+    for wave in range(1, int(stage.max()) + 1):
+        before = tokens.clone()  # tokens of one wave do not see each other, also two steps apart
+        for row, column in (stage == wave).nonzero().tolist():
+            flat = torch.tensor([row * tokens.size(1) + column])
+            logits = model.lm_head(hidden[row, column])[None]
+            if wave > 1:
+                beside = neighbour_tokens(before, flat, 2, MASK)
+                inputs = prepare_sampler_inputs(hidden[row, column][None], beside, model.neighbour_embedding())
+                logits = model.sampler_head(inputs, logits, model.lm_head.weight)
+            log_probabilities = allowed_log_probabilities(logits, RULE.allowed)
+            token = draw_tokens(log_probabilities, uniform[row, column][None])
+            tokens[row, column], total[row, column] = token, log_probabilities[0, token]
+    return tokens, total
+
+
+@pytest.mark.parametrize('grouped', [False, True])
+def test_the_fast_fill_is_the_plain_one(model, grouped):
+    """Table sums, gathers and scatters against the head's forward pass; catches neighbours that are always zero."""
+    tokens, generator = some_tokens(seed=1), keyed(4, 2, 0, 5)
+    hidden, masked = model.encode(tokens), tokens == MASK
+    positions = masked & (torch.arange(T) % 5 < 3) if grouped else masked
+    stage = sample_utils._fill_stages(model, masked, positions, hidden, RULE, generator.uniform(9, T), 'wave')
+    fill = sampler_wavefront_fill(model, tokens, hidden, RULE, generator, positions=positions if grouped else None)
+    expected, log_probabilities = slow_fill(model, tokens, hidden, generator.uniform(8, T), stage)
+    assert fill.tokens.equal(expected)
+    torch.testing.assert_close(fill.log_probabilities, log_probabilities)
+    assert fill.drawn.equal(positions)
+
+
+def test_a_group_is_drawn_by_the_head_only_beside_fresh_tokens(model):
+    tokens = torch.full((1, T), MASK)
+    tokens[0, 0] = 3
+    positions = torch.zeros(1, T, dtype=torch.bool)
+    positions[0, [1, 5, 6, 7, 12]] = True
+    fill = sampler_wavefront_fill(model, tokens, model.encode(tokens), RULE, keyed(1, 0, 0, 1), positions=positions)
+    assert fill.statistics.bootstrapped == 3 and fill.statistics.tokens_per_wave == (2,)
+    assert (fill.tokens != MASK).equal(positions | (tokens != MASK))
+
+
+def test_a_row_does_not_depend_on_its_batch(model):
+    tokens = some_tokens(6, seed=2)
+    hidden = model.encode(tokens)
+    together = sampler_wavefront_fill(model, tokens, hidden, RULE, keyed(7, 1, 10, 6)).tokens
+    for row in range(6):
+        alone = sampler_wavefront_fill(model, tokens[row:row + 1], hidden[row:row + 1], RULE, keyed(7, 1, 10 + row, 1))
+        assert alone.tokens[0].equal(together[row])
+    order = torch.tensor([3, 0, 5])
+    some = sampler_wavefront_fill(model, tokens[order], hidden[order], RULE, RowRandom(7, 1, order + 10))
+    assert some.tokens.equal(together[order])
+
+
+def test_temperature_zero_ignores_the_random_numbers(model):
+    tokens = some_tokens()[1:]
+    rule = DrawRule(RULE.allowed, temperature=0.0)
+    first, second = (predict_and_sample_tokens(model, tokens, rule, keyed(seed, 0, 0, 4), use_sampler_head=True)
+                     for seed in (1, 2))
+    assert first.tokens.equal(second.tokens) and (first.log_probabilities == 0).all()
+    assert (first.confidence[tokens == MASK] < 0).all()  # one scale, whatever the temperature
+
+
+def test_a_changed_neighbour_moves_the_logits_and_a_missing_one_is_zero(model):
+    tokens = torch.tensor([[MASK, 4, MASK, MASK, 5, MASK]])
+    beside = neighbour_tokens(tokens, torch.tensor([0, 2, 5]), 2, MASK)
+    assert beside.tolist() == [[-1, -1, 4, -1], [-1, 4, -1, 5], [-1, 5, -1, -1]]
+    hidden = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    embedding = model.neighbour_embedding()
+    inputs = prepare_sampler_inputs(hidden, beside, embedding).view(3, 5, 16)
+    assert inputs[:, 2].equal(hidden) and (inputs[0, [0, 1, 4]] == 0).all() and inputs[0, 3].equal(embedding[4])
+    changed = beside.clone()
+    changed[1, 1] = 7
+    logits = [model.sampler_head(prepare_sampler_inputs(hidden, tokens, embedding), model.lm_head(hidden),
+                                 model.lm_head.weight) for tokens in (beside, changed)]
+    assert logits[0][0].equal(logits[1][0]) and (logits[0][1] - logits[1][1]).abs().max() > 1e-3
+
+
+def test_neighbours_never_cross_a_row():
+    tokens = torch.tensor([[1, MASK], [MASK, 2]])
+    assert neighbour_tokens(tokens, torch.tensor([1, 2]), 1, MASK).tolist() == [[1, -1], [-1, 2]]
+
+
+def test_gradients_reach_the_head(model):
+    trained = GPT(model.config, seed=1)
+    tokens = some_tokens()[1:]
+    fill = predict_and_sample_tokens(trained, tokens, RULE, keyed(1, 0, 0, 4), use_sampler_head=True, no_grad=False)
+    fill.log_probabilities.sum().backward()
+    assert trained.sampler_head.output_head.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for name, parameter in trained.named_parameters() if 'sampler' not in name)
+    silent = predict_and_sample_tokens(trained, tokens, RULE, keyed(1, 0, 0, 4), use_sampler_head=True)
+    assert not silent.log_probabilities.requires_grad and silent.tokens.equal(fill.tokens)
