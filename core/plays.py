@@ -6,7 +6,8 @@ import re
 # Speakers that the source leaves unmarked in front of their own words, since its marking stopped at hyphens and 's.
 UNMARKED_SPEAKER = re.compile(
     r"^(Lord Chief-Justice|(?:First|Second|Third) Serving-[Mm]an|Serving-Men|Master-Gunner|Master's-Mate|Jeweller(?=:)"
-    r"|ANTONIO(?=:)|CASSIO(?=:)|(?:Varro's|Isidore's|Lucilius') Servant|Senators(?=, & C)):?(?:, & C)? (.+)$", re.MULTILINE)
+    r"|ANTONIO(?=:)|CASSIO(?=:)|(?:Varro's|Isidore's|Lucilius') Servant|Senators(?=, & C)):?(?:, & C)? (.+)$",
+    re.MULTILINE)
 # Names of which the source marks only the second half, the first standing alone above it.
 HALF_NAME = re.compile(r"^(BISHOP|COUNTESS|CARDINAL|RICHARD|LADY|DON ADRIANO DE|Ghosts?|Varro's)\n\n\*\*(.+)\*\*$",
                        re.MULTILINE)
@@ -67,8 +68,8 @@ def clean_play(markdown: str, stem: str = '') -> str:
 
 def plain_signs(text: str) -> str:
     """Typographic and escaped signs as the 65 characters of tiny Shakespeare write them."""
-    for found, plain in (('\\', ''), ('—', '--'), ('–', '-'), ('’', "'"), ('‘', "'"), ('“', "'"), ('”', "'"), ('"', "'"),
-                         ('…', '...'), ('\u00a0', ' '), ('\t', ' '), ('&amp;', '&'), ('& c', '&c')):
+    for found, plain in (('\\', ''), ('—', '--'), ('–', '-'), ('’', "'"), ('‘', "'"), ('“', "'"), ('”', "'"),
+                         ('"', "'"), ('…', '...'), ('\u00a0', ' '), ('\t', ' '), ('&amp;', '&'), ('& c', '&c')):
         text = text.replace(found, plain)
     return re.sub(' {2,}', ' ', re.sub(r'(?<=\w) +(?=[,;:?!])', '', text))
 

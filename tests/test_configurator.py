@@ -54,7 +54,8 @@ def test_defaults_and_fresh_lists():
 
 
 def test_the_command_line_reads_each_type():
-    config = configure(Options, ['--out_dir=a=b c', '--n_layer=1_2', '--learning_rate=3', '--compile=false', '--top_k=7',
+    config = configure(Options, ['--out_dir=a=b c', '--n_layer=1_2', '--learning_rate=3', '--compile=false',
+                                 '--top_k=7',
                                  '--masking_ratios=[.5, 1/4, -0]', '--schedule=cosine', '--device=']).config
     assert config == Options(out_dir='a=b c', n_layer=12, learning_rate=3.0, compile=False, top_k=7, device='',
                              masking_ratios=[0.5, 0.25, 0.0], schedule='cosine')
@@ -64,7 +65,8 @@ def test_the_command_line_reads_each_type():
 
 @pytest.mark.parametrize('argument, said', [
     ('--n_layer=1.0', 'whole number'), ('--n_layer=True', 'whole number'), ('--n_layer=', 'whole number'),
-    ('--n_layer=1__2', 'whole number'), ('--n_layer=99999999999999999999999', '2**64'), ('--n_layer=None', 'whole number'),
+    ('--n_layer=1__2', 'whole number'), ('--n_layer=99999999999999999999999', '2**64'), ('--n_layer=None',
+    'whole number'),
     ('--learning_rate=nan', 'finite'), ('--learning_rate=1e999', 'finite'), ('--learning_rate=fast', 'finite'),
     ('--compile=1', 'True or False'), ('--compile=yes', 'True or False'), ('--masking_ratios=[1, x]', 'list of finite'),
     ('--masking_ratios=0.5', 'list of finite'), ('--masking_ratios=[9**9**9]', 'list of finite'),
@@ -74,8 +76,10 @@ def test_the_command_line_reads_each_type():
     ('--lerning_rate=1', "did you mean 'learning_rate'"), ('--batch-sise=1', 'no such option'),
     ('--n-layer=1', "did you mean 'n_layer'"), ('--N_LAYER=1', "did you mean 'n_layer'"),
     ('--diffusion_iteration=3', "did you mean 'diffusion_iterations'"),
-    ('--compile', '--compile=VALUE'), ('-n_layer=3', '--n_layer=3'), ('n_layer=3', '--n_layer=3'), ('-k', '--key=value'),
-    ('--', '--key=value'), ('--=3', '--key=value'), ('nothing.py', 'no such config file'), ('n_layer', 'no such config file'),
+    ('--compile', '--compile=VALUE'), ('-n_layer=3', '--n_layer=3'), ('n_layer=3', '--n_layer=3'), ('-k',
+    '--key=value'),
+    ('--', '--key=value'), ('--=3', '--key=value'), ('nothing.py', 'no such config file'), ('n_layer',
+    'no such config file'),
     ('', 'no such config file'), ('a\0b.py', 'no such config file'),
 ])
 def test_a_wrong_argument_is_one_clear_line(argument, said):
@@ -100,7 +104,8 @@ def test_every_problem_is_listed_with_its_place(tmp_path):
 
 def test_precedence_and_where_each_value_came_from(tmp_path):
     first = written(tmp_path, 'n_layer = 1\nn_embd = 64 * n_layer\nschedule = "cosine"', 'first.py')
-    second = written(tmp_path, '# differences\nn_layer = n_layer + 1\nmax_iters = 7\nlr_decay_iters = max_iters', 'second.py')
+    second = written(tmp_path, '# differences\nn_layer = n_layer + 1\nmax_iters = 7\nlr_decay_iters = max_iters',
+                     'second.py')
     result = configure(Options, ['--max_iters=100', first, '--max_iters=200', second])
     config = result.config
     assert (config.n_layer, config.n_embd, config.max_iters, config.lr_decay_iters) == (2, 64, 200, 200)
@@ -121,19 +126,23 @@ def test_aliases_are_the_same_key_everywhere(tmp_path):
     ('3 if device in ["cpu", "mps"] else 2', 3), ('6 if heads == 4 else 0', 6),
 ])
 def test_expressions_have_pythons_values(tmp_path, expression, value):
-    assert from_file(tmp_path, f'n_embd = {expression}', offered={'heads': 4}, resolve_device=on('cpu')).config.n_embd == value
+    assert from_file(tmp_path, f'n_embd = {expression}', offered={'heads': 4},
+                     resolve_device=on('cpu')).config.n_embd == value
 
 
 @pytest.mark.parametrize('text', [
     'n_layer = __import__("os").system("touch {canary}")', '__import__("os").system("touch {canary}")',
     'import os', 'from os import path', 'n_layer = open("{canary}", "w")', 'n_layer = (1).real', 'n_layer = [1, 2][0]',
-    'out_dir = f"{canary}"', 'masking_ratios = [x for x in [1]]', 'n_layer = (lambda: 3)()', 'n_layer += 1', 'n_layer: int = 3',
-    'for n_layer in [1]: pass', 'def n_layer(): pass', 'class n_layer: pass', 'del n_layer', 'assert open("{canary}", "w")',
+    'out_dir = f"{canary}"', 'masking_ratios = [x for x in [1]]', 'n_layer = (lambda: 3)()', 'n_layer += 1',
+    'n_layer: int = 3',
+    'for n_layer in [1]: pass', 'def n_layer(): pass', 'class n_layer: pass', 'del n_layer',
+    'assert open("{canary}", "w")',
     'n_layer, n_embd = 1, 2', 'n_layer = (n_embd := 3)', 'n_layer = unknown', 'unknown = 1', 'n_layer = 1 +',
     'n_layer = 9**9**9', 'n_layer = 10**19 * 10**19', 'n_layer = 1 // 0', 'learning_rate = 10.0 ** 999',
     'learning_rate = (-2) ** 0.5', 'n_layer = "a" * 3', 'out_dir = "a" * 10**9', 'out_dir = "%999999999d" % 1',
     'n_layer = True + 1', 'n_layer = 3 < "a"', 'n_layer = ...', 'out_dir = b"a"', 'n_layer = 1j', 'n_layer = -"a"',
-    'n_layer = ' + '(' * 3000, 'n_layer = ' + '-' * 50000 + '1', 'n_layer = ' + '1+' * 30000 + '1', 'n_layer = ' + '9' * 9000,
+    'n_layer = ' + '(' * 3000, 'n_layer = ' + '-' * 50000 + '1', 'n_layer = ' + '1+' * 30000 + '1',
+    'n_layer = ' + '9' * 9000,
     'n_layer = ' + 'not ' * 5000 + '1', 'out_dir = "a"\n' + 'out_dir = out_dir + out_dir\n' * 40,
     'n_layer = 1\0', 'out_dir = "\\ud800"', 'out_dir = "\\0"', 'if True:\n' + ' n_layer = "x"', 'learning_rate = 1e999',
     'if ' + ' 1\nelif '.join(['1:\n n_layer = "a"\n'] * 3), 'x' * 200_000, 'if unknown: n_layer = 1',
@@ -166,7 +175,8 @@ def test_a_file_may_choose_the_device_itself(tmp_path):
 
 
 def test_branches_not_taken_are_checked_and_change_nothing(tmp_path):
-    path = written(tmp_path, 'if False:\n    import os\n    n_layr = 1\n    n_layer = "six"\n    n_embd = 1 / n_layer\n')
+    path = written(tmp_path,
+        'if False:\n    import os\n    n_layr = 1\n    n_layer = "six"\n    n_embd = 1 / n_layer\n')
     assert [line.split(': ')[0] for line in refusals([path])] == [f'{path}:{line}' for line in (2, 3, 4)]
     assert from_file(tmp_path, 'if n_layer > 100:\n    n_layer = 1\n').config.n_layer == 6
 
@@ -198,16 +208,20 @@ def test_help_names_every_option_and_stops(capsys):
 
 
 PIECES = st.sampled_from([
-    'n_layer', 'device', 'out_dir', 'masking_ratios', 'unknown', '=', '==', '+', '-', '*', '**', '//', '%', '/', '(', ')', '[',
-    ']', ',', ':', '\n', '\n    ', 'if ', 'else', 'elif ', 'not ', ' and ', ' or ', ' in ', ' is ', '"a"', "'", '9', '1e308',
-    'None', 'True', '.', '@', ':=', 'import os', '__import__("os").system("touch {}")', 'open("{}", "w")', 'lambda: ', 'f"{', '}',
+    'n_layer', 'device', 'out_dir', 'masking_ratios', 'unknown', '=', '==', '+', '-', '*', '**', '//', '%', '/', '(',
+    ')', '[',
+    ']', ',', ':', '\n', '\n    ', 'if ', 'else', 'elif ', 'not ', ' and ', ' or ', ' in ', ' is ', '"a"', "'", '9',
+    '1e308',
+    'None', 'True', '.', '@', ':=', 'import os', '__import__("os").system("touch {}")', 'open("{}", "w")', 'lambda: ',
+    'f"{', '}',
     '\\', '\0', '\ud800', '999999999', 'for x in ', 'yield ', '*', ';', '#', ' '])
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.one_of(st.binary(max_size=200), st.lists(PIECES, max_size=25).map(
     lambda pieces: ''.join(pieces).encode('utf-8', 'surrogatepass'))),
-    arguments=st.lists(st.one_of(st.text(max_size=20), st.lists(PIECES, max_size=8).map(lambda p: '--' + ''.join(p))), max_size=3))
+    arguments=st.lists(st.one_of(st.text(max_size=20), st.lists(PIECES, max_size=8).map(lambda p: '--' + ''.join(p))),
+                             max_size=3))
 def test_whatever_comes_is_read_or_refused_without_effect(tmp_path, content, arguments):
     canary = tmp_path / 'canary'
     path = tmp_path / 'x.py'

