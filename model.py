@@ -52,6 +52,7 @@ class GPTConfig:
     critic_alpha: float = 0.5
     critic_target_scope: Literal['masked_only', 'masked_and_ignore'] = 'masked_only'
     critic_gradient: Literal['trunk', 'head'] = 'trunk'
+    critic_row_stride: int = 1  # the critic is trained on every n-th row
     start_critic_iteration: int = 0
     end_critic_iteration: int = 0
     add_sampler_head: bool = False
@@ -117,6 +118,8 @@ class GPTConfig:
                 problems.append('Critic head requires bidirectional attention')
             if self.mask_token_id is None:
                 problems.append('Critic head requires mask_token_id to be configured')
+            if self.critic_row_stride < 1:
+                problems.append(f'critic_row_stride is {self.critic_row_stride}, but must be at least 1')
             if self.critic_alpha < 0:
                 problems.append(f'critic_alpha is {self.critic_alpha}, but must not be negative')
         return problems

@@ -65,6 +65,7 @@ class TrainConfig:
     critic_target_scope: Literal['masked_only', 'masked_and_ignore'] = option(
         'masked_only', 'masked_and_ignore also labels the visible tokens as right')
     critic_gradient: Literal['trunk', 'head'] = option('trunk', 'head stops its gradient before the trunk')
+    critic_row_stride: int = option(1, 'train it on every n-th row; 4 makes stage 3 about a third cheaper')
     # starting from another model
     freeze_transformer: bool = option(False, 'train the heads only')
     unfreeze_at_iteration: int | None = option(None, 'from here on the trunk trains too')

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     mean_weights: Tensor  # float32 [N], 1 / number of predicted positions in the global batch
     neighbours: Tensor    # int64 [N, 2C], tokens that the sampler head is shown, -1 for none
     rows: Tensor          # int64 [B], global row indices
-    shares: Tensor        # float32 [2], 1 / predicted positions and 1 / positions of the global batch
+    critic_share: Tensor  # float32 scalar, 1 / number of positions that the critic is trained on in the global batch
 
     def to(self, device: torch.device) -> 'Batch':
         """The same batch on `device`; from pinned memory, without waiting, where that is a GPU."""
@@ -54,6 +54,8 @@ class BatchPlan(NamedTuple):
     mask_token_id: int
     loss_weighting: str  # 'elbo' or 'masked_mean'
     sampler_context: int  # 0: no neighbours are needed
+    critic_row_stride: int
+    critic_scope: str  # 'masked_only' or 'masked_and_ignore'
 
     @property
     def global_batch(self) -> int:
@@ -80,6 +82,9 @@ def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
         times = low_discrepancy_times(generator, plan.global_batch)  # [B]
         drawn.append((generator, draw_windows(plan, generator, T), times, draw_mask(generator, times, T)))
     masked = total(sum(int(mask.sum()) for *_, mask in drawn))
+    stride = plan.critic_row_stride
+    judged = total(sum(int(mask[::stride].sum()) if plan.critic_scope == 'masked_only' else mask[::stride].numel()
+                       for *_, mask in drawn))
     batches = []
     for generator, targets, times, mask in drawn:
         positions = mask.flatten().nonzero().squeeze(1)  # [N]
@@ -90,7 +95,7 @@ def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
         padding = (0, capacity - len(positions))
         batches.append(Batch(apply_mask(targets, mask, plan.mask_token_id), targets, F.pad(positions, padding),
                              F.pad(main, padding), F.pad(mean, padding), F.pad(neighbours, (0, 0, *padding), value=-1),
-                             generator.rows, torch.tensor([1 / max(1, masked), 1 / (plan.global_batch * T)])))
+                             generator.rows, torch.tensor(1 / max(1, judged))))
     return batches
 
 
@@ -113,7 +118,7 @@ def causal_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int])
         weights = torch.full((plan.batch_size * T,), 1 / (plan.global_batch * T))
         batches.append(Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous(),
                              torch.arange(plan.batch_size * T), weights, weights,
-                             window.new_empty(plan.batch_size * T, 0), generator.rows, weights[:1].repeat(2)))
+                             window.new_empty(plan.batch_size * T, 0), generator.rows, torch.tensor(0.0)))
     return batches
 
 

@@ -58,11 +58,11 @@ class Objective(nn.Module):
         total = main if sampler is None else main + sampler
         if not stage.critic:
             return Losses(total, main, sampler, None)
+        rows = slice(None, None, self.model.config.critic_row_stride)
         artifacts = build_critic_artifacts_from_logits(
-            self.model, batch.inputs, batch.targets, hidden_states.detach(), DrawRule(self.allowed), generator,
-            use_sampler_head=stage.sampler)
-        share = batch.shares[0 if self.model.config.critic_target_scope == 'masked_only' else 1]
-        critic = self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * share)
+            self.model, batch.inputs[rows], batch.targets[rows], hidden_states.detach()[rows], DrawRule(self.allowed),
+            RowRandom(generator.seed, generator.iteration, generator.rows[rows]), use_sampler_head=stage.sampler)
+        critic = self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * batch.critic_share)
         return Losses(total + alpha * critic, main, sampler, critic)
 
     def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -109,7 +109,8 @@ class Run:
         plan = BatchPlan(tokens, config.seed, config.block_size, config.batch_size,
                          config.gradient_accumulation_steps // runtime.world_size, runtime.rank, runtime.world_size,
                          corpus.vocabulary.mask_token_id, config.loss_weighting,
-                         config.sampler_context if config.add_sampler_head else 0)
+                         config.sampler_context if config.add_sampler_head else 0, config.critic_row_stride,
+                         config.critic_target_scope)
         model = GPT(self.model_config, config.seed).to(runtime.device)
         if config.init_from == 'scratch' and config.init_from_checkpoint:
             initialise_from(model, config.init_from_checkpoint, corpus.vocabulary.hash, say)
@@ -199,7 +200,7 @@ class Run:
                          windows=config.eval_iters * config.batch_size)
         name = 'val loss' if self.kind == CheckpointKind.CAUSAL else 'val nelbo'
         self.logger.evaluation(self.iteration, found.line(f'step {self.iteration}: {name}'), {
-            f'val/{name.split()[1]}': found.value, 'val/standard_error': found.standard_error, 'val/bits': found.bits,
+            f'val/{name.split()[1]}': found.value, f'val/{name.split()[1]}_standard_error': found.standard_error, 'val/bits': found.bits,
             'train_seconds': self.seconds})
         if self.runtime.is_writer and self.iteration > 0 and config.sample_length > 0:
             trained = stage_at(self.model_config, self.iteration - 1)
@@ -248,8 +249,9 @@ class Run:
             distributed.barrier()  # a damaged file has been put aside
             path = path or latest_checkpoint(self.config.out_dir, say)
         saved = load_checkpoint(path, self.runtime.device)
-        check_resume(saved, model_config_to_dict(self.model_config), self.corpus.vocabulary.hash,
-                     self.corpus.data_hash, force=self.config.force_resume)
+        for note in check_resume(saved, model_config_to_dict(self.model_config), self.corpus.vocabulary.hash,
+                                 self.corpus.data_hash, force=self.config.force_resume):
+            say(note)
         state = self.state
         load_weights(state.model, saved.model, path)
         load_weights(state.averaged, saved.ema, path)
