@@ -186,7 +186,7 @@ class Attention(nn.Module):
             cache.values[layer][:, :, cache.length:cache.length + T] = value
             key = cache.keys[layer][:, :, :cache.length + T]
             value = cache.values[layer][:, :, :cache.length + T]
-            causal = causal and T > 1  # one new query may read everything before it
+            causal = causal and cache.length == 0  # later tokens come with a mask of their own, or alone
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask,
                                            dropout_p=self.dropout if self.training else 0.0,
                                            is_causal=causal and attention_mask is None)  # [B, H, T, D/H]
@@ -343,6 +343,9 @@ class GPT(nn.Module):
             attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, T]
             if self.config.attention_type == 'causal':
                 attention_mask = attention_mask & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+        if start > 0 and T > 1:  # tokens that follow what is cached: all of that, and what stands before them here
+            assert attention_mask is None, 'a cache takes no padding'
+            attention_mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
         for layer, block in enumerate(self.transformer['h']):
             x = block(x, rotary, attention_mask, cache, layer)
         if cache is not None:

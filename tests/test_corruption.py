@@ -1,0 +1,70 @@
+"""Times, masks and shown neighbours."""
+
+import torch
+from hypothesis import given, settings, strategies as st
+
+from core.corruption import (MINIMUM_TIME, apply_mask, draw_exact_mask, draw_mask, low_discrepancy_times,
+                             shown_neighbours, stratified_mask_counts)
+from core.randomness import keyed
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 1000), iteration=st.integers(0, 1000), rows=st.integers(1, 40))
+def test_every_cell_of_time_holds_one_row(seed, iteration, rows):
+    times = low_discrepancy_times(keyed(seed, iteration, 0, rows), rows)
+    assert times.min() >= MINIMUM_TIME and times.max() < 1
+    phase = ((times - MINIMUM_TIME) / (1 - MINIMUM_TIME)).sort().values
+    gaps = torch.diff(phase)
+    assert torch.allclose(gaps, torch.full_like(gaps, 1 / rows), atol=1e-9)
+
+
+def test_micro_steps_and_ranks_share_one_grid_of_times():
+    whole = low_discrepancy_times(keyed(1, 7, 0, 12), 12)
+    parts = [low_discrepancy_times(keyed(1, 7, first, 4), 12) for first in (0, 4, 8)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_a_time_is_uniform_over_iterations():
+    times = torch.cat([low_discrepancy_times(keyed(3, iteration, 5, 1), 8) for iteration in range(2000)])
+    assert abs(times.mean() - (1 + MINIMUM_TIME) / 2) < 4 * 12 ** -0.5 / 2000 ** 0.5
+    assert abs(times.var() - 1 / 12) < 0.01
+
+
+def test_masks_have_their_probability_independently_by_position():
+    generator = keyed(2, 0, 0, 4000)
+    mask = draw_mask(generator, torch.full((4000,), 0.3, dtype=torch.float64), 16).double()
+    assert ((mask.mean(0) - 0.3).abs() < 4 * (0.21 / 4000) ** 0.5).all()
+    assert (torch.corrcoef(mask.T) - torch.eye(16)).abs().max() < 0.08
+    assert not draw_mask(generator, torch.zeros(4000), 16).any() and draw_mask(generator, torch.ones(4000), 16).all()
+
+
+def test_masking_makes_a_new_tensor():
+    tokens, mask = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, False]])
+    assert apply_mask(tokens, mask, 9).tolist() == [[1, 9, 0]] and tokens.tolist() == [[1, 2, 0]]
+
+
+def test_validation_counts_cover_every_number_equally():
+    counts = stratified_mask_counts(keyed(0, 0, 0, 60), 60, 12)
+    assert torch.bincount(counts, minlength=13).tolist() == [0] + [5] * 12
+    mask = draw_exact_mask(keyed(0, 0, 0, 60), counts, 12)
+    assert torch.equal(mask.sum(1), counts)
+    many = draw_exact_mask(keyed(0, 0, 0, 3000), torch.full((3000,), 5), 12).double()
+    assert ((many.mean(0) - 5 / 12).abs() < 0.04).all()
+
+
+def test_neighbours_are_shown_in_all_four_patterns():
+    """Fully masked rows, one neighbour a side: left only, right only, both and none, a quarter each."""
+    mask = torch.ones(2000, 6, dtype=torch.bool)
+    shown = shown_neighbours(keyed(4, 0, 0, 2000), mask, 1)
+    assert not shown[:, 0, 0].any() and not shown[:, -1, 1].any()  # nothing lies beyond the sequence
+    inner = shown[:, 1:-1].reshape(-1, 2)
+    patterns = torch.bincount(inner[:, 0] * 2 + inner[:, 1], minlength=4).double() / len(inner)
+    assert (patterns - 0.25).abs().max() < 0.02
+
+
+def test_revealed_neighbours_are_always_shown():
+    mask = torch.tensor([[True, False, True, True, False]]).expand(500, -1)
+    shown = shown_neighbours(keyed(4, 0, 0, 500), mask, 2)  # slots left 2, left 1, right 1, right 2
+    assert shown[:, 0, 2].all() and shown[:, 2, 1].all() and shown[:, 3, 2].all() and shown[:, 2, 3].all()
+    assert 0.4 < shown[:, 3, 1].double().mean() < 0.6 and 0.4 < shown[:, 0, 3].double().mean() < 0.6
+    assert not shown[:, 4, 2:].any()

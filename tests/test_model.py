@@ -1,0 +1,163 @@
+"""The model: configuration errors, heads as additions, attention, cache and the two ways into the sampler head."""
+
+import pytest
+import torch
+
+from conftest import SPECIAL, awake, toy_config
+from model import GPT, ModelMode
+from sample_utils import prepare_sampler_inputs
+
+TOKENS = torch.tensor([[0, 1, 3, 2], [3, 3, 1, 0]])
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'mode': ModelMode.TOKEN_CLASSIFIER}, 'Sampler head only supported for LANGUAGE_MODEL mode'),
+    ({'attention_type': 'causal'}, 'Sampler head requires bidirectional attention'),
+    ({'mask_token_id': None}, 'Sampler head requires mask_token_id to be configured'),
+    ({'sampler_context': 0}, 'sampler_context is 0'),
+    ({'n_head': 3}, 'n_embd is 8, but must be a multiple of n_head (3)'),
+    ({'dropout': 1.0}, 'dropout is 1.0'),
+    ({'pad_token_id': 99}, 'pad_token_id is 99'),
+])
+def test_a_wrong_configuration_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words.replace('(', r'\(').replace(')', r'\)')):
+        toy_config(add_sampler_head=True, **changes)
+
+
+def test_all_problems_are_listed_together():
+    with pytest.raises(ValueError) as caught:
+        toy_config(add_sampler_head=True, attention_type='causal', mask_token_id=None, dropout=-1.0)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize('position_encoding', ['rotary', 'absolute'])
+def test_heads_change_nothing_of_a_model(position_encoding):
+    plain = GPT(toy_config(position_encoding=position_encoding), seed=9)
+    headed = GPT(toy_config(position_encoding=position_encoding, add_sampler_head=True, add_critic_head=True), seed=9)
+    names = dict(headed.named_parameters())
+    assert {name for name in names if not name.startswith(('sampler_head', 'critic_head'))} == \
+        dict(plain.named_parameters()).keys()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, names[name])
+    assert torch.equal(plain(TOKENS).logits, headed(TOKENS).logits)
+
+
+def test_embedding_and_output_are_tied():
+    model = GPT(toy_config())
+    assert model.lm_head.weight is model.transformer['wte'].weight
+
+
+@pytest.mark.parametrize('position_encoding', ['rotary', 'absolute'])
+def test_causal_attention_sees_nothing_later_and_bidirectional_does(position_encoding):
+    for attention_type, sees in (('causal', False), ('bidirectional', True)):
+        model = awake(GPT(toy_config(attention_type=attention_type, position_encoding=position_encoding)))
+        changed = TOKENS.clone()
+        changed[:, -1] = 1
+        difference = (model(TOKENS).logits - model(changed).logits)[:, :-1].abs().max()
+        assert (difference > 1e-3) == sees
+
+
+def test_positions_matter():
+    for position_encoding in ('rotary', 'absolute'):
+        model = awake(GPT(toy_config(position_encoding=position_encoding)))
+        swapped = TOKENS[:, [1, 0, 2, 3]]
+        assert not torch.allclose(model(TOKENS).logits[:, 2:], model(swapped).logits[:, 2:], atol=1e-4)
+
+
+def test_padding_is_not_attended_to():
+    """A padded row gives the same outputs as the row alone: True in the mask means attend."""
+    model = awake(GPT(toy_config(block_size=6)))
+    alone = model(TOKENS[:1]).logits
+    padded = torch.cat((TOKENS[:1], torch.full((1, 2), SPECIAL['pad_token_id'])), dim=1)
+    attend = padded != SPECIAL['pad_token_id']
+    assert torch.allclose(model(padded, attend).logits[:, :4], alone, atol=1e-5)
+    assert not torch.allclose(model(padded).logits[:, :4], alone, atol=1e-3)
+
+
+@pytest.mark.parametrize('position_encoding', ['rotary', 'absolute'])
+def test_a_cached_causal_model_reads_the_same(position_encoding):
+    model = awake(GPT(toy_config(attention_type='causal', block_size=8, position_encoding=position_encoding)))
+    tokens = torch.tensor([[0, 1, 2, 2, 1, 0, 0]])
+    cache = model.new_cache(1)
+    parts = [model.encode(piece, cache=cache) for piece in tokens.split([3, 1, 2, 1], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model.encode(tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize('context, output, residual', [(1, 'own', True), (2, 'own', False), (1, 'shared_detached', True)])
+def test_tables_give_what_the_whole_matrix_gives(context, output, residual):
+    model = awake(GPT(toy_config(add_sampler_head=True, sampler_context=context, sampler_output=output,
+                                 sampler_residual=residual)))
+    head, embedding = model.sampler_head, model.neighbour_embedding()
+    hidden = torch.randn(5, 8)
+    neighbours = torch.randint(-1, 3, (5, 2 * context))
+    trunk_logits = model.lm_head(hidden)
+    whole = head(prepare_sampler_inputs(hidden, neighbours, embedding), trunk_logits, model.lm_head.weight)
+    tables = head.neighbour_tables(embedding)  # [2C, V, D]
+    projection = head.hidden_projection(hidden)
+    for slot in range(2 * context):
+        shown = neighbours[:, slot] >= 0
+        projection = projection + tables[slot][neighbours[:, slot].clamp(min=0)] * shown[:, None]
+    assert torch.allclose(head.from_projection(projection, trunk_logits, model.lm_head.weight), whole, atol=1e-5)
+
+
+def test_slots_stand_where_they_should():
+    """A head whose first matrix reads only one slot answers to that neighbour alone."""
+    model = awake(GPT(toy_config(add_sampler_head=True, sampler_context=2, sampler_residual=False)))
+    hidden, embedding = torch.randn(1, 8), model.neighbour_embedding()
+    base = torch.tensor([[0, 1, 2, 0]])
+    for slot, column in ((0, 0), (1, 1), (2, 3), (3, 4)):  # column 2 is the hidden state
+        with torch.no_grad():
+            model.sampler_head.input.weight.zero_()
+            model.sampler_head.input.weight[:, column * 8:(column + 1) * 8] = torch.eye(8)
+        for changed in range(4):
+            other = base.clone()
+            other[0, changed] = (other[0, changed] + 1) % 3
+            outputs = [model.sampler_head(prepare_sampler_inputs(hidden, one, embedding), torch.zeros(1, 7),
+                                          model.lm_head.weight) for one in (base, other)]
+            assert torch.allclose(*outputs) == (changed != slot)
+
+
+def test_modes_give_their_shapes_and_ranges():
+    classifier = GPT(toy_config(mode='token_classifier', num_token_classes=2))
+    assert classifier(TOKENS).logits.shape == (2, 4, 2) and classifier.lm_head is None
+    scorer = awake(GPT(toy_config(mode='sequence_scorer')))
+    scores = scorer.sequence_scores(TOKENS)
+    assert scores.shape == (2,) and (0 < scores).all() and (scores < 1).all()
+    critic = awake(GPT(toy_config(add_critic_head=True)))
+    assert torch.allclose(critic.critic_scores(TOKENS), torch.sigmoid(critic.critic_logits(critic.encode(TOKENS))))
+
+
+def test_the_count_of_operations_is_that_of_the_matrices():
+    """Against a count by hooks on every linear layer, and attention counted by its two products."""
+    config = toy_config(n_layer=2)
+    model, counted = GPT(config), 0
+
+    def count(module, inputs, output):
+        nonlocal counted
+        counted += 2 * module.weight.numel() * inputs[0].numel() // inputs[0].size(-1)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+    model(TOKENS[:1])
+    counted += 2 * 2 * config.n_layer * 4 * 4 * config.n_embd  # scores and their product with the values
+    assert counted == 4 * model.operations_per_token()
+
+
+def test_rotary_scores_depend_on_distance_only():
+    from model import rotary_tables, rotate
+
+    cosine, sine = rotary_tables(16, 8)
+    query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    at = lambda x, place: rotate(x, cosine[place:place + 1], sine[place:place + 1])  # noqa: E731
+    scores = [(at(query, place) * at(key, place + 3)).sum() for place in (0, 5, 12)]
+    assert torch.allclose(torch.stack(scores), scores[0].expand(3), atol=1e-5)
+    assert not torch.isclose((at(query, 0) * at(key, 5)).sum(), scores[0], atol=1e-3)
+
+
+def test_normalisation_is_that_of_the_paper():
+    from model import Norm
+
+    x = torch.randn(3, 8)
+    expected = x / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(Norm(8)(x).double(), expected.double(), atol=1e-6)

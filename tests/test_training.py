@@ -1,0 +1,208 @@
+"""Steps: stage gates, isolation of the sampler head, exact resume, averaging, freezing, and ranks."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import toy_config, toy_plan, toy_state
+from core.schedule import Stage, all_heads_trained_from, critic_alpha, learning_rate_at, stage_at
+from core.training_step import training_step
+
+STAGED = {'add_sampler_head': True, 'start_sampler_iteration': 2, 'add_critic_head': True,
+          'start_critic_iteration': 4, 'end_critic_iteration': 8}
+
+
+def weights(state):
+    return {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
+
+
+def test_stages_begin_at_their_iterations():
+    config = toy_config(**STAGED)
+    assert [stage_at(config, iteration) for iteration in range(6)] == [Stage(False, False)] * 2 + \
+        [Stage(True, False)] * 2 + [Stage(True, True)] * 2
+    assert stage_at(toy_config(), 100) == Stage(False, False)
+    assert all_heads_trained_from(config) == 8 and all_heads_trained_from(toy_config()) == 0
+    assert all_heads_trained_from(toy_config(add_sampler_head=True, start_sampler_iteration=3)) == 3
+
+
+def test_alpha_grows_from_its_first_to_its_last_value():
+    config = toy_config(**STAGED, critic_alpha=0.5)
+    assert [critic_alpha(config, iteration) for iteration in (3, 4, 5, 7, 8, 100)] == [0, 0.125, 0.25, 0.5, 0.5, 0.5]
+    at_once = toy_config(**{**STAGED, 'end_critic_iteration': 4}, critic_alpha=0.5)
+    assert [critic_alpha(at_once, iteration) for iteration in (3, 4)] == [0, 0.5]
+
+
+def test_learning_rate_warms_up_and_falls():
+    values = {'learning_rate': 1.0, 'min_lr': 0.1, 'warmup_iters': 4, 'lr_decay_iters': 14}
+    rates = [learning_rate_at(i, **values, decay_lr=True) for i in (0, 3, 4, 9, 14, 50)]
+    assert rates == pytest.approx([0.25, 1.0, 1.0, 0.55, 0.1, 0.1])
+    assert learning_rate_at(50, **values, decay_lr=False) == 1.0
+
+
+def test_parts_of_the_loss_appear_with_their_stage():
+    state = toy_state(toy_config(**STAGED), toy_plan(sampler_context=1))
+    for iteration in range(6):
+        losses = training_step(state, iteration, 1e-2)
+        assert (losses.sampler is not None) == (iteration >= 2) and (losses.critic is not None) == (iteration >= 4)
+        expected = losses.main + (losses.sampler if iteration >= 2 else 0)
+        if iteration >= 4:
+            expected = expected + critic_alpha(state.model.config, iteration) * losses.critic
+        assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_heads_do_not_move_before_their_stage():
+    state = toy_state(toy_config(**STAGED), toy_plan(sampler_context=1))
+    for iteration in range(5):
+        before = weights(state)
+        training_step(state, iteration, 1e-2)
+        moved = {name.split('.')[0] for name, weight in weights(state).items() if not torch.equal(weight, before[name])}
+        assert moved == {'transformer'} | ({'sampler_head'} if iteration >= 2 else set()) | \
+            ({'critic_head'} if iteration >= 4 else set())
+
+
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_the_trunk_is_bit_identical_with_and_without_a_sampler_head(optimizer):
+    """Dropout, accumulation and clipping included, until the critic would start."""
+    plain = toy_state(toy_config(dropout=0.2), toy_plan(micro_steps=2), optimizer=optimizer, grad_clip=0.1)
+    headed = toy_state(toy_config(dropout=0.2, add_sampler_head=True, start_sampler_iteration=1),
+                       toy_plan(micro_steps=2, sampler_context=1), optimizer=optimizer, grad_clip=0.1)
+    with torch.no_grad():
+        for name, parameter in headed.model.named_parameters():
+            if name in dict(plain.model.named_parameters()):
+                parameter.copy_(dict(plain.model.named_parameters())[name])
+    for iteration in range(6):
+        first, second = training_step(plain, iteration, 1e-2), training_step(headed, iteration, 1e-2)
+        assert torch.equal(first.main, second.main)
+    found = weights(headed)
+    for name, weight in weights(plain).items():
+        assert torch.equal(weight, found[name]), name
+
+
+def test_average_follows_the_weights():
+    state = toy_state(toy_config(), toy_plan())
+    expected = {name: weight.double() for name, weight in weights(state).items()}
+    for iteration in range(30):
+        training_step(state, iteration, 1e-2)
+        decay = min(0.9, (1 + iteration) / (10 + iteration))
+        expected = {name: decay * value + (1 - decay) * weights(state)[name] for name, value in expected.items()}
+    for name, parameter in state.averaged.named_parameters():
+        assert torch.allclose(parameter.double(), expected[name], atol=1e-5)
+        assert not torch.equal(parameter, weights(state)[name])
+
+
+def test_a_frozen_trunk_waits_and_then_moves_slower():
+    config = toy_config(**STAGED, freeze_transformer=True, unfreeze_at_iteration=3, unfreeze_lr_multiplier=0.5)
+    state = toy_state(config, toy_plan(sampler_context=1))
+    for iteration in range(2, 4):
+        before = weights(state)
+        training_step(state, iteration, 1e-2)
+        moved = {name.split('.')[0] for name, weight in weights(state).items() if not torch.equal(weight, before[name])}
+        assert moved == ({'sampler_head'} if iteration == 2 else {'sampler_head', 'transformer'})
+    rates = {(group['trunk'], group['lr']) for optimizer in state.optimizers for group in optimizer.param_groups}
+    assert rates == {(True, 0.005), (False, 0.01)}
+
+
+def test_muon_updates_are_orthogonal_and_sized():
+    from core.optimizer import Muon, orthogonalise
+
+    matrices = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(orthogonalise(matrices, torch.float32))
+    assert (singular > 0.6).all() and (singular < 1.3).all()
+    assert torch.allclose(orthogonalise(matrices.mT, torch.float32), orthogonalise(matrices, torch.float32).mT, atol=1e-5)
+    left, _, right = torch.linalg.svd(matrices[0].double(), full_matrices=False)
+    alignment = (orthogonalise(matrices, torch.float32)[0].double() * (left @ right)).sum() / 6
+    assert 0.7 < alignment < 1.2
+    parameter = torch.nn.Parameter(torch.ones(6, 10))
+    parameter.grad = matrices[0].clone()
+    optimizer = Muon([parameter], lr=0.1, momentum=0.95, weight_decay=0.5, dtype=torch.float32)
+    optimizer.step()
+    update = (torch.ones(6, 10) * (1 - 0.1 * 0.5) - parameter.detach()) / (0.1 * 0.2 * math.sqrt(10))
+    assert torch.allclose(update, orthogonalise(matrices[:1], torch.float32)[0], atol=1e-4)
+
+
+def test_a_step_does_not_depend_on_what_ran_before_it():
+    """Drawing from torch's own generator in between, as evaluation or sampling might, changes nothing."""
+    results = []
+    for disturb in (False, True):
+        state = toy_state(toy_config(**STAGED, dropout=0.3), toy_plan(sampler_context=1))
+        for iteration in range(6):
+            if disturb:
+                torch.rand(iteration + 1)
+            training_step(state, iteration, 1e-2)
+        results.append(weights(state))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize('stop', [1, 2, 3, 4, 5, 7])
+def test_resume_is_exact(stop):
+    """Stop after any number of steps, dropout, accumulation and every stage border crossed: bitwise the same."""
+    def fresh():
+        return toy_state(toy_config(**STAGED, dropout=0.3), toy_plan(micro_steps=2, sampler_context=1))
+
+    whole, losses = fresh(), []
+    for iteration in range(8):
+        losses.append(training_step(whole, iteration, 1e-2))
+    first = fresh()
+    for iteration in range(stop):
+        training_step(first, iteration, 1e-2)
+    saved = copy.deepcopy((first.model.state_dict(), first.averaged.state_dict(),
+                           [optimizer.state_dict() for optimizer in first.optimizers]))
+    second = fresh()
+    second.model.load_state_dict(saved[0])
+    second.averaged.load_state_dict(saved[1])
+    for optimizer, values in zip(second.optimizers, saved[2]):
+        optimizer.load_state_dict(values)
+    for iteration in range(stop, 8):
+        found = training_step(second, iteration, 1e-2)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, losses[iteration]))
+    for one, other in ((whole.model, second.model), (whole.averaged, second.averaged)):
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+    for one, other in zip(whole.optimizers, second.optimizers):
+        for left, right in zip(one.state_dict()['state'].values(), other.state_dict()['state'].values()):
+            assert all(torch.equal(torch.as_tensor(left[key]), torch.as_tensor(right[key])) for key in left)
+
+
+RANKS = '''
+import sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from conftest import toy_config, toy_plan, toy_state
+from core.runtime import start_runtime, stop_runtime
+from core.training_step import training_step
+runtime = start_runtime('cpu', 'float32', False, width=8, iterations=8)
+config = toy_config(add_sampler_head=True, start_sampler_iteration=2, add_critic_head=True, start_critic_iteration=4,
+                    end_critic_iteration=8)
+plan = toy_plan(sampler_context=1, batch_size=4, micro_steps=4 // runtime.world_size, rank=runtime.rank,
+                world_size=runtime.world_size, loss_weighting='masked_mean', critic_row_stride=2)
+state = toy_state(config, plan)
+state.runtime = runtime
+losses = [[-1.0 if part is None else part.item() for part in training_step(state, i, 1e-2)] for i in range(8)]
+if runtime.is_writer:
+    torch.save((losses, state.model.state_dict()), sys.argv[1])
+stop_runtime(runtime)
+'''
+
+
+def test_two_ranks_give_the_losses_of_one(tmp_path):
+    """gloo, all three stages, two micro-steps a rank, against one process on the same global batch."""
+    tests = Path(__file__).parent
+    script = tmp_path / 'ranks.py'
+    script.write_text(RANKS.format(root=str(tests.parent), tests=str(tests)))
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    commands = {1: [sys.executable, str(script)],
+                2: [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script)]}
+    found = {}
+    for ranks, command in commands.items():
+        result = subprocess.run([*command, str(tmp_path / f'{ranks}.pt')], env=environment, capture_output=True,
+                                text=True, timeout=240)
+        assert result.returncode == 0, result.stderr[-2000:]
+        found[ranks] = torch.load(tmp_path / f'{ranks}.pt')
+    assert torch.allclose(torch.tensor(found[1][0]), torch.tensor(found[2][0]), rtol=2e-3, atol=2e-4)
+    assert torch.allclose(torch.tensor(found[1][0][:3]), torch.tensor(found[2][0][:3]), rtol=1e-4)
+    for one, other in zip(found[1][1].values(), found[2][1].values()):
+        assert torch.allclose(one, other, atol=5e-3)
