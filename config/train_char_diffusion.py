@@ -1,4 +1,4 @@
-# Masked diffusion without heads.
+# Masked diffusion without heads: the trunk of train_char_diffusion_sampler.py alone.
 out_dir = 'out-diffusion'
 dataset = 'shakespeare_char'
 
@@ -7,9 +7,11 @@ n_head = 6
 n_embd = 384
 block_size = 256
 batch_size = 64
-max_iters = 5000
-lr_decay_iters = 5000
-dropout = 0.1
+max_iters = 6000
+warmup_iters = 200
+eval_interval = 1000
+eval_iters = 8
+ema_decay = 0.998
 
 if device == 'cpu':
     n_layer = 4
@@ -17,7 +19,10 @@ if device == 'cpu':
     n_embd = 128
     block_size = 128
     batch_size = 32
-    max_iters = 2000
-    lr_decay_iters = 2000
-    eval_interval = 500
-    dropout = 0.0
+    max_iters = 6000 // 4
+    warmup_iters = 200 // 4
+    eval_interval = 1000 // 4
+    eval_iters = 16
+    ema_decay = 0.99
+
+lr_decay_iters = max_iters

@@ -1,0 +1,29 @@
+# The causal baseline: the same trunk read left to right.
+out_dir = 'out-ar'
+dataset = 'shakespeare_char'
+attention_type = 'causal'
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256
+batch_size = 64
+max_iters = 6000
+warmup_iters = 200
+eval_interval = 1000
+eval_iters = 8
+ema_decay = 0.998
+
+if device == 'cpu':
+    n_layer = 4
+    n_head = 4
+    n_embd = 128
+    block_size = 128
+    batch_size = 32
+    max_iters = 6000 // 4
+    warmup_iters = 200 // 4
+    eval_interval = 1000 // 4
+    eval_iters = 16
+    ema_decay = 0.99
+
+lr_decay_iters = max_iters
