@@ -49,7 +49,8 @@ class TrainConfig:
     attention_type: Literal['bidirectional', 'causal'] = option('bidirectional', 'causal trains left to right')
     position_encoding: Literal['rotary', 'absolute'] = option('rotary', 'absolute learns one vector a position')
     # objective
-    loss_weighting: Literal['elbo', 'masked_mean'] = option('elbo', 'elbo is 1 / t; masked_mean weighs masks alike')
+    loss_weighting: Literal['masked_mean', 'elbo'] = option(
+        'masked_mean', 'weighs all masked positions alike and learns faster (docs/LOG.md); elbo weighs them by 1 / t')
     # sampler head (docs/sampler.md)
     add_sampler_head: bool = option(False, 'a small head that fills masks in waves')
     start_sampler_iteration: int = option(0, 'its training begins here')

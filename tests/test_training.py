@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from conftest import toy_config, toy_plan, toy_state
+from core.batches import unmasking_batches
+from core.optimizer import Muon, orthogonalise
+from core.runtime import Runtime
 from core.schedule import Stage, all_heads_trained_from, critic_alpha, learning_rate_at, stage_at
-from core.training_step import training_step
+from core.training_step import TrainingState, training_step
+from model import GPT, GPTConfig
+from sample_utils import allowed_ids, prepare_sampler_inputs
 
 STAGED = {'add_sampler_head': True, 'start_sampler_iteration': 2, 'add_critic_head': True,
           'start_critic_iteration': 4, 'end_critic_iteration': 8}
@@ -109,8 +114,6 @@ def test_a_frozen_trunk_waits_and_then_moves_slower():
 
 
 def test_muon_updates_are_orthogonal_and_sized():
-    from core.optimizer import Muon, orthogonalise
-
     matrices = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
     singular = torch.linalg.svdvals(orthogonalise(matrices, torch.float32))
     assert (singular > 0.6).all() and (singular < 1.3).all()
@@ -206,3 +209,38 @@ def test_two_ranks_give_the_losses_of_one(tmp_path):
     assert torch.allclose(torch.tensor(found[1][0][:3]), torch.tensor(found[2][0][:3]), rtol=1e-4)
     for one, other in zip(found[1][1].values(), found[2][1].values()):
         assert torch.allclose(one, other, atol=5e-3)
+
+
+def test_a_trained_head_knows_more_than_the_trunk(small_corpus):
+    """Given both true neighbours the head's cross-entropy at masked positions is far below the trunk's; told nothing,
+    it is no better; and it has learned to use one neighbour alone."""
+    vocabulary = small_corpus.vocabulary
+    config = GPTConfig(block_size=32, vocab_size=vocabulary.size, n_layer=1, n_head=2, n_embd=32,
+                       mask_token_id=vocabulary.mask_token_id, add_sampler_head=True)
+    allowed = allowed_ids(vocabulary.size, vocabulary.base_size)
+    plan = toy_plan(tokens=small_corpus.tokens('train'), block_size=32, batch_size=16,
+                    mask_token_id=vocabulary.mask_token_id, sampler_context=1, loss_weighting='masked_mean')
+    state = TrainingState(GPT(config), allowed, Runtime(torch.device('cpu'), torch.float32, False), plan, 'unmasking',
+                          optimizer='muon', learning_rate=1e-2, weight_decay=0.0, betas=(0.9, 0.99), grad_clip=1.0,
+                          ema_decay=0.9)
+    for iteration in range(250):
+        training_step(state, iteration, 1e-2)
+    model = state.averaged
+    batch, = unmasking_batches(plan._replace(tokens=small_corpus.tokens('val'), batch_size=128), 0, lambda count: count)
+    masked = (batch.inputs == vocabulary.mask_token_id)
+    masked[:, [0, -1]] = False  # positions with two neighbours
+    with torch.no_grad():
+        hidden, truth = model.encode(batch.inputs)[masked], batch.targets[masked]
+        left, right = batch.targets.roll(1, 1)[masked], batch.targets.roll(-1, 1)[masked]
+        trunk = model.lm_head(hidden)
+
+        def cost(logits):
+            return torch.nn.functional.cross_entropy(logits.masked_fill(~allowed, -torch.inf), truth).item()
+
+        found = {}
+        for name, shown in (('both', (left, right)), ('left', (left, torch.full_like(left, -1))),
+                            ('none', (torch.full_like(left, -1),) * 2)):
+            inputs = prepare_sampler_inputs(hidden, torch.stack(shown, 1), model.neighbour_embedding())
+            found[name] = cost(model.sampler_head(inputs, trunk, model.lm_head.weight))
+    assert found['both'] < cost(trunk) - 0.4 and found['left'] < cost(trunk) - 0.15
+    assert abs(found['none'] - cost(trunk)) < 0.3

@@ -1,0 +1,62 @@
+"""The README's commands, run with small settings, and its links."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+COMMANDS = [line for block in re.findall(r'```sh\n(.*?)```', README, re.S) for line in block.strip().splitlines()]
+SMALL = {
+    'train.py': ('--n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --batch_size=4 --max_iters=6 --warmup_iters=1 '
+                 '--start_sampler_iteration=1 --start_critic_iteration=2 --end_critic_iteration=4 --eval_interval=3 '
+                 '--eval_iters=1 --sample_length=16 --compile=False --device=cpu').split(),
+    'sample.py': ['--num_samples=1', '--device=cpu'],
+}
+
+
+def test_the_readme_names_the_main_commands():
+    main = ['pip install -r requirements.txt', 'python train.py config/train_char_diffusion_sampler.py',
+            'python sample.py --sampling_method=diffusion']
+    assert COMMANDS[:3] == main and 'pip install -r requirements.txt && pytest' in COMMANDS
+
+
+def test_every_command_runs_with_small_settings(tmp_path, small_corpus):
+    """In the README's order, in one folder, on a made-up corpus in place of the plays."""
+    text = ''.join(small_corpus.vocabulary.decode(small_corpus.tokens('train')[:4000].tolist())) + '\nTo be, or not to be '
+    (tmp_path / 'my.txt').write_text(text + 'Once upon a time ' * 30)
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    for name in ('config', 'core', 'model.py', 'sample_utils.py', 'configurator.py', 'train.py', 'sample.py'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / 'data' / 'custom').mkdir(parents=True)
+    prepare = (ROOT / 'data' / 'custom' / 'prepare.py').read_text()
+    (tmp_path / 'data' / 'custom' / 'prepare.py').write_text(prepare)
+    subprocess.run([sys.executable, 'data/custom/prepare.py', 'my.txt'], cwd=tmp_path, check=True, env=environment)
+    for command in COMMANDS:
+        if command.startswith('pip'):
+            continue
+        words = shlex.split(command)
+        script = next(word for word in words if word.endswith('.py') and '/' not in word or 'prepare.py' in word)
+        extra = SMALL.get(script, [])
+        if script == 'train.py' and '--dataset=custom' not in words:
+            extra = [*extra, '--dataset=custom']
+        if words[0] == 'torchrun':
+            words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', *words[1:]]
+        if '--iterations' not in command and script == 'sample.py':
+            extra = [*extra, '--iterations=4']
+        words = [sys.executable if word == 'python' else word for word in words]
+        result = subprocess.run([*words, *extra], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+        assert result.returncode == 0, f'{command}\n{result.stdout[-1500:]}\n{result.stderr[-1500:]}'
+
+
+@pytest.mark.parametrize('page', sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / 'README.md',
+                                                                                     *(ROOT / 'docs').glob('*.md')]))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\(([^)#]+)\)', (ROOT / page).read_text()):
+        if '://' not in target:
+            assert ((ROOT / page).parent / target).exists(), f'{page} links to {target}'
