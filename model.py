@@ -150,13 +150,13 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight, eps=1e-6)
+        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), eps=1e-6)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021) on queries or keys x [B, T, H, D / H]; cosine and sine are [T, 1, D / 2H]."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ block_size = 256
 batch_size = 64
 max_iters = 6000
 warmup_iters = 200
+learning_rate = 6e-3
 eval_interval = 1000
 eval_iters = 8
 ema_decay = 0.998
@@ -22,8 +23,10 @@ if device == 'cpu':
     batch_size = 32
     max_iters = 6000 // 4
     warmup_iters = 200 // 4
+    learning_rate = 12e-3  # narrower, hence higher
     eval_interval = 1000 // 4
     eval_iters = 16
     ema_decay = 0.99
 
 lr_decay_iters = max_iters
+min_lr = learning_rate / 20

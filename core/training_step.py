@@ -74,9 +74,10 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
     parts = []
     batches = BATCH_MAKERS[state.kind](plan, iteration, runtime.total_count)
     for micro_step, batch in enumerate(batches):
+        # The first row differs by micro-step and rank, and so does their dropout.
+        torch.manual_seed(RowRandom(plan.seed, iteration, batch.rows).derived_seed(Purpose.DROPOUT))
         batch = batch.to(runtime.device)
         generator = RowRandom(plan.seed, iteration, batch.rows)
-        torch.manual_seed(generator.derived_seed(Purpose.DROPOUT))  # the first row differs by micro-step and rank
         last = micro_step == len(batches) - 1
         with nullcontext() if last or runtime.world_size == 1 else state.parallel.no_sync():
             with runtime.autocast():

@@ -161,3 +161,18 @@ def test_normalisation_is_that_of_the_paper():
     x = torch.randn(3, 8)
     expected = x / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert torch.allclose(Norm(8)(x).double(), expected.double(), atol=1e-6)
+
+
+def test_bfloat16_autocast_gives_nearly_the_same():
+    """With rotary positions, padding and a cache: no operation meets two precisions."""
+    model = awake(GPT(toy_config(block_size=8)))
+    attend = torch.ones(2, 4, dtype=torch.bool)
+    causal = awake(GPT(toy_config(block_size=8, attention_type='causal')))
+    exact = model(TOKENS, attend).logits, causal(TOKENS).logits
+    with torch.autocast('cpu', torch.bfloat16):
+        found = model(TOKENS, attend).logits
+        cache = causal.new_cache(2)
+        cached = causal.lm_head(torch.cat([causal.encode(part, cache=cache) for part in TOKENS.split(2, 1)], 1))
+    assert found.dtype == torch.bfloat16 and cache.keys[0].dtype == torch.bfloat16
+    assert (found - exact[0]).abs().max() < 0.15 * exact[0].abs().max()
+    assert (cached - exact[1]).abs().max() < 0.15 * exact[1].abs().max()
