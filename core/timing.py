@@ -14,7 +14,8 @@ class TimingAccumulator:
             ...
 
     Work on a GPU is asynchronous, so the device is synchronised when a stage begins and ends; on a CPU that costs
-    nothing. Stages may lie inside each other: each counts its whole time, and shares refer to the outermost together.
+    nothing. Stages may lie inside each other: each counts its own time without that of the stages inside it, so the
+    shares of a run add up to one.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -25,25 +26,29 @@ class TimingAccumulator:
         """Forget everything measured so far."""
         self.totals: dict[str, float] = {}  # seconds
         self.counts: dict[str, int] = {}
-        self.measured = 0.0  # seconds inside any stage
-        self._open = 0
+        self._inner: list[float] = []  # seconds spent in the stages inside each open stage
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         """Add the time of the `with` block to `stage`, also where the block raises."""
         self._synchronize()
-        self._open += 1
+        self._inner.append(0.0)
         start = time.perf_counter()
         try:
             yield
         finally:
             self._synchronize()
             seconds = time.perf_counter() - start
-            self._open -= 1
-            self.totals[stage] = self.totals.get(stage, 0.0) + seconds
+            inner = self._inner.pop()
+            if self._inner:
+                self._inner[-1] += seconds
+            self.totals[stage] = self.totals.get(stage, 0.0) + seconds - inner
             self.counts[stage] = self.counts.get(stage, 0) + 1
-            if self._open == 0:
-                self.measured += seconds
+
+    @property
+    def measured(self) -> float:
+        """Seconds inside any stage."""
+        return sum(self.totals.values())
 
     def summary(self) -> str:
         """A table of the stages, the longest first: seconds, share, calls and milliseconds per call."""

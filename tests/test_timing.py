@@ -14,16 +14,16 @@ def test_totals_counts_and_shares():
         with timer.measure('outer'):
             with timer.measure('inner'):
                 time.sleep(0.01)
+            time.sleep(0.005)
     with timer.measure('other'):
         time.sleep(0.02)
     assert timer.counts == {'outer': 3, 'inner': 3, 'other': 1}
-    assert 0.03 <= timer.totals['inner'] <= timer.totals['outer'] and timer.totals['other'] >= 0.02
-    assert timer.measured == pytest.approx(timer.totals['outer'] + timer.totals['other'])
+    assert 0.03 <= timer.totals['inner'] < 0.1 and 0.015 <= timer.totals['outer'] < timer.totals['inner']
+    assert timer.totals['other'] >= 0.02 and timer.measured == pytest.approx(sum(timer.totals.values()))
     header, *rows = timer.summary().splitlines()
     assert header.split() == ['stage', 'seconds', 'share', 'calls', 'ms/call']
-    assert [row.split()[0] for row in rows] == ['outer', 'inner', 'other'] and rows[0].split()[3] == '3'
-    shares = {row.split()[0]: float(row.split()[2].rstrip('%')) for row in rows}
-    assert shares['outer'] + shares['other'] == pytest.approx(100, abs=0.2)
+    assert [row.split()[0] for row in rows] == ['inner', 'other', 'outer'] and rows[0].split()[3] == '3'
+    assert sum(float(row.split()[2].rstrip('%')) for row in rows) == pytest.approx(100, abs=0.2)
 
 
 def test_a_stage_that_raises_is_counted_and_closed():
