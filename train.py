@@ -89,7 +89,7 @@ class TrainConfig:
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option('auto', 'auto is bfloat16 where it is fast')
     compile: bool | None = option(None, 'torch.compile; None: where it pays')
-    backend: str | None = option(None, 'of several ranks; None: nccl on GPUs, gloo on CPUs')
+    backend: Literal['nccl', 'gloo'] | None = option(None, 'of several ranks; None: nccl on GPUs, gloo on CPUs')
 
 
 def main(arguments: list[str]) -> None:

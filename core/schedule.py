@@ -32,11 +32,11 @@ def critic_alpha(config: GPTConfig, iteration: int) -> float:
 
 
 def all_heads_trained_from(config: GPTConfig) -> int:
-    """The first iteration count at which every configured head has had its schedule; the best checkpoint is then
-    chosen from here on."""
+    """The smallest number of steps done at which every configured head has had its schedule: the critic's weight its
+    full size, the sampler head a first step. The best checkpoint is chosen from here on."""
     if config.add_critic_head:
-        return max(config.start_critic_iteration, config.end_critic_iteration)
-    return config.start_sampler_iteration if config.add_sampler_head else 0
+        return max(config.start_critic_iteration + 1, config.end_critic_iteration)
+    return config.start_sampler_iteration + 1 if config.add_sampler_head else 0
 
 
 def learning_rate_at(iteration: int, *, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int,

@@ -1,7 +1,9 @@
 """The training loop: evaluate and save at intervals, step in between, stop cleanly when asked to."""
 
 import dataclasses
+import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,8 @@ from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
 from sample_utils import allowed_ids
 
+TRAJECTORY = ('seed', 'loss_weighting', 'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr',
+              'warmup_iters', 'lr_decay_iters', 'decay_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'ema_decay')
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit codes
 
 
@@ -35,15 +39,23 @@ def train(config: Any, notes: list[str]) -> None:
     was saved.
     """
     problems = option_problems(config)
-    runtime = start_runtime(config.device, config.dtype, config.compile, width=config.n_embd,
-                            iterations=config.max_iters, backend=config.backend)
+    try:
+        runtime = start_runtime(config.device, config.dtype, config.compile, width=config.n_embd,
+                                iterations=config.max_iters, backend=config.backend)
+    except UserError as error:
+        raise_problems([*problems, str(error)])
+        raise
     try:
         raise_problems(problems + world_problems(config, runtime))
         say = print if runtime.is_writer else lambda line: None
         for line in [*notes, *runtime.reasons]:
             say(line)
         corpus = ready_corpus(config.dataset, runtime, say)
-        Run(config, runtime, corpus, say).work()
+        run = Run(config, runtime, corpus, say)
+        if config.eval_only:
+            run.evaluate_only()
+        else:
+            run.work()
     finally:
         stop_runtime(runtime)
 
@@ -54,17 +66,42 @@ def option_problems(config: Any) -> list[str]:
                 for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'eval_iters',
                              'max_iters', 'keep_snapshots') if getattr(config, name) < 1]
     problems += [f'{name} is {getattr(config, name)}, but must not be negative'
-                 for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters')
-                 if getattr(config, name) < 0]
+                 for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
+                              'start_sampler_iteration', 'start_critic_iteration', 'unfreeze_lr_multiplier',
+                              'sample_length') if getattr(config, name) < 0]
     problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1)'
                  for name in ('beta1', 'beta2', 'ema_decay') if not 0 <= getattr(config, name) < 1]
+    if config.min_lr > config.learning_rate:
+        problems.append(f'min_lr is {config.min_lr}, but must not exceed learning_rate ({config.learning_rate})')
+    if config.init_from == 'resume' and config.init_from_checkpoint:
+        problems.append('init_from=resume goes on from the run folder, so init_from_checkpoint must stay None')
+    if config.eval_only and config.init_from == 'scratch' and not config.init_from_checkpoint:
+        problems.append('eval_only validates trained weights; add --init_from=resume or --init_from_checkpoint=...')
+    return problems + head_problems(config)
+
+
+def head_problems(config: Any) -> list[str]:
+    """What is wrong with the schedule of the heads and of a frozen trunk."""
+    problems = []
     if config.add_critic_head and config.add_sampler_head and \
             config.start_critic_iteration < config.start_sampler_iteration:
         problems.append(f'start_critic_iteration is {config.start_critic_iteration}, but the critic judges what the '
                         f'sampler head draws, so it must not start before start_sampler_iteration '
                         f'({config.start_sampler_iteration})')
-    if config.init_from == 'resume' and config.init_from_checkpoint:
-        problems.append('init_from=resume goes on from the run folder, so init_from_checkpoint must stay None')
+    if config.add_critic_head and config.critic_row_stride > 0 and config.batch_size % config.critic_row_stride:
+        problems.append(f'batch_size is {config.batch_size}, but must be a multiple of critic_row_stride '
+                        f'({config.critic_row_stride}), so that micro-steps and ranks judge the same rows')
+    begins = [start for wanted, start in ((config.add_sampler_head, config.start_sampler_iteration),
+                                          (config.add_critic_head, config.start_critic_iteration)) if wanted]
+    if config.freeze_transformer and 0 not in begins:
+        problems.append('freeze_transformer leaves nothing to train at iteration 0; add a head that starts there '
+                        '(start_sampler_iteration=0) or leave freeze_transformer out')
+    if config.freeze_transformer and config.init_from == 'scratch' and not config.init_from_checkpoint:
+        problems.append('freeze_transformer would keep random weights; name the trained ones with '
+                        '--init_from_checkpoint=...')
+    if config.unfreeze_at_iteration is not None and not config.freeze_transformer:
+        problems.append(f'unfreeze_at_iteration is {config.unfreeze_at_iteration}, but nothing is frozen; add '
+                        f'freeze_transformer=True or leave it out')
     return problems
 
 
@@ -120,46 +157,63 @@ class Run:
                                    betas=(config.beta1, config.beta2), grad_clip=config.grad_clip,
                                    ema_decay=config.ema_decay)
         self.iteration, self.best_value, self.best_is_final, self.seconds = 0, None, False, 0.0
+        self.unprinted: list[float] = []  # seconds of the iterations since the last line
         self.asked_to_stop: signal.Signals | None = None
 
-    def work(self) -> None:
-        """Train to max_iters, or evaluate once with eval_only."""
-        config = self.config
-        self.folder = RunFolder(config.out_dir) if self.runtime.is_writer else None
+    def evaluate_only(self) -> None:
+        """Validate the weights once and write nothing."""
         say = print if self.runtime.is_writer else lambda line: None
-        if config.init_from == 'resume':
-            self.resume(say)
+        if self.config.init_from == 'resume':
+            self.resume(latest_checkpoint(self.config.out_dir, say), say)
+        say(self.validate().line(f'step {self.iteration}: {self.value_name}'))
+
+    def work(self) -> None:
+        """Train to max_iters in the run folder."""
+        config, runtime = self.config, self.runtime
+        say = print if runtime.is_writer else lambda line: None
+        self.folder = RunFolder(config.out_dir) if runtime.is_writer else None
+        try:
+            self.open_folder(say)
+            rate, words = runtime.matrix_rate() if runtime.is_writer else (1.0, '')
+            self.matrix_rate = rate
+            say(f'model: {self.state.model.parameter_count():,} parameters; {self.state.plan.global_batch} rows of '
+                f'{config.block_size} tokens an iteration; mfu is a share of {words}')
+            for head, start, wanted in (('sampler', config.start_sampler_iteration, config.add_sampler_head),
+                                        ('critic', config.start_critic_iteration, config.add_critic_head)):
+                if wanted and start >= config.max_iters:
+                    say(f'the {head} head would begin at iteration {start}, after the last of {config.max_iters}: it '
+                        f'stays untrained')
+            self.logger = RunLogger(Path(config.out_dir), wandb_log=config.wandb_log, project=config.wandb_project,
+                                    run_name=config.wandb_run_name, config=dataclasses.asdict(config),
+                                    start_iteration=self.iteration, total_iterations=config.max_iters,
+                                    enabled=runtime.is_writer)
+            try:
+                self.loop()
+            finally:
+                self.logger.close()
+                if self.folder is not None:
+                    self.draw_curve()
+        finally:
+            if self.folder is not None:
+                self.folder.close()
+
+    def open_folder(self, say: Callable[[str], None]) -> None:
+        """Take up the run that the folder holds, or put it aside, as init_from says."""
+        if self.config.init_from == 'resume':
+            path = self.folder.latest(say) if self.folder is not None else None
+            if self.runtime.world_size > 1:
+                distributed.barrier()  # a damaged file has been put aside
+            self.resume(path or latest_checkpoint(self.config.out_dir, say), say)
         elif self.folder is not None:
             self.folder.set_aside_earlier_run(say)
         if self.folder is not None:
-            self.folder.write_description(dataclasses.asdict(config))
-        model, rate = self.state.model, (0.0, '')
-        if self.runtime.is_writer:
-            rate = self.runtime.matrix_rate()
-        self.matrix_rate = rate[0]
-        rows = self.state.plan.global_batch
-        say(f'model: {model.parameter_count():,} parameters; {rows} rows of {config.block_size} tokens an iteration; '
-            f'mfu is a share of {rate[1]}')
-        self.logger = RunLogger(Path(config.out_dir), wandb_log=config.wandb_log, project=config.wandb_project,
-                                run_name=config.wandb_run_name, config=dataclasses.asdict(config),
-                                start_iteration=self.iteration, total_iterations=config.max_iters,
-                                enabled=self.runtime.is_writer)
-        for number in STOPPED:
-            signal.signal(number, self.on_signal)
-        try:
-            if config.eval_only:
-                self.evaluate(save=False)
-            else:
-                self.loop()
-        finally:
-            self.logger.close()
-            if self.folder is not None:
-                self.draw_curve()
-                self.folder.close()
+            self.folder.write_description(dataclasses.asdict(self.config))
 
     def loop(self) -> None:
         """Evaluate at every eval_interval and at the end; take a step in between; stop when asked to, once saved."""
         config = self.config
+        for number in STOPPED:
+            signal.signal(number, self.on_signal)
         while True:
             if self.iteration % config.eval_interval == 0 or self.iteration == config.max_iters:
                 self.evaluate(save=self.iteration > 0)
@@ -183,25 +237,40 @@ class Run:
             self.runtime.synchronize()
         seconds = time.perf_counter() - start
         self.seconds += seconds
+        self.unprinted = [*self.unprinted, seconds]
         if due and self.runtime.is_writer:
             total, main, sampler, critic = (None if loss is None else loss.item() for loss in losses)
-            plan = self.state.plan
+            mean, plan = sum(self.unprinted) / len(self.unprinted), self.state.plan
             operations = 3 * self.state.model.operations_per_token() * plan.global_batch * plan.block_size
-            mfu = operations / seconds / self.matrix_rate / plan.world_size
-            self.logger.iteration(IterationRecord(self.iteration, total, main, learning_rate, seconds, sampler, critic,
-                                                  mfu))
+            mfu = operations / mean / self.matrix_rate / plan.world_size
+            self.logger.iteration(IterationRecord(self.iteration, total, main, learning_rate, mean, sampler, critic, mfu))
+        if due:
+            self.unprinted = []
         self.iteration += 1
         self.logger.advance(self.iteration)
+
+    @property
+    def value_name(self) -> str:
+        """What validation measures."""
+        return 'val loss' if self.kind == CheckpointKind.CAUSAL else 'val nelbo'
+
+    def validate(self) -> Validation:
+        """Validate the averaged weights."""
+        return validate(self.state.averaged, self.corpus, self.runtime, self.allowed, batch_size=self.config.batch_size,
+                        windows=self.config.eval_iters * self.config.batch_size)
 
     def evaluate(self, save: bool) -> None:
         """Validate the averaged weights, print a sample of them, and save the latest and maybe the best."""
         config, state = self.config, self.state
-        found = validate(state.averaged, self.corpus, self.runtime, self.allowed, batch_size=config.batch_size,
-                         windows=config.eval_iters * config.batch_size)
-        name = 'val loss' if self.kind == CheckpointKind.CAUSAL else 'val nelbo'
-        self.logger.evaluation(self.iteration, found.line(f'step {self.iteration}: {name}'), {
-            f'val/{name.split()[1]}': found.value, f'val/{name.split()[1]}_standard_error': found.standard_error, 'val/bits': found.bits,
+        found = self.validate()
+        key = self.value_name.split()[1]
+        self.logger.evaluation(self.iteration, found.line(f'step {self.iteration}: {self.value_name}'), {
+            f'val/{key}': found.value, f'val/{key}_standard_error': found.standard_error, 'val/bits': found.bits,
             'train_seconds': self.seconds})
+        if not math.isfinite(found.value):
+            raise UserError(f'validation at iteration {self.iteration} gives {found.value}: training diverged and was '
+                            f'not saved; lower learning_rate ({config.learning_rate}) or grad_clip '
+                            f'({config.grad_clip}) and start again, or go on from what {config.out_dir} holds')
         if self.runtime.is_writer and self.iteration > 0 and config.sample_length > 0:
             trained = stage_at(self.model_config, self.iteration - 1)
             self.logger.sample(preview(state.averaged, self.corpus.vocabulary, self.allowed, trained.sampler,
@@ -214,18 +283,21 @@ class Run:
         """Keep the best checkpoint, chosen among those in which every configured head has had its schedule as soon as
         there is one."""
         is_final = self.iteration >= all_heads_trained_from(self.model_config)
-        better = self.best_value is None or found.value < self.best_value or self.config.always_save_checkpoint
+        better = self.best_value is None or found.value < self.best_value
         if better or (is_final and not self.best_is_final):
             self.best_value, self.best_is_final = found.value, is_final
-            if self.folder is not None:
-                self.folder.save_best(self.checkpoint(with_optimizers=False))
+        elif not self.config.always_save_checkpoint:
+            return
+        if self.folder is not None:
+            self.folder.save_best(self.checkpoint(with_optimizers=False))
 
     def save(self) -> None:
         """Save the latest state, and a snapshot where one is due."""
         if self.folder is not None:
             self.folder.save_latest(self.checkpoint(with_optimizers=True))
             if self.iteration % self.config.eval_interval == 0:
-                self.folder.save_snapshot(self.checkpoint(with_optimizers=False), self.kind, self.config.keep_snapshots)
+                self.folder.save_snapshot(self.checkpoint(with_optimizers=False), self.kind,
+                                          self.config.keep_snapshots)
 
     def checkpoint(self, with_optimizers: bool) -> Checkpoint:
         """Everything as it is now; without optimizers it serves sampling only, and holds the averaged weights alone."""
@@ -242,21 +314,28 @@ class Run:
             best_value=self.best_value, extra={'best_is_final': self.best_is_final, 'train_seconds': self.seconds,
                                                'resumable': with_optimizers})
 
-    def resume(self, say: Callable[[str], None]) -> None:
-        """Take up the newest checkpoint of the run folder that verifies; the run goes on exactly as if never stopped."""
-        path = self.folder.latest(say) if self.folder is not None else None
-        if self.runtime.world_size > 1:
-            distributed.barrier()  # a damaged file has been put aside
-            path = path or latest_checkpoint(self.config.out_dir, say)
+    def resume(self, path: Path, say: Callable[[str], None]) -> None:
+        """Take up the checkpoint at `path`; the run goes on exactly as if never stopped. Changed options are said."""
         saved = load_checkpoint(path, self.runtime.device)
         for note in check_resume(saved, model_config_to_dict(self.model_config), self.corpus.vocabulary.hash,
                                  self.corpus.data_hash, force=self.config.force_resume):
             say(note)
+        before, now = saved.config, dataclasses.asdict(self.config)
+        for name in TRAJECTORY:
+            if name in before and before[name] != now[name]:
+                say(f'{name} was {before[name]} and is now {now[name]}')
+        if before['optimizer'] != now['optimizer']:
+            raise UserError(f'{path} was trained with optimizer={before["optimizer"]}, whose state '
+                            f'{now["optimizer"]} cannot use; take --optimizer={before["optimizer"]}')
         state = self.state
         load_weights(state.model, saved.model, path)
         load_weights(state.averaged, saved.ema, path)
         for optimizer, values in zip(state.optimizers, saved.optimizers, strict=True):
+            asked = [{key: group[key] for key in ('weight_decay', 'betas') if key in group}
+                     for group in optimizer.param_groups]
             optimizer.load_state_dict(values)
+            for group, hyperparameters in zip(optimizer.param_groups, asked):
+                group.update(hyperparameters)
         if saved.scaler is not None:
             state.scaler.load_state_dict(saved.scaler)
         self.iteration, self.best_value = saved.iteration, saved.best_value
@@ -268,6 +347,7 @@ class Run:
         if self.asked_to_stop is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked_to_stop = signal.Signals(number)
+        print('stopping after this step, once it is saved; interrupt again to stop at once', file=sys.stderr)
 
     def stop_wanted(self) -> bool:
         """Whether any rank was asked to stop; all agree."""

@@ -55,6 +55,7 @@ class TrainingState:
         nn.utils.clip_grad_norm_(head, limit, foreach=True)
         return nn.utils.clip_grad_norm_(others, limit, foreach=True)
 
+    @torch.no_grad()
     def update_average(self, iteration: int) -> None:
         """Exponential moving average of the weights; the decay grows to ema_decay so that early weights are forgotten."""
         decay = min(self.ema_decay, (1 + iteration) / (10 + iteration))

@@ -46,6 +46,9 @@ def test_masking_makes_a_new_tensor():
 def test_validation_counts_cover_every_number_equally():
     counts = stratified_mask_counts(keyed(0, 0, 0, 60), 60, 12)
     assert torch.bincount(counts, minlength=13).tolist() == [0] + [5] * 12
+    assert abs(torch.corrcoef(torch.stack((counts.double(), torch.arange(60).double())))[0, 1]) < 0.4  # in no order
+    parts = [stratified_mask_counts(keyed(0, 0, first, 20), 60, 12) for first in (0, 20, 40)]
+    assert torch.equal(torch.cat(parts), counts)
     mask = draw_exact_mask(keyed(0, 0, 0, 60), counts, 12)
     assert torch.equal(mask.sum(1), counts)
     many = draw_exact_mask(keyed(0, 0, 0, 3000), torch.full((3000,), 5), 12).double()

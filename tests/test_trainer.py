@@ -136,6 +136,36 @@ def test_eval_only_says_one_value_and_keeps_the_folder(small_corpus, capsys):
     assert len(read_metrics(Path('out/metrics.jsonl'))) == lines
 
 
+def test_always_save_does_not_lose_the_best_value(small_corpus, monkeypatch):
+    import core.trainer
+
+    values, real = iter([9.0, 1.0, 2.0]), core.trainer.validate
+    monkeypatch.setattr(core.trainer, 'validate', lambda *a, **k: real(*a, **k)._replace(value=next(values)))
+    run('--max_iters=8', '--add_critic_head=False', '--always_save_checkpoint=True')
+    best = load_checkpoint('out/ckpt_best.pt')
+    assert (best.iteration, best.best_value) == (8, 1.0)
+
+
+def test_a_diverged_run_is_not_saved(small_corpus, monkeypatch):
+    import core.trainer
+
+    values, real = iter([9.0, 1.0, float('nan')]), core.trainer.validate
+    monkeypatch.setattr(core.trainer, 'validate', lambda *a, **k: real(*a, **k)._replace(value=next(values)))
+    assert 'training diverged' in refused('--max_iters=12')
+    assert load_checkpoint('out/ckpt.pt').iteration == 4 and load_checkpoint('out/ckpt_best.pt').iteration == 4
+
+
+def test_a_resumed_run_takes_changed_options_and_says_so(small_corpus, capsys):
+    run('--max_iters=4')
+    run('--max_iters=8', '--init_from=resume', '--weight_decay=0.5', '--beta2=0.5')
+    out = capsys.readouterr().out
+    assert 'weight_decay was 0.05 and is now 0.5' in out and 'beta2 was 0.99 and is now 0.5' in out
+    groups = load_checkpoint('out/ckpt.pt').optimizers[-1]['param_groups']
+    assert {group['weight_decay'] for group in groups} == {0.5, 0.0}
+    assert {tuple(group['betas']) for group in groups} == {(0.9, 0.5)}
+    assert 'optimizer=muon' in refused('--init_from=resume', '--optimizer=adamw')
+
+
 def test_starting_from_a_checkpoint_with_other_heads(small_corpus, capsys):
     run('--add_critic_head=False', '--out_dir=first')
     run('--add_sampler_head=False', '--out_dir=second', '--init_from_checkpoint=first/ckpt_best.pt', '--max_iters=1',
@@ -162,6 +192,12 @@ def test_causal_runs_report_their_own_loss(small_corpus, capsys):
     (['--dataset=nowhere'], 'nowhere'),
     (['--init_from=resume'], 'there is no checkpoint in out'),
     (['--init_from_checkpoint=gone.pt'], 'there is no checkpoint gone.pt'),
+    (['--eval_only=True'], 'eval_only validates trained weights'),
+    (['--freeze_transformer=True'], 'freeze_transformer leaves nothing to train at iteration 0'),
+    (['--unfreeze_at_iteration=3'], 'unfreeze_at_iteration is 3, but nothing is frozen'),
+    (['--critic_row_stride=3'], 'batch_size is 4, but must be a multiple of critic_row_stride (3)'),
+    (['--min_lr=1'], 'min_lr is 1'),
+    (['--sample_length=-1'], 'sample_length is -1'),
 ])
 def test_wrong_input_is_one_clear_sentence(small_corpus, arguments, words):
     assert words in refused(*arguments)

@@ -33,7 +33,7 @@ def test_stages_begin_at_their_iterations():
         [Stage(True, False)] * 2 + [Stage(True, True)] * 2
     assert stage_at(toy_config(), 100) == Stage(False, False)
     assert all_heads_trained_from(config) == 8 and all_heads_trained_from(toy_config()) == 0
-    assert all_heads_trained_from(toy_config(add_sampler_head=True, start_sampler_iteration=3)) == 3
+    assert all_heads_trained_from(toy_config(add_sampler_head=True, start_sampler_iteration=3)) == 4
 
 
 def test_alpha_grows_from_its_first_to_its_last_value():
@@ -98,7 +98,7 @@ def test_average_follows_the_weights():
         expected = {name: decay * value + (1 - decay) * weights(state)[name] for name, value in expected.items()}
     for name, parameter in state.averaged.named_parameters():
         assert torch.allclose(parameter.double(), expected[name], atol=1e-5)
-        assert not torch.equal(parameter, weights(state)[name])
+        assert not torch.equal(parameter, weights(state)[name]) and not parameter.requires_grad
 
 
 def test_a_frozen_trunk_waits_and_then_moves_slower():
