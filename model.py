@@ -364,7 +364,7 @@ class GPT(nn.Module):
         return GPTOutput(logits, hidden_states)
 
     def neighbour_embedding(self) -> Tensor:
-        """[V, D]: the token embeddings as the trunk reads them (normalised), detached; the sampler head's neighbours."""
+        """[V, D]: the token embeddings as the trunk reads them (normalised), detached, for the sampler head."""
         weight = self.transformer['wte'].weight.detach()
         return F.rms_norm(weight, (weight.size(-1),), eps=1e-6)
 

@@ -2,7 +2,8 @@
 
 Every number comes from (seed, iteration, global row), so a row is the same whichever micro-step or rank holds it.
 
-Letters: B rows of a micro-step, G rows of the global batch, T sequence length, C sampler_context, N predicted positions.
+Letters: B rows of a micro-step, G rows of the global batch, T sequence length, C sampler_context, N predicted
+positions.
 """
 
 from collections.abc import Callable

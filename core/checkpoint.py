@@ -38,8 +38,8 @@ SHOWN_KEYS = 5  # of a long list of differing names
 # Fields of GPTConfig that change how a model is trained, not what its weights mean: a resumed run may change them.
 TRAINING_FIELDS = frozenset((
     'dropout', 'ignore_index', 'freeze_transformer', 'init_from_checkpoint', 'unfreeze_at_iteration',
-    'unfreeze_lr_multiplier', 'critic_alpha', 'critic_target_scope', 'critic_gradient', 'critic_row_stride', 'start_critic_iteration',
-    'end_critic_iteration', 'start_sampler_iteration', 'sampler_min_neighbors_ratio'))
+    'unfreeze_lr_multiplier', 'critic_alpha', 'critic_target_scope', 'critic_gradient', 'critic_row_stride',
+    'start_critic_iteration', 'end_critic_iteration', 'start_sampler_iteration', 'sampler_min_neighbors_ratio'))
 
 
 class CheckpointKind(StrEnum):

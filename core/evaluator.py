@@ -35,8 +35,8 @@ class Validation(NamedTuple):
 
     def line(self, name: str) -> str:
         """One line for the console."""
-        return (f'{name} {self.value:.4f} nats/token (s.e. {self.standard_error:.4f}), {self.bits:.4f} bits/{self.unit}, '
-                f'{self.windows} windows, {self.seconds:.1f}s')
+        return (f'{name} {self.value:.4f} nats/token (s.e. {self.standard_error:.4f}), {self.bits:.4f} '
+                f'bits/{self.unit}, {self.windows} windows, {self.seconds:.1f}s')
 
 
 def fixed_windows(tokens: np.ndarray, count: int, length: int) -> Tensor:

@@ -243,7 +243,8 @@ class Run:
             mean, plan = sum(self.unprinted) / len(self.unprinted), self.state.plan
             operations = 3 * self.state.model.operations_per_token() * plan.global_batch * plan.block_size
             mfu = operations / mean / self.matrix_rate / plan.world_size
-            self.logger.iteration(IterationRecord(self.iteration, total, main, learning_rate, mean, sampler, critic, mfu))
+            self.logger.iteration(IterationRecord(self.iteration, total, main, learning_rate, mean, sampler, critic,
+                                                  mfu))
         if due:
             self.unprinted = []
         self.iteration += 1

@@ -57,7 +57,7 @@ class TrainingState:
 
     @torch.no_grad()
     def update_average(self, iteration: int) -> None:
-        """Exponential moving average of the weights; the decay grows to ema_decay so that early weights are forgotten."""
+        """Exponential moving average of the weights; the decay grows to ema_decay, so early weights are forgotten."""
         decay = min(self.ema_decay, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
 
