@@ -1,0 +1,47 @@
+"""Measure training and sampling speed on this machine, with nothing else running.
+
+    python bench.py                                    both shapes
+    python bench.py --shapes=small --repetitions=9     one of them, with more rounds
+    python bench.py --json=docs/results/performance.json --report=docs/performance.md
+    python bench.py --help                             every option
+
+docs/performance.md says what each figure means.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from configurator import configure, option
+from core.errors import run_script
+
+
+@dataclass
+class BenchConfig:
+    """The options of bench.py."""
+
+    shapes: str = option('small,large', 'which of them, with a comma between')
+    repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 where they take long')
+    critic_row_stride: int = option(4, 'stage 3 trains the critic on every n-th row; 4 as in the full recipe')
+    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
+        'auto', 'precision of training and sampling; auto chooses as train.py and sample.py do')
+    compile: bool | None = option(None, 'torch.compile the training step; None: where it pays')
+    json: str | None = option(None, 'write every measured number to this file')
+    report: str | None = option(None, 'write the tables into this file, between its two marker lines')
+    from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier')
+
+
+def main(arguments: list[str]) -> None:
+    """Read the options and measure."""
+    configuration = configure(BenchConfig, arguments, usage=__doc__)
+    from core.benchmark_report import run_benchmark  # after the options, so that a typo is answered at once
+    from core.runtime import resolve_device
+
+    config = configuration.config
+    config.device = resolve_device(config.device)
+    run_benchmark(config, configuration.explicit, partial(print, flush=True))
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,220 @@
+"""What a benchmark's record says: figures and tables as functions of the raw seconds, and the files they go to."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.benchmark import FILL_ROWS, FORMAT, PREDICTIONS, SHAPES, VERSION, Say, Shape, benchmark
+from core.checkpoint import atomic_writer
+from core.errors import UserError, raise_problems
+
+BEGIN, END = '<!-- bench.py writes from here -->', '<!-- bench.py writes to here -->'
+CASES = {  # what a case is called in a table
+    'causal': 'causal step of the same trunk', 'stage 1': 'stage 1: diffusion, main loss only',
+    'stage 2': 'stage 2: and the sampler head', 'stage 3': 'stage 3: and the critic on {rows}',
+    'trunk call': f'trunk call, {FILL_ROWS} rows', 'wavefront fill': f'wavefront fill of {FILL_ROWS} fully masked rows',
+}
+
+
+# Figures ------------------------------------------------------------------------------------------------------------
+
+class Spread(NamedTuple):
+    """The middle and both ends of a figure over the rounds."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> 'Spread':
+        return cls(statistics.median(values), min(values), max(values))
+
+    def show(self, write: Callable[[float], str]) -> str:
+        """'median (lowest - highest)', each number as `write` puts it."""
+        return f'{write(self.median)} ({write(self.lowest)} - {write(self.highest)})'
+
+
+def per_round(group: Mapping[str, Any], first: str, second: str, combine: Callable[[float, float], float]) -> Spread:
+    """`combine` of the seconds that cases `first` and `second` took in the same round."""
+    cases = group['cases']
+    return Spread.of([combine(one, other) for one, other in
+                      zip(cases[first]['seconds'], cases[second]['seconds'], strict=True)])
+
+
+def ratio(group: Mapping[str, Any], first: str, second: str) -> Spread:
+    """How many times as long `first` takes as `second`."""
+    return per_round(group, first, second, lambda one, other: one / other)
+
+
+def added_share(group: Mapping[str, Any], whole: str, without: str) -> Spread:
+    """The share of `whole` that is saved by `without`."""
+    return per_round(group, whole, without, lambda one, other: (one - other) / one)
+
+
+def rate_share(group: Mapping[str, Any], name: str) -> Spread:
+    """Achieved operations per second of a case as a share of the matrix rate of the same round."""
+    case = group['cases'][name]
+    return Spread.of([case['operations'] / seconds / rate
+                      for seconds, rate in zip(case['seconds'], group['rate'], strict=True)])
+
+
+def ratios(entry: Mapping[str, Any]) -> dict[str, tuple[Spread, Callable[[float], str]]]:
+    """Every ratio of one shape, and how it is written."""
+    training, fill, sampling = entry['training'], entry['fill'], entry['sampling']
+    found = {'diffusion step / causal step': (ratio(training, 'stage 1', 'causal'), _times),
+             'stage 2 / stage 1': (ratio(training, 'stage 2', 'stage 1'), _times),
+             'stage 3 / stage 1': (ratio(training, 'stage 3', 'stage 1'), _times),
+             'sampler head, share of a stage 2 step': (added_share(training, 'stage 2', 'stage 1'), _percent),
+             'critic, share of a stage 3 step': (added_share(training, 'stage 3', 'stage 2'), _percent),
+             'wavefront fill / trunk call': (ratio(fill, 'wavefront fill', 'trunk call'), _times)}
+    for name in sampling['cases']:
+        method, _, batch = name.partition(', ')
+        if method == 'diffusion':
+            found[f'tokens/s of diffusion / of standard, {batch}'] = (
+                ratio(sampling, f'standard, {batch}', name), _times)
+    return found
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+def report(record: Mapping[str, Any]) -> str:
+    """The whole report in Markdown that also reads well on a terminal."""
+    machine = record['machine']
+    versions = machine['versions']
+    devices = ', '.join(machine['devices']) or 'no GPU'
+    lines = [f'{machine["processor"]}, {machine["processors"]} processors, {machine["threads"]} threads, {devices}; '
+             f'{"fast" if machine["fast_bfloat16"] else "no fast"} bfloat16 on the processor; load average '
+             f'{machine["load_average"]} at the start.',
+             f'{machine["platform"]}; Python {versions["python"]}, torch {versions["torch"]}, numpy '
+             f'{versions["numpy"]}; revision {machine["git_revision"] or "unknown"}.']
+    for name, entry in record['shapes'].items():
+        lines += ['', *shape_report(name, entry)]
+    return '\n'.join(lines)
+
+
+def shape_report(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Heading, settings and tables of one shape."""
+    shape, sampling_dtype = Shape(**entry['shape']), entry['sampling_dtype']
+    lines = [f'### {name}: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, {shape.block_size} '
+             f'tokens, batch {shape.batch_size}', '',
+             f'{entry["parameters"]:,} parameters with both heads, on {entry["device"]}. Training in {entry["dtype"]}, '
+             f'{"compiled" if entry["compile"] else "not compiled"}; sampling in {sampling_dtype}, not compiled, '
+             f'diffusion with {PREDICTIONS} predictions.']
+    for group, title in (('training', 'training step'), ('fill', 'part of a prediction'), ('sampling', 'sampling')):
+        dtype = entry['dtype'] if group == 'training' else sampling_dtype
+        rate = Spread.of(entry[group]['rate']).show(lambda one: f'{one / 1e9:.0f}')
+        lines += ['', f'{dtype} matrix rate {rate} GFLOP/s, {len(entry[group]["rate"])} interleaved rounds:', '',
+                  *_group_table(title, entry, entry[group], with_start_up=group == 'training')]
+    rows = [[label, write(one.median), write(one.lowest), write(one.highest)]
+            for label, (one, write) in ratios(entry).items()]
+    return [*lines, '', 'Within a round:', '', *_table(['ratio', 'median', 'lowest', 'highest'], rows)]
+
+
+def _group_table(title: str, entry: Mapping[str, Any], group: Mapping[str, Any], with_start_up: bool) -> list[str]:
+    stride, rows = entry['critic_row_stride'], []
+    judged = 'every row' if stride == 1 else f'one row in {stride}'
+    for name, case in group['cases'].items():
+        seconds, share = Spread.of(case['seconds']), rate_share(group, name)
+        floor = case['operations'] / statistics.median(group['rate'])
+        rows.append([CASES.get(name, name).format(rows=judged), f'{1e3 * floor:.1f}', _times(1 / share.median),
+                     seconds.show(lambda one: f'{1e3 * one:.1f}'), f'{case["tokens"] / seconds.median:,.0f}',
+                     f'{case["operations"] / seconds.median / 1e9:,.0f}', share.show(_percent),
+                     *([f'{max(0.0, case["first_seconds"] - seconds.median):.1f}'] if with_start_up else [])])
+    return _table([title, 'floor ms', 'gap', 'measured ms', 'tokens/s', 'GFLOP/s', 'share of the rate',
+                   *(['start-up s'] if with_start_up else [])], rows)
+
+
+def _times(value: float) -> str:
+    return f'{value:.3f}' if value < 10 else f'{value:.1f}'
+
+
+def _percent(value: float) -> str:
+    return f'{value:.1%}'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table in aligned columns: the first to the left, figures to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
+    return ['| ' + ' | '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + ' |'
+            for row in (head, rule, *rows)]
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+def run_benchmark(config: Any, explicit: Mapping[str, str], say: Say) -> None:
+    """Measure as `config` (the options of bench.py) says, or read --from_json; print and write the report."""
+    raise_problems(option_problems(config, explicit))
+    if config.from_json is not None:
+        record = read_record(Path(config.from_json))
+    else:
+        record = benchmark({name: SHAPES[name] for name in config.shapes.split(',')}, say, device=config.device,
+                           dtype=config.dtype, compile=config.compile, repetitions=config.repetitions,
+                           critic_row_stride=config.critic_row_stride)
+    text = report(record)
+    say('')
+    say(text)
+    if config.json is not None:
+        with atomic_writer(Path(config.json)) as file:
+            file.write((json.dumps(record, indent=1) + '\n').encode())
+        say(f'record written to {config.json}')
+    if config.report is not None:
+        write_report(Path(config.report), text)
+        say(f'tables written to {config.report}')
+
+
+def option_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
+    """What is wrong with the options, found before minutes are spent."""
+    problems = [f'{name} is {value}, but must be at least 1' for name in ('repetitions', 'critic_row_stride')
+                if (value := getattr(config, name)) is not None and value < 1]
+    names = config.shapes.split(',')
+    problems += [f'shapes names {one!r}, but there are {" and ".join(SHAPES)}; give --shapes={",".join(SHAPES)}'
+                 for one in names if one not in SHAPES]
+    problems += [f'shapes names {one!r} twice; leave one out' for one in SHAPES if names.count(one) > 1]
+    if config.from_json is not None:
+        problems += [f'{name} was given, but --from_json measures nothing; leave one of them out'
+                     for name in explicit if name not in ('from_json', 'report')]
+    if config.json is not None and not Path(config.json).absolute().parent.is_dir():
+        problems.append(f'cannot write {config.json}: its folder does not exist; create it first')
+    if config.report is not None:
+        try:
+            _split_at_markers(Path(config.report))
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record that --json wrote. UserError for anything else."""
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}; make it with bench.py --json={path}') from None
+    except ValueError:
+        raise UserError(f'{path} is not JSON; make it with bench.py --json={path}') from None
+    if not isinstance(record, dict) or (record.get('format'), record.get('version')) != (FORMAT, VERSION):
+        raise UserError(f'{path} is not a record of this bench.py (version {VERSION}); make it anew with bench.py '
+                        f'--json={path}')
+    return record
+
+
+def write_report(path: Path, text: str) -> None:
+    """Put `text` between the two marker lines of `path`; all else stays."""
+    before, after = _split_at_markers(path)
+    with atomic_writer(path) as file:
+        file.write(f'{before}{BEGIN}\n\n{text}\n\n{END}{after}'.encode())
+
+
+def _split_at_markers(path: Path) -> tuple[str, str]:
+    try:
+        content = path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f'cannot read {path}, where the report should go; give --report=docs/performance.md') from None
+    before, begin, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise UserError(f'{path} must hold the lines {BEGIN!r} and {END!r} once, in this order, to tell where the '
+                        f'report goes')
+    return before, after

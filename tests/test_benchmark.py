@@ -1,0 +1,293 @@
+"""The benchmark takes turns, compares within a round, counts operations as torch does; tables follow the record."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import core.benchmark as benchmark_module
+from bench import main
+from core.batches import BATCH_MAKERS
+from core.benchmark import (BASE_SIZE, Case, Shape, another_round, benchmark, fill_operations, measure_in_turns,
+                            model_config, sampling_cases, step_operations)
+from core.benchmark_report import (BEGIN, END, added_share, rate_share, ratio, ratios, read_record, report,
+                                   write_report)
+from core.errors import UserError
+from core.generation import Generation
+from core.objective import Objective
+from core.randomness import RowRandom, keyed
+from core.schedule import Stage
+from conftest import toy_plan
+from model import GPT
+from sample_utils import DrawRule, allowed_ids, sampler_wavefront_fill
+
+TINY = Shape(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4)
+ROOT = Path(__file__).parent.parent
+
+
+# Taking turns
+
+class Clock:
+    """A clock that moves only when told to."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(benchmark_module, 'time', SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def test_cases_take_turns_and_the_first_call_counts_apart(monkeypatch):
+    clock, order, numbers = Clock(monkeypatch), [], []
+
+    def case(name, seconds):
+        durations = iter(seconds)
+
+        def run(number):
+            order.append(name)
+            numbers.append(number)
+            clock.now += next(durations)
+        return Case(run, operations=10.0, tokens=7)
+
+    def rate():
+        order.append('rate')
+        return 3.0
+
+    found = measure_in_turns({'a': case('a', [9.0, 1.0, 2.0, 3.0]), 'b': case('b', [5.0, 0.5, 0.75, 1.0])}, rate,
+                             lambda: None, lambda line: None, repetitions=2, warm_ups=2)
+    assert order == ['a', 'a', 'b', 'b', 'rate', 'a', 'b', 'rate', 'a', 'b']
+    assert len(set(numbers)) == len(numbers), 'no two calls do the same'
+    assert found['rate'] == [3.0, 3.0]
+    assert found['cases']['a'] == {'seconds': [2.0, 3.0], 'first_seconds': 9.0, 'operations': 10.0, 'tokens': 7}
+    assert found['cases']['b']['seconds'] == [0.75, 1.0]
+
+
+def test_a_quick_call_is_made_several_times_and_its_time_is_per_call(monkeypatch):
+    clock, calls = Clock(monkeypatch), []
+
+    def run(number):
+        calls.append(number)
+        clock.now += 0.125
+
+    found = measure_in_turns({'a': Case(run, 1.0, 1)}, lambda: 1.0, lambda: None, lambda line: None, repetitions=3,
+                             warm_ups=1)
+    assert len(calls) == 1 + 3 * 4  # 0.4 s take four calls
+    assert found['cases']['a']['seconds'] == [0.125] * 3
+
+
+def test_every_time_is_read_with_the_device_at_rest(monkeypatch):
+    """Work that is only queued counts where it is waited for, as on a GPU."""
+    clock, queued = Clock(monkeypatch), []
+
+    def synchronize():
+        clock.now += sum(queued)
+        queued.clear()
+
+    found = measure_in_turns({'a': Case(lambda _: queued.append(2.0), 1.0, 1)}, lambda: 1.0, synchronize,
+                             lambda line: None, repetitions=1, warm_ups=1)
+    assert found['cases']['a']['seconds'] == [2.0]
+
+
+@pytest.mark.parametrize('repetitions, done, seconds, expected', [
+    (None, 2, 1000.0, True), (None, 3, 1000.0, False), (None, 4, 1.0, True), (None, 5, 1.0, False),
+    (2, 1, 1000.0, True), (2, 2, 0.0, False), (9, 8, 1000.0, True)])
+def test_number_of_rounds(repetitions, done, seconds, expected):
+    assert another_round(repetitions, done, seconds) is expected
+
+
+# Figures
+
+def group(rate=(1.0, 1.0, 1.0), **seconds):
+    return {'rate': list(rate), 'cases': {name: {'seconds': list(values), 'first_seconds': 9.0, 'operations': 2.0,
+                                                 'tokens': 4} for name, values in seconds.items()}}
+
+
+def test_ratios_are_taken_within_a_round():
+    drifting = group(a=[2.0, 20.0, 60.0], b=[1.0, 10.0, 20.0])
+    assert ratio(drifting, 'a', 'b') == (2.0, 2.0, 3.0)
+    assert added_share(drifting, 'a', 'b') == (0.5, 0.5, pytest.approx(2 / 3))
+
+
+def test_share_of_the_rate_uses_the_rate_of_its_round():
+    assert rate_share(group(rate=[1.0, 4.0, 10.0], a=[4.0, 1.0, 1.0]), 'a') == (0.5, 0.2, 0.5)
+
+
+def test_each_ratio_compares_what_its_name_says():
+    entry = {'training': group(causal=[1.0] * 3, **{'stage 1': [2.0] * 3, 'stage 2': [2.5] * 3, 'stage 3': [5.0] * 3}),
+             'fill': group(**{'trunk call': [4.0] * 3, 'wavefront fill': [1.0] * 3}),
+             'sampling': group(**{'diffusion, batch 1': [2.0] * 3, 'standard, batch 1': [8.0] * 3})}
+    assert {name: write(one.median) for name, (one, write) in ratios(entry).items()} == {
+        'diffusion step / causal step': '2.000', 'stage 2 / stage 1': '1.250', 'stage 3 / stage 1': '2.500',
+        'sampler head, share of a stage 2 step': '20.0%', 'critic, share of a stage 3 step': '50.0%',
+        'wavefront fill / trunk call': '0.250', 'tokens/s of diffusion / of standard, batch 1': '4.000'}
+
+
+# Operations, against torch's own count
+
+def counted(config, stage):
+    """(operations of forward and backward as torch counts them, predicted positions with padding)."""
+    plan = toy_plan(block_size=TINY.block_size, batch_size=TINY.batch_size, mask_token_id=BASE_SIZE,
+                    sampler_context=config.sampler_context if stage.sampler else 0)
+    batch, = BATCH_MAKERS['causal' if config.attention_type == 'causal' else 'unmasking'](plan, 0, lambda count: count)
+    objective = Objective(GPT(config), allowed_ids(config.vocab_size, BASE_SIZE))
+    # the counter does not see the attention kernel of a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective(batch, stage, 0.5, keyed(1, 0, 0, TINY.batch_size)).total.backward()
+    return counter.get_total_flops(), len(batch.positions)
+
+
+def test_trunk_operations_are_what_torch_counts():
+    config = model_config(TINY, attention_type='causal')
+    assert counted(config, Stage(False, False)) == (step_operations(config, TINY), TINY.tokens)
+
+
+def test_sampler_head_operations_are_what_torch_counts():
+    config = model_config(TINY, add_sampler_head=True)
+    without, _ = counted(config, Stage(False, False))
+    whole, predicted = counted(config, Stage(True, False))
+    ours = step_operations(config, TINY) - step_operations(model_config(TINY), TINY)
+    assert (whole - without) / predicted == ours / (TINY.tokens / 2)
+
+
+@pytest.mark.parametrize('stride', [1, 3])
+def test_critic_operations_are_a_trunk_pass_of_its_rows(stride):
+    heads = {'add_sampler_head': True, 'critic_row_stride': stride}
+    ours = step_operations(model_config(TINY, **heads, add_critic_head=True), TINY) - \
+        step_operations(model_config(TINY, **heads), TINY)
+    rows = {1: 4, 3: 2}[stride]
+    trunk = 3 * GPT(model_config(TINY)).operations_per_token()
+    assert ours == rows * TINY.block_size * (trunk + fill_operations(model_config(TINY)) / 2)
+
+
+def test_fill_operations_are_needed_and_nearly_all():
+    config = model_config(TINY, add_sampler_head=True)
+    model, tokens = GPT(config), torch.full((64, TINY.block_size), BASE_SIZE)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        hidden_states = torch.zeros(64, TINY.block_size, TINY.n_embd)
+        sampler_wavefront_fill(model, tokens, hidden_states, DrawRule(allowed_ids(config.vocab_size, BASE_SIZE)),
+                               RowRandom(1, 0, torch.arange(64)))
+    ours = fill_operations(config) * tokens.numel()
+    assert 0.8 * ours < counter.get_total_flops() < 1.6 * ours  # bootstrap reads all logits and spares the head its row
+
+
+# End to end
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(benchmark_module, 'SHORTEST', 0.0)
+    monkeypatch.setattr(benchmark_module, 'TOKENS', 1000)
+    monkeypatch.setattr(benchmark_module, 'SHAPES', {'small': TINY, 'large': TINY})
+    monkeypatch.setattr('core.benchmark_report.SHAPES', {'small': TINY, 'large': TINY})
+    monkeypatch.setattr(benchmark_module, 'measure_matrix_rate', lambda device, dtype: 1e9)
+
+
+def test_sampling_cases_write_every_token():
+    for name, case in sampling_cases(TINY, torch.device('cpu'), None).items():
+        written = case.run(3)
+        assert isinstance(written, Generation) and written.tokens.numel() == case.tokens, name
+        assert (written.tokens < BASE_SIZE).all(), name
+        assert (written.waves > 0) == name.startswith('diffusion'), name
+
+
+def test_record_report_and_files(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / 'page.md'
+    page.write_text(f'before\n{BEGIN}\nold\n{END}\nafter\n')
+    main(['--shapes=small', '--repetitions=2', '--device=cpu', '--dtype=float32', '--compile=False',
+          '--json=record.json', '--report=page.md'])
+    record = read_record(tmp_path / 'record.json')
+    entry, = record['shapes'].values()
+    assert [len(entry[one]['rate']) for one in ('training', 'fill', 'sampling')] == [2, 2, 2]
+    assert list(entry['training']['cases']) == ['causal', 'stage 1', 'stage 2', 'stage 3']
+    assert all(len(case['seconds']) == 2 and min(case['seconds']) > 0 and case['operations'] > 0 and case['tokens'] > 0
+               for one in ('training', 'fill', 'sampling') for case in entry[one]['cases'].values())
+    assert record['machine']['versions']['torch'] and 'command_line' not in record['machine']
+    text = report(record)
+    assert page.read_text() == f'before\n{BEGIN}\n\n{text}\n\n{END}\nafter\n'
+    printed = capsys.readouterr().out
+    assert text in printed and 'small training: round 2 done' in printed
+    main(['--from_json=record.json', '--report=page.md'])
+    assert page.read_text() == f'before\n{BEGIN}\n\n{text}\n\n{END}\nafter\n'
+
+
+def test_report_shows_medians_and_floors():
+    def cases(*names):
+        return {'rate': [1e9, 2e9, 4e9], 'cases': {name: {
+            'seconds': [0.5, 0.25, 1.0], 'first_seconds': 6.5, 'operations': 1e8, 'tokens': 1000} for name in names}}
+
+    entry = {'shape': vars(TINY), 'device': 'cpu', 'dtype': 'bfloat16', 'sampling_dtype': 'float32', 'compile': True,
+             'critic_row_stride': 4, 'parameters': 5, 'training': cases('causal', 'stage 1', 'stage 2', 'stage 3'),
+             'fill': cases('trunk call', 'wavefront fill'),
+             'sampling': cases('diffusion, batch 1', 'standard, batch 1')}
+    machine = {'versions': {'python': '3', 'torch': '2', 'numpy': '1'}, 'processor': 'P', 'processors': 2, 'threads': 2,
+               'devices': [], 'fast_bfloat16': False, 'load_average': 0.0, 'platform': 'X', 'git_revision': None}
+    lines = report({'machine': machine, 'shapes': {'tiny': entry}}).splitlines()
+    causal = [cell.strip() for line in lines if line.startswith('| causal') for cell in line.strip('|').split('|')]
+    # floor 1e8 / 2e9; shares 0.2, 0.2 and 0.025; 1000 tokens and 1e8 operations in half a second; 6.5 - 0.5
+    assert causal[1:] == ['50.0', '5.000', '500.0 (250.0 - 1000.0)', '2,000', '0', '20.0% (2.5% - 20.0%)', '6.0']
+    assert 'bfloat16 matrix rate 2 (1 - 4) GFLOP/s, 3 interleaved rounds:' in lines
+    widths = {len(line) for line in lines if line.startswith('|')}
+    assert len(widths) == 4  # four tables, each in columns
+
+
+def test_written_page_follows_the_written_record():
+    """docs/performance.md holds nothing typed by hand between its markers."""
+    page, path = (ROOT / 'docs' / 'performance.md').read_text(), ROOT / 'docs' / 'results' / 'performance.json'
+    between = page.split(BEGIN)[1].split(END)[0].strip()
+    assert between == (report(read_record(path)) if path.exists() else 'Not measured yet.')
+
+
+# Wrong input
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--shapes=small,huge'], ["'huge'", 'small and large', '--shapes=small,large']),
+    (['--shapes='], ["''", '--shapes=small,large']),
+    (['--shapes=small,small'], ["'small' twice"]),
+    (['--repetitions=0', '--critic_row_stride=0'], ['repetitions is 0', 'critic_row_stride is 0', 'at least 1']),
+    (['--json=nowhere/record.json'], ['nowhere/record.json', 'create it first']),
+    (['--report=absent.md'], ['absent.md', '--report=docs/performance.md']),
+    (['--report=unmarked.md'], ['unmarked.md', BEGIN, END]),
+    (['--from_json=unmarked.md'], ['unmarked.md', 'not JSON']),
+    (['--from_json=absent.json'], ['absent.json', 'cannot read', '--json=absent.json']),
+    (['--from_json=other.json'], ['other.json', 'not a record', 'anew']),
+    (['--from_json=other.json', '--repetitions=3'], ['repetitions', '--from_json measures nothing']),
+    (['--repetition=3'], ['repetitions']),
+])
+def test_wrong_input_is_named_before_anything_is_measured(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('core.benchmark_report.benchmark', lambda *_, **__: pytest.fail('measured'))
+    (tmp_path / 'unmarked.md').write_text(f'{END} {BEGIN}')
+    (tmp_path / 'other.json').write_text(json.dumps({'format': 'something'}))
+    with pytest.raises(UserError) as raised:
+        main(arguments)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_a_page_without_markers_stays_as_it_is(tmp_path):
+    page = tmp_path / 'page.md'
+    page.write_text(f'{BEGIN}\n{BEGIN}\n{END}\n')
+    with pytest.raises(UserError):
+        write_report(page, 'text')
+    assert page.read_text() == f'{BEGIN}\n{BEGIN}\n{END}\n'
+
+
+def test_precision_and_stride_reach_training_and_sampling(quick, monkeypatch):
+    rates = []
+    monkeypatch.setattr(benchmark_module, 'measure_matrix_rate', lambda device, dtype: rates.append(dtype) or 1e9)
+    strides = []
+    whole = benchmark_module.step_operations
+    monkeypatch.setattr(benchmark_module, 'step_operations',
+                        lambda config, shape: strides.append(config.critic_row_stride) or whole(config, shape))
+    record = benchmark({'one': TINY}, lambda line: None, device='cpu', dtype='bfloat16', compile=False, repetitions=1,
+                       critic_row_stride=2)
+    assert (record['shapes']['one']['dtype'], record['shapes']['one']['sampling_dtype']) == ('bfloat16', 'bfloat16')
+    assert rates == [torch.bfloat16] * 3 and strides == [1, 1, 1, 2]
+
+
+def test_automatic_precision_is_that_of_sampling(quick):
+    """On a CPU sampling runs in float32 whatever training takes, unless a precision is asked for."""
+    record = benchmark({'one': TINY}, lambda line: None, device='cpu', dtype='auto', compile=False, repetitions=1,
+                       critic_row_stride=1)
+    assert record['shapes']['one']['sampling_dtype'] == 'float32'
