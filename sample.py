@@ -3,6 +3,7 @@
     python sample.py --sampling_method=diffusion
     python sample.py --sampling_method=standard --max_new_tokens=100 --start_text="To be or not to be"
     python sample.py --infill_text="KING ____:" --temperature=0.6
+    python sample.py --sampling_policy=maskgit --iterations=16
     python sample.py --help
 
 An option that is given although it does not apply to the chosen method is an error; a default never is.
@@ -13,6 +14,7 @@ from typing import Literal
 
 from configurator import configure, option
 from core.errors import run_script
+from core.sampling_options import policy_help
 from core.sampling_run import run_sampling
 
 
@@ -36,12 +38,14 @@ class SampleConfig:
     sampling_method: Literal['diffusion', 'sampler', 'multinomial', 'standard'] = option(
         'diffusion', 'standard writes left to right; sampler insists on the sampler head')
     use_sampler_head: bool = option(True, 'False: diffusion draws all masked positions independently')
+    sampling_policy: str = option('remask', 'which positions come when: see the list above')
+    block_length: int | None = option(None, 'finish this many positions before the next; the block size by default')
     iterations: int = option(50, 'predictions per block; more revise more', alias='diffusion_iterations')
     temperature: float = option(0.8, 'below 1 is more careful, above 1 wilder, 0 takes the most probable token')
     top_p: float = option(1.0, 'draw from the smallest set of tokens that holds this probability; 1 is off')
     top_k: int | None = option(None, 'draw from this many most probable tokens')
     repetition_penalty: float = option(1.0, 'above 1 makes tokens already in the text less likely; 1 is off')
-    # remasking
+    # remasking (sampling_policy=remask)
     start_ratio: float = option(0.95, 'share of unprotected positions remasked first')
     end_ratio: float = option(0.05, 'share remasked last')
     schedule_type: Literal['linear', 'cosine', 'custom'] = option('linear', 'way from start to end')
@@ -52,6 +56,18 @@ class SampleConfig:
     end_threshold: float = option(0.9, 'and at last')
     intelligent_remasking: bool = option(True, 'False: without a critic, remasked positions are chosen at random')
     randomness_strength: float = option(0.4, 'share of the remasked positions that is chosen at random all the same')
+    # other policies
+    idle_cache: bool = option(True, 'False: a trunk call also at steps that reveal nothing (mdlm, remdm_*)')
+    choice_temperature: float = option(4.5, 'noise in the choice of positions, annealed to 0 (maskgit)')
+    remdm_eta: float | None = option(None, 'remasking rate: 0.008 cap, 0.015 rescale, 0.02 loop (remdm_*)')
+    loop_on: float = option(0.55, 'time, from 1 to 0, at which the loop begins (remdm_loop)')
+    loop_off: float = option(0.05, 'time at which it ends (remdm_loop)')
+    loop_alpha: float = option(0.9, 'share of revealed positions that it holds (remdm_loop)')
+    planner_eta: float = option(1.0, '0 never takes old tokens back, above 1 rather than new ones (p2_*)')
+    entropy_bound: float = option(0.1, 'nats; more reveals more at once (entropy_bounded)')
+    confidence_threshold: float = option(0.9, 'probability; less reveals more at once (fast_dllm_threshold)')
+    parallel_factor: float = option(1.0, 'more reveals more at once (fast_dllm_factor)')
+    selection_noise: float = option(0.5, 'noise in the choice of positions, annealed to 0 (token_critic)')
     # what to tell
     quality_metric: Literal['none', 'self'] = option('self', 'self: log-probability of what was written')
     confidence_groups: int = option(8, 'network calls that quality_metric=self takes per block; more is finer')
@@ -70,7 +86,7 @@ class SampleConfig:
 
 def main(arguments: list[str]) -> None:
     """Read the options and sample."""
-    configuration = configure(SampleConfig, arguments)
+    configuration = configure(SampleConfig, arguments, usage=policy_help())
     run_sampling(configuration.config, configuration.explicit)
 
 

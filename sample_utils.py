@@ -454,9 +454,9 @@ def apply_remasking_step(protected: Tensor, wrongness: Tensor | None, level: flo
     uniform_key, tie_key = keys.chunk(2, dim=1)
     count = _rounded(free.sum(1, keepdim=True) * level)  # [B, 1]
     if wrongness is None:
-        return _highest(uniform_key, tie_key, free, count)
-    guided = _highest(wrongness, tie_key, free, count - _rounded(count * randomness_strength))
-    return guided | _highest(uniform_key, tie_key, free & ~guided, count - guided.sum(1, keepdim=True))
+        return highest_positions(uniform_key, tie_key, free, count)
+    guided = highest_positions(wrongness, tie_key, free, count - _rounded(count * randomness_strength))
+    return guided | highest_positions(uniform_key, tie_key, free & ~guided, count - guided.sum(1, keepdim=True))
 
 
 def _rounded(counts: Tensor) -> Tensor:
@@ -464,7 +464,7 @@ def _rounded(counts: Tensor) -> Tensor:
     return (counts + 0.5).floor().long()
 
 
-def _highest(score: Tensor, tie_key: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+def highest_positions(score: Tensor, tie_key: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
     """bool [B, T]: the count [B, 1] eligible positions of highest score in each row; equal scores go by tie_key."""
     shuffled = tie_key.argsort(1)  # [B, T]
     score = score.double().masked_fill(~eligible, -math.inf).gather(1, shuffled)

@@ -12,14 +12,14 @@ Letters: B rows, L sequence length, T window length (at most block_size), V voca
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.policies import Policy, PolicyView
+from core.policies import Policy, PolicyView, Prediction
 from core.prompt import Layout
 from core.randomness import Purpose, RowRandom
 from core.timing import TimingAccumulator
@@ -84,7 +84,8 @@ class Trace:
 @dataclass(frozen=True)
 class GenerationSettings:
     """How to generate. policy: of 'diffusion' and 'sampler'; iterations: of 'multinomial'; start_token: what a causal
-    model reads before an empty prompt."""
+    model reads before an empty prompt; block_length: the policy completes this many positions after one another
+    (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025), None for all at once."""
 
     method: Method
     rule: DrawRule
@@ -93,6 +94,7 @@ class GenerationSettings:
     use_sampler_head: bool = False
     use_critic: bool = False
     start_token: int = 0
+    block_length: int | None = None
 
 
 class Network:
@@ -111,7 +113,7 @@ class Network:
     @contextmanager
     def precision(self) -> Iterator[None]:
         """The precision that the network computes in, without gradients."""
-        device = self.model.transformer['wte'].weight.device.type
+        device = next(self.model.parameters()).device.type
         with torch.no_grad(), torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
             yield
 
@@ -207,38 +209,77 @@ class _WindowRun:
                 self.generator.rows, tokens, changed, confidence))))
 
     def run_policy(self, tokens: Tensor, confidence: Tensor) -> Generation:
-        """The diffusion loop: trunk call, reveal, remask, until no mask is left or the policy's steps are used up."""
-        network, settings, policy = self.network, self.settings, self.settings.policy
-        mask_token_id, waves, steps = network.model.config.mask_token_id, 0, policy.predictions
-        finished = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # [B, 1]
-        self.tell(0, steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
-        for step in range(steps):
-            generator = self.numbers(step, steps)
-            hidden_states = network.encode(tokens)  # [B, T, D]
-            view = PolicyView(step, tokens, self.fixed, mask_token_id, generator, network.model, hidden_states,
-                              confidence, None)
-            with network.timer.measure('draw'):
-                fill = fill_positions(network.model, tokens, hidden_states, settings.rule, generator,
-                                      use_sampler_head=settings.use_sampler_head, positions=policy.reveal(view))
-            _refuse_nan(fill, step)
-            tokens, confidence = fill.tokens, torch.where(fill.drawn, fill.confidence, confidence)
-            waves += fill.statistics.waves if fill.statistics is not None else 0
-            self.tell(step, steps, 'predict', tokens, fill.drawn, confidence)
-            if step == steps - 1:
-                break
-            with network.timer.measure('remask'):
-                filled = tokens
-                remasked = policy.remask(PolicyView(
-                    step, tokens, self.fixed, mask_token_id, generator, network.model, hidden_states, confidence,
-                    (lambda: network.critic(filled)) if settings.use_critic else None)) & ~self.fixed & ~finished
-                tokens = tokens.masked_fill(remasked, mask_token_id)
-                finished = finished | ~(tokens == mask_token_id).any(1, keepdim=True)
-                ended = bool(finished.all())
-            if ended:
-                break
-            self.tell(step, steps, 'remask', tokens, remasked, confidence)
-        assert not (tokens == mask_token_id).any(), 'the policy left masks behind'
+        """The diffusion loop, over the whole window or over one block of it after another."""
+        T = tokens.size(1)
+        width = min(T, self.settings.block_length or T)
+        steps = self.settings.policy.limit(width)  # of a block; the same for every batch
+        blocks = -(-T // width)
+        self.tell(0, blocks * steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
+        position, waves = torch.arange(T, device=tokens.device), 0
+        for block in range(blocks):
+            protected = self.fixed | (position // width != block)
+            most = int((~protected).sum(1).max())  # the most positions that a row has to fill
+            if most == 0:
+                continue
+            tokens, confidence, filled = self._run_block(tokens, confidence, protected, block * steps, blocks * steps,
+                                                         self.settings.policy.limit(most))
+            waves += filled
+        assert not (tokens == self.network.model.config.mask_token_id).any(), 'the policy left masks behind'
         return Generation(tokens, confidence, waves)
+
+    def _run_block(self, tokens: Tensor, confidence: Tensor, protected: Tensor, first: int, steps: int,
+                   limit: int) -> Generation:
+        """Trunk call, reveal, remask, at most `limit` times, or until no mask is left where the policy asks for that.
+
+        first: the number of the block's first step among the window's `steps`.
+        """
+        policy, mask_token_id, waves = self.settings.policy, self.network.model.config.mask_token_id, 0
+        finished = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # [B, 1]
+        for step in range(limit):
+            view = self._view(step, tokens, confidence, protected, self.numbers(first + step, steps))
+            view, filled = self._reveal(view)
+            waves += filled
+            tokens, confidence = view.tokens, view.confidence
+            self.tell(first + step, steps, 'predict', tokens, view.revealed, confidence)
+            if step < limit - 1 and policy.remask is not None:
+                with self.network.timer.measure('remask'):
+                    remasked = policy.remask(view) & ~protected & ~finished
+                    tokens = tokens.masked_fill(remasked, mask_token_id)
+            if policy.asks:
+                finished = finished | ~((tokens == mask_token_id) & ~protected).any(1, keepdim=True)
+                if bool(finished.all()):
+                    break
+            if step < limit - 1 and policy.remask is not None:
+                self.tell(first + step, steps, 'remask', tokens, remasked, confidence)
+        return Generation(tokens, confidence, waves)
+
+    def _view(self, step: int, tokens: Tensor, confidence: Tensor, protected: Tensor,
+              generator: RowRandom) -> PolicyView:
+        """What the policy sees before a step's draws."""
+        network, mask_token_id = self.network, self.network.model.config.mask_token_id
+        prediction = Prediction(network.model, network.encode, tokens, (tokens == mask_token_id) & ~protected,
+                                self.settings.rule, generator)
+        return PolicyView(step, tokens, protected, mask_token_id, generator, prediction, torch.zeros_like(protected),
+                          confidence, None)
+
+    def _reveal(self, view: PolicyView) -> tuple[PolicyView, int]:
+        """The step's draws: what the policy sees after them, and the number of waves."""
+        network, settings = self.network, self.settings
+        with network.timer.measure('reveal'):
+            positions = settings.policy.reveal(view)
+            positions = view.masked if positions is None else positions & view.masked
+        if settings.policy.idles and not bool(positions.any()):  # nothing to draw, so no trunk call
+            fill, waves = Fill(view.tokens, view.confidence, view.confidence, positions, None), 0
+        else:
+            hidden_states = view.prediction.hidden_states
+            with network.timer.measure('draw'):
+                fill = fill_positions(network.model, view.tokens, hidden_states, settings.rule, view.generator,
+                                      use_sampler_head=settings.use_sampler_head, positions=positions)
+            _refuse_nan(fill, view.step)
+            waves = fill.statistics.waves if fill.statistics is not None else 0
+        critic = (lambda: network.critic(fill.tokens)) if settings.use_critic else None
+        return replace(view, tokens=fill.tokens, confidence=torch.where(fill.drawn, fill.confidence, view.confidence),
+                       revealed=fill.drawn, critic=critic), waves
 
     def resample(self, tokens: Tensor, confidence: Tensor) -> Generation:
         """Multinomial: at every iteration all unprotected positions are redrawn, visible ones too."""

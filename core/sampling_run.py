@@ -21,137 +21,18 @@ from core.checkpoint import build_model, load_checkpoint, model_config_from_dict
 from core.data import Vocabulary
 from core.errors import UserError, raise_problems
 from core.generation import (GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows)
-from core.policies import POLICIES, Policy
+from core.policies import POLICIES
 from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.randomness import RowRandom
+from core.sampling_options import DIFFUSION, build_policy, model_problems, option_problems
 from core.timing import TimingAccumulator, get_global_timer
 from model import GPT, GPTConfig
-from sample_utils import DrawRule, allowed_ids, cosine_remasking_schedule, linear_remasking_schedule
+from sample_utils import DrawRule, allowed_ids
 
 PREVIEW = 100  # characters of a preview
-REMASKING = ('start_ratio', 'end_ratio', 'schedule_type', 'masking_ratios', 'schedule_mode', 'start_threshold',
-             'end_threshold', 'intelligent_remasking', 'randomness_strength')
-METHODS_OF = {  # options that not every method has
-    **{name: ('diffusion', 'sampler') for name in REMASKING},
-    'iterations': ('diffusion', 'sampler', 'multinomial'),
-    'use_sampler_head': ('diffusion', 'sampler'),
-    'top_p': ('diffusion', 'sampler', 'standard'),
-    'top_k': ('diffusion', 'sampler', 'standard'),
-}
 
 
-# Checks -------------------------------------------------------------------------------------------------------------
-
-def option_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
-    """What is wrong with the options before any file is read, each a sentence with value, limit and cure."""
-    return [*_range_problems(config), *_applicability_problems(config, explicit), *_custom_problems(config, explicit)]
-
-
-def _range_problems(config: Any) -> list[str]:
-    problems = [f'{name} is {getattr(config, name)}, but must be at least 1' for name in
-                ('num_samples', 'batch_size', 'iterations', 'sequence_length', 'max_new_tokens', 'top_k',
-                 'confidence_groups')
-                if getattr(config, name) is not None and getattr(config, name) < 1]
-    problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1]' for name in
-                 ('start_ratio', 'end_ratio', 'start_threshold', 'end_threshold', 'randomness_strength')
-                 if not 0 <= getattr(config, name) <= 1]
-    problems += [f'masking_ratios holds {ratio}, but every ratio must lie in [0, 1]'
-                 for ratio in config.masking_ratios or () if not 0 <= ratio <= 1]
-    if config.temperature < 0:
-        problems.append(f'temperature is {config.temperature}, but must not be negative; 0 is greedy')
-    if not 0 < config.top_p <= 1:
-        problems.append(f'top_p is {config.top_p}, but must lie in (0, 1]; 1 is off')
-    if config.repetition_penalty <= 0:
-        problems.append(f'repetition_penalty is {config.repetition_penalty}, but must be above 0; 1 is off')
-    if len(config.infill_char) != 1:
-        problems.append(f'infill_char is {config.infill_char!r}, but must be one character')
-    return problems
-
-
-def _applicability_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
-    """Options that were given although they do not apply; defaults are never a problem."""
-    method, problems = config.sampling_method, []
-    for name, methods in METHODS_OF.items():
-        if name in explicit and method not in methods:
-            problems.append(f'{name} does not apply to sampling_method={method}; leave it out, or take '
-                            f'sampling_method={" or ".join(methods)}')
-    if method == 'sampler' and not config.use_sampler_head:
-        problems.append('use_sampler_head is False, but sampling_method=sampler draws through the sampler head; take '
-                        'sampling_method=diffusion')
-    needs = (('seed_placement', bool(config.start_text), 'start_text'),
-             ('infill_char', bool(config.infill_text), 'infill_text'),
-             ('start_threshold', config.schedule_mode == 'threshold', 'schedule_mode=threshold'),
-             ('end_threshold', config.schedule_mode == 'threshold', 'schedule_mode=threshold'),
-             ('start_ratio', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
-             ('end_ratio', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
-             ('randomness_strength', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
-             ('masking_ratios', config.schedule_type == 'custom', 'schedule_type=custom'),
-             ('confidence_groups', config.quality_metric == 'self', 'quality_metric=self'))
-    problems += [f'{name} was given, but applies only with {condition}; add that or leave {name} out'
-                 for name, holds, condition in needs if name in explicit and not holds
-                 and method in METHODS_OF.get(name, (method,))]
-    exclusive = (('start_text', 'infill_text'), ('max_new_tokens', 'sequence_length'),
-                 ('max_new_tokens', 'infill_text'))
-    problems += [f'{first} and {second} were both given, but exclude each other; leave one out'
-                 for first, second in exclusive if first in explicit and second in explicit]
-    return problems
-
-
-def _custom_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
-    """A custom schedule of N ratios is N remaskings, hence N + 1 predictions."""
-    if config.schedule_type != 'custom' or config.sampling_method not in METHODS_OF['schedule_type']:
-        return []
-    if not config.masking_ratios:
-        return ['schedule_type is custom, but masking_ratios is empty; give one ratio per remasking, as in '
-                '--masking_ratios="[0.9,0.5,0.1]"']
-    problems = [f'{name} does not apply to schedule_type=custom, whose ratios are masking_ratios; leave it out'
-                for name in ('start_ratio', 'end_ratio') if name in explicit]
-    if config.schedule_mode == 'threshold':
-        problems.append('schedule_type=custom lists ratios, but schedule_mode is threshold; take schedule_mode=ratio')
-    predictions = len(config.masking_ratios) + 1
-    if 'iterations' in explicit and config.iterations != predictions:
-        problems.append(f'iterations is {config.iterations}, but the {predictions - 1} masking_ratios make '
-                        f'{predictions} predictions; leave iterations out')
-    return problems
-
-
-def model_problems(config: Any, explicit: Mapping[str, str], model_config: GPTConfig, kind: str) -> list[str]:
-    """Options that do not suit the checkpoint."""
-    causal, method = model_config.attention_type == 'causal', config.sampling_method
-    if kind not in ('unmasking', 'causal'):
-        return [f'{config.checkpoint_name} is a checkpoint of kind {kind!r}, which writes no text; give '
-                f'--checkpoint_name=... of a language model']
-    problems = []
-    if causal and method != 'standard':
-        problems.append(f'the checkpoint is causal, but sampling_method={method} needs a bidirectional one; take '
-                        f'--sampling_method=standard')
-    if causal and config.infill_text:
-        problems.append('infill_text needs a bidirectional checkpoint: a causal one sees no text behind a gap')
-    if causal and config.seed_placement == 'random':
-        problems.append('seed_placement=random needs a bidirectional checkpoint; take seed_placement=prefix')
-    if causal and 'confidence_groups' in explicit:
-        problems.append('confidence_groups does not apply to a causal checkpoint; leave it out')
-    if not model_config.add_sampler_head and (method == 'sampler' or 'use_sampler_head' in explicit and
-                                              config.use_sampler_head and method == 'diffusion'):
-        problems.append('the checkpoint has no sampler head; take --sampling_method=diffusion without '
-                        'use_sampler_head, or a checkpoint trained with add_sampler_head=True')
-    if config.schedule_mode == 'threshold' and not config.intelligent_remasking and not model_config.add_critic_head:
-        problems.append('schedule_mode is threshold, but nothing tells how wrong a token is; use '
-                        'intelligent_remasking=True, a checkpoint with a critic, or schedule_mode=ratio')
-    return problems
-
-
-# From options to what generation takes ------------------------------------------------------------------------------
-
-def remasking_levels(config: Any) -> list[float]:
-    """One level per remasking: `iterations` predictions have a remasking between each two."""
-    if config.schedule_type == 'custom':
-        return list(config.masking_ratios)
-    schedule = {'linear': linear_remasking_schedule, 'cosine': cosine_remasking_schedule}[config.schedule_type]
-    first, last = (config.start_ratio, config.end_ratio) if config.schedule_mode == 'ratio' else \
-        (config.start_threshold, config.end_threshold)
-    return schedule(config.iterations - 1, first, last)
-
+# From options to what generation takes -------------------------------------------------------------------------------
 
 def started_heads(model_config: GPTConfig, iteration: int) -> tuple[bool, bool, list[str]]:
     """Whether the sampler and the critic head had begun to train at `iteration`, and what to say of those not begun."""
@@ -222,21 +103,19 @@ def _load(config: Any, explicit: Mapping[str, str]) -> _Loaded:
     if config.schedule_mode == 'threshold' and not config.intelligent_remasking and not critic:
         raise UserError(f'schedule_mode is threshold, but nothing tells how wrong a token is: {said[-1]}; use '
                         f'intelligent_remasking=True')
+    if config.sampling_method in DIFFUSION and POLICIES[config.sampling_policy].needs_critic and not critic:
+        raise UserError(f'sampling_policy={config.sampling_policy} needs a critic, but {said[-1]}; train longer or '
+                        f'take another policy')
     vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
     model = build_model(checkpoint, device).eval().requires_grad_(False)
     rule = DrawRule(allowed_ids(model_config.vocab_size, vocabulary.base_size, device), config.temperature,
                     config.top_k, config.top_p, config.repetition_penalty)
-    diffusing = config.sampling_method in ('diffusion', 'sampler')
+    diffusing = config.sampling_method in DIFFUSION
     newline = vocabulary.encode('\n')[0] if _encodes(vocabulary, '\n') else 0
-    settings = GenerationSettings(config.sampling_method, rule, _policy(config) if diffusing else None,
+    settings = GenerationSettings(config.sampling_method, rule, build_policy(config) if diffusing else None,
                                   config.iterations, diffusing and sampler and config.use_sampler_head,
-                                  diffusing and critic, newline)
+                                  diffusing and critic, newline, config.block_length)
     return _Loaded(model, vocabulary, settings, device, said)
-
-
-def _policy(config: Any) -> Policy:
-    return POLICIES['remask'](remasking_levels(config), config.schedule_mode, config.randomness_strength,
-                              config.intelligent_remasking)
 
 
 def _encodes(vocabulary: Vocabulary, text: str) -> bool:

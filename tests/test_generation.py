@@ -203,7 +203,7 @@ def test_self_confidence_scores_each_new_token_once():
 
 
 def test_the_loop_protects_the_prompt_from_a_careless_policy():
-    careless = Policy(3, lambda view: None, lambda view: torch.ones_like(view.protected))
+    careless = Policy(lambda most: 3, lambda view: None, lambda view: torch.ones_like(view.protected), asks=True)
     made, _, layout = run(dataclasses.replace(settings(), policy=careless))
     assert made.tokens[:, :2].equal(layout.tokens[:, :2])
 

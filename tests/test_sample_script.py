@@ -11,8 +11,9 @@ from configurator import configure
 from core.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
 from core.data import Vocabulary
 from core.errors import UserError
-from core.sampling_run import (character_distribution, frequent_patterns, option_problems, remasking_levels, run_sampling,
-                               started_heads)
+from core.policies import POLICIES
+from core.sampling_options import option_problems, policy_help, remasking_levels
+from core.sampling_run import character_distribution, frequent_patterns, run_sampling, started_heads
 from model import GPT, GPTConfig
 from sample import SampleConfig
 
@@ -87,6 +88,23 @@ def test_each_way_of_sampling_runs_and_ignores_the_batch_size(folder, arguments)
     assert not any('_' in text for text in first.texts) and (first.tokens < VOCABULARY.base_size).all()
 
 
+@pytest.mark.parametrize('name', POLICIES)
+def test_each_policy_runs_by_its_name_and_ignores_the_batch_size(folder, name):
+    arguments = [f'--sampling_policy={name}', '--block_length=5', '--start_text=ab', '--num_samples=3']
+    if 'iterations' in POLICIES[name].options:
+        arguments.append('--iterations=3')
+    first, said = sample(folder, *arguments)
+    assert sample(folder, *arguments, '--batch_size=2')[0].texts == first.texts and 'trunk calls' in said
+    assert all(text.startswith('ab') and '_' not in text for text in first.texts)
+
+
+def test_help_lists_every_policy_in_one_line():
+    lines = policy_help().splitlines()
+    for name in POLICIES:
+        assert sum(line.split()[0] == name for line in lines) == 1
+    assert all(len(line) <= 120 for line in lines)
+
+
 def test_infilling_and_json(folder, tmp_path):
     result, said = sample(folder, '--infill_text=ab##cd#', '--infill_char=#', '--iterations=3', '--end_ratio=0.5', '--num_samples=2',
                           f'--save_json={tmp_path}/run.json', f'--output_file={tmp_path}/texts.txt')
@@ -134,6 +152,18 @@ def test_verbose_and_debug_lines(folder):
     (['--seed_placement=random'], 'start_text'),
     (['--temperature=-1'], 'temperature is -1'),
     (['--num_samples=0'], 'num_samples is 0'),
+    (['--sampling_policy=maskgti'], "did you mean 'maskgit'?"),
+    (['--sampling_policy=mdlm', '--start_ratio=0.5'], 'start_ratio does not apply to sampling_policy=mdlm'),
+    (['--sampling_policy=first_hitting', '--iterations=9'], 'iterations does not apply to sampling_policy=first_hit'),
+    (['--entropy_bound=1'], 'take a policy that has it: entropy_bounded'),
+    (['--sampling_method=multinomial', '--sampling_policy=mdlm'], 'sampling_policy does not apply'),
+    (['--sampling_method=standard', '--block_length=4'], 'block_length does not apply'),
+    (['--block_length=0'], 'block_length is 0'),
+    (['--sampling_policy=remdm_cap', '--remdm_eta=1.5'], 'remdm_eta is 1.5, but must lie in [0, 1]'),
+    (['--sampling_policy=remdm_loop', '--loop_on=0.3', '--loop_off=0.4'], 'loop_off is 0.4, but must not exceed'),
+    (['--sampling_policy=remdm_loop', '--loop_alpha=1'], 'loop_alpha is 1.0, but must lie between 0 and 1'),
+    (['--sampling_policy=maskgit', '--choice_temperature=-1'], 'choice_temperature is -1.0'),
+    (['--sampling_policy=fast_dllm_factor', '--parallel_factor=0'], 'parallel_factor is 0.0'),
 ])
 def test_options_that_do_not_apply_or_fit_are_named(arguments, words):
     assert words in problems(*arguments)
@@ -151,6 +181,8 @@ def test_defaults_are_never_a_problem_and_all_problems_come_together():
     (['--checkpoint_name=plain.pt', '--sampling_method=sampler'], 'no sampler head'),
     (['--checkpoint_name=plain.pt', '--schedule_mode=threshold', '--intelligent_remasking=False'], 'threshold'),
     (['--checkpoint_name=causal.pt'], 'sampling_method=standard'),
+    (['--checkpoint_name=plain.pt', '--sampling_policy=p2_critic'], 'needs a critic, but the checkpoint has none'),
+    (['--checkpoint_name=young.pt', '--sampling_policy=token_critic'], 'needs a critic, but the critic head is'),
     (['--checkpoint_name=causal.pt', '--sampling_method=standard', '--infill_text=a_'], 'bidirectional'),
     (['--checkpoint_name=judge.pt'], 'judge'),
     (['--save_json=/nowhere/at/all.json'], 'does not exist'),

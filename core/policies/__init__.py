@@ -1,0 +1,73 @@
+"""Sampling policies: which masked positions a step reveals and which positions it masks again.
+
+The loop in core/generation.py owns the network, calls it and counts the calls. A policy is a pair of functions of what
+the loop shows it; a new one is one function that builds the pair, one row of `POLICIES` and one test of its law. With a
+sampler head the positions are the policy's and the tokens the head's: it draws each group wave by wave.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from core.policies import adaptive, ancestral, ordered, revising
+from core.policies.interface import Policy, PolicyView, Prediction
+from core.policies.revising import remask_policy
+
+__all__ = ['POLICIES', 'REMASKING', 'Policy', 'PolicyRow', 'PolicyView', 'Prediction', 'remask_policy']
+
+REMASKING = ('start_ratio', 'end_ratio', 'schedule_type', 'masking_ratios', 'schedule_mode', 'start_threshold',
+             'end_threshold', 'intelligent_remasking', 'randomness_strength')
+
+
+class PolicyRow(NamedTuple):
+    """make: builds the policy from its options by name ('remask' alone from levels); options: of sample.py; calls: the
+    trunk calls per block of n masked positions; summary: one line; needs_critic: it cannot do without."""
+
+    make: Callable[..., Policy]
+    options: tuple[str, ...]
+    calls: str
+    summary: str
+    needs_critic: bool = False
+
+
+_REMDM = ('iterations', 'idle_cache')
+POLICIES: dict[str, PolicyRow] = {
+    'remask': PolicyRow(remask_policy, ('iterations', *REMASKING), 'at most iterations',
+                        'fill all, remask by schedule: critic, self-confidence or random'),
+    'mdlm': PolicyRow(ancestral.mdlm, ('iterations', 'idle_cache'), 'at most iterations',
+                      'ancestral: each position by chance, as time says (Sahoo et al. 2024)'),
+    'first_hitting': PolicyRow(ancestral.first_hitting, (), 'n',
+                               'one random position per call, exact in continuous time (Zheng et al. 2024)'),
+    'random': PolicyRow(ordered.random, ('iterations',), 'min(iterations, n)', 'equal shares in random order'),
+    'llada': PolicyRow(ordered.llada, ('iterations',), 'min(iterations, n)',
+                       'equal shares, most probable draws first (Nie et al. 2025)'),
+    'margin': PolicyRow(ordered.margin, ('iterations',), 'min(iterations, n)',
+                        'equal shares, largest top-1 margin first (Kim et al. 2025)'),
+    'entropy': PolicyRow(ordered.entropy, ('iterations',), 'min(iterations, n)',
+                         'equal shares, lowest entropy first (Dream, Ye et al. 2025)'),
+    'maskgit': PolicyRow(ordered.maskgit, ('iterations', 'choice_temperature'), 'min(iterations, n)',
+                         'cosine shares, most probable draws first, annealed noise (Chang et al. 2022)'),
+    'remdm_cap': PolicyRow(ancestral.remdm_cap, (*_REMDM, 'remdm_eta'), 'at most iterations',
+                           'ancestral with remasking, capped rate (Wang et al. 2025)'),
+    'remdm_rescale': PolicyRow(ancestral.remdm_rescale, (*_REMDM, 'remdm_eta'), 'at most iterations',
+                               'ancestral with remasking, a share of the largest rate (Wang et al. 2025)'),
+    'remdm_conf': PolicyRow(ancestral.remdm_conf, _REMDM, 'at most iterations',
+                            'ancestral with remasking of what was improbable when drawn (Wang et al. 2025)'),
+    'remdm_loop': PolicyRow(ancestral.remdm_loop, (*_REMDM, 'remdm_eta', 'loop_on', 'loop_off', 'loop_alpha'),
+                            'at most iterations', 'ancestral, with a loop of renewal in between (Wang et al. 2025)'),
+    'p2_self': PolicyRow(revising.p2_self, ('iterations', 'planner_eta'), 'iterations',
+                         'path planning: the best tokens stay, by the denoiser (Peng et al. 2025)'),
+    'p2_critic': PolicyRow(revising.p2_critic, ('iterations', 'planner_eta'), 'iterations',
+                           'path planning by the critic (Peng et al. 2025)', needs_critic=True),
+    'entropy_bounded': PolicyRow(adaptive.entropy_bounded, ('entropy_bound',), 'at most n',
+                                 'groups of bounded entropy (EB, Ben-Hamu et al. 2025)'),
+    'fast_dllm_threshold': PolicyRow(adaptive.fast_dllm_threshold, ('confidence_threshold',), 'at most n',
+                                     'whatever is probable enough (Fast-dLLM, Wu et al. 2025)'),
+    'fast_dllm_factor': PolicyRow(adaptive.fast_dllm_factor, ('parallel_factor',), 'at most n',
+                                  'more at once the more probable they are (Fast-dLLM, Wu et al. 2025)'),
+    'token_critic': PolicyRow(revising.token_critic, ('iterations', 'selection_noise'), 'iterations',
+                              'cosine shares, what the critic trusts stays (Lezama et al. 2022)', needs_critic=True),
+    'dilated': PolicyRow(ordered.dilated, (), 'ceil(log2 n)',
+                         'groups at halving distances, never adjacent (DUS, Luxembourg et al. 2025)'),
+    'left_to_right': PolicyRow(ordered.left_to_right, ('iterations',), 'min(iterations, n)',
+                               'equal shares from left to right'),
+}

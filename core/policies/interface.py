@@ -1,0 +1,136 @@
+"""What a sampling policy sees, what it says, and what policies share.
+
+Letters: B rows, T window length, V vocabulary with the special ids, N positions picked out of a batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from core.randomness import Purpose, RowRandom
+from model import GPT
+from sample_utils import DrawRule, Fill, allowed_log_probabilities, highest_positions, independent_fill
+
+ROUNDING = 1e-9  # added before a count is cut to a whole number, so that a cosine of 1/2 counts as one
+_CHUNK = 1 << 24  # most logits held at once
+_KEYS, _TIES = 1, 2  # streams of random numbers; stream 0 of Purpose.ORDER deals self-confidence's groups
+
+
+class Prediction:
+    """What the network says about tokens [B, T]: one trunk call, made when it is first asked for.
+
+    model: read through its `lm_head` and `config` alone; encode makes the trunk call and counts it; open: bool [B, T],
+    the masked positions in question, and logits are computed for no others.
+    """
+
+    def __init__(self, model: GPT, encode: Callable[[Tensor], Tensor], tokens: Tensor, open: Tensor,
+                 rule: DrawRule, generator: RowRandom) -> None:
+        self._model, self._encode, self._tokens, self._open = model, encode, tokens, open
+        self._rule, self._generator = rule, generator
+
+    @cached_property
+    def hidden_states(self) -> Tensor:
+        """[B, T, D]."""
+        return self._encode(self._tokens)
+
+    @cached_property
+    def candidates(self) -> Fill:
+        """A token drawn for every open position, each without the others, from the step's own random numbers: if a
+        position is then revealed without the sampler head, this is the token that it gets."""
+        return independent_fill(self._model, self._tokens, self.hidden_states, self._rule, self._generator,
+                                positions=self._open)
+
+    def measure(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """float64 [B, T]: `of` maps log-probabilities [N, V] (temperature 1, nothing cut) of the open positions to
+        numbers [N]; 0 elsewhere."""
+        B, T, D = self.hidden_states.shape
+        picked = self._open.flatten().nonzero().squeeze(1)  # [N]
+        hidden = self.hidden_states.reshape(B * T, D)
+        found = torch.zeros(B * T, dtype=torch.float64, device=hidden.device)
+        for chunk in picked.split(max(1, _CHUNK // self._rule.allowed.numel())) if len(picked) else ():
+            values = of(allowed_log_probabilities(self._model.lm_head(hidden[chunk]), self._rule.allowed))  # [n]
+            found = found.index_put((chunk,), values)
+        return found.view(B, T)
+
+
+@dataclass(frozen=True)
+class PolicyView:
+    """What a policy sees at one step of a window, or of one block of it.
+
+    step: 0, 1, ...; tokens int64 [B, T]; protected bool [B, T]: positions it must leave alone (prompt, carried context,
+    other blocks), all others were masked at step 0; mask_token_id; generator: the rows' random numbers of this step;
+    prediction: the network's, of the tokens before this step's draws; revealed bool [B, T]: filled in this step (none
+    yet when `reveal` is asked); confidence float64 [B, T]: each token's log-probability when it was drawn; critic: a
+    call that gives the wrongness [B, T] of `tokens` and counts itself, None without a critic.
+    """
+
+    step: int
+    tokens: Tensor
+    protected: Tensor
+    mask_token_id: int
+    generator: RowRandom
+    prediction: Prediction
+    revealed: Tensor
+    confidence: Tensor
+    critic: Callable[[], Tensor] | None
+
+    @property
+    def masked(self) -> Tensor:
+        """bool [B, T]: the masked positions that are its own."""
+        return (self.tokens == self.mask_token_id) & ~self.protected
+
+    @property
+    def settled(self) -> Tensor:
+        """bool [B, T]: its positions that were revealed before this step and still are."""
+        return (self.tokens != self.mask_token_id) & ~self.protected & ~self.revealed
+
+    @property
+    def size(self) -> Tensor:
+        """int64 [B, 1]: how many positions each row was asked to fill."""
+        return (~self.protected).sum(1, keepdim=True)
+
+    def keys(self) -> Tensor:
+        """float64 [B, T] in (0, 1): for a policy's own random choice of positions to reveal."""
+        return self.generator.uniform(Purpose.ORDER, self.tokens.size(1), _KEYS)
+
+    def remasking_keys(self) -> Tensor:
+        """float64 [B, T] in (0, 1): for a random choice of positions to remask."""
+        return self.generator.uniform(Purpose.REMASK, self.tokens.size(1))
+
+    def highest(self, score: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+        """bool [B, T]: in each row the `count` [B, 1] eligible positions of highest score; equal ones by lot."""
+        ties = self.generator.uniform(Purpose.ORDER, self.tokens.size(1), _TIES)
+        return highest_positions(score, ties, eligible, count)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """limit: from the most masked positions of a row to the most trunk calls; it never falls as they grow. reveal: the
+    positions to fill after the trunk call, bool [B, T], None for every masked one. remask: the positions to mask again;
+    not asked after the last step. asks: the loop looks after each step which rows have no mask left; these are finished
+    and not remasked again, and when all are, the run ends. idles: the choice to reveal reads nothing of the network, so
+    the loop looks first whether there is any, and makes no trunk call where there is none."""
+
+    limit: Callable[[int], int]
+    reveal: Callable[[PolicyView], Tensor | None]
+    remask: Callable[[PolicyView], Tensor] | None = None
+    asks: bool = False
+    idles: bool = False
+
+
+def share_of_the_rest(view: PolicyView, iterations: int) -> Tensor:
+    """int64 [B, 1]: how many of its masked positions each row reveals now, to be done after `iterations` equal steps.
+
+    The rest divided by the steps left, rounded up: n positions in K steps come as n // K each, one more in the first
+    n % K; with more steps than positions one each.
+    """
+    left = max(1, iterations - view.step)
+    return (view.masked.sum(1, keepdim=True) + left - 1) // left
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise of uniform numbers in (0, 1), float64. It orders positions here and never draws a token."""
+    return -torch.log(-torch.log(uniform))

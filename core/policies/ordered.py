@@ -1,0 +1,92 @@
+"""Policies that reveal a stated number of positions per trunk call and differ in which ones come first."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from core.policies.interface import ROUNDING, Policy, PolicyView, gumbel, share_of_the_rest
+
+
+def _best_first(iterations: int, score: Callable[[PolicyView], Tensor]) -> Policy:
+    """Reveal an equal share of the positions at each step, those of highest score [B, T] first."""
+    def reveal(view: PolicyView) -> Tensor:
+        return view.highest(score(view), view.masked, share_of_the_rest(view, iterations))
+
+    return Policy(lambda most: min(iterations, most), reveal)
+
+
+def random(*, iterations: int) -> Policy:
+    """Uniformly random order, k = n / iterations positions at a time (LLaDA's random remasking, Nie et al. 2025; the
+    parallel form of the first-hitting sampler, Zheng et al. 2024)."""
+    return _best_first(iterations, lambda view: view.keys())
+
+
+def left_to_right(*, iterations: int) -> Policy:
+    """The first k = n / iterations masked positions of each row."""
+    def reveal(view: PolicyView) -> Tensor:
+        return view.masked & (view.masked.cumsum(1) <= share_of_the_rest(view, iterations))
+
+    return Policy(lambda most: min(iterations, most), reveal)
+
+
+def llada(*, iterations: int) -> Policy:
+    """Low-confidence remasking (LLaDA, Nie et al. 2025): a token is drawn for every masked position, the k most
+    probable of these tokens stay, the others are masked again."""
+    return _best_first(iterations, lambda view: view.prediction.candidates.confidence)
+
+
+def margin(*, iterations: int) -> Policy:
+    """Top probability margin (Kim et al. 2025): the k positions of largest p(first token) - p(second token)."""
+    def gap(log_probabilities: Tensor) -> Tensor:
+        first, second = log_probabilities.topk(2, dim=-1).values.exp().unbind(-1)  # [N]
+        return first - second
+
+    return _best_first(iterations, lambda view: view.prediction.measure(gap))
+
+
+def entropy_of(log_probabilities: Tensor) -> Tensor:
+    """Entropies [N] in nats of log-probabilities [N, V], some of them minus infinity."""
+    return torch.special.entr(log_probabilities.exp()).sum(-1)
+
+
+def entropy(*, iterations: int) -> Policy:
+    """Lowest entropy first (Dream, Ye et al. 2025; an order of Kim et al. 2025): the k positions of least H(p)."""
+    return _best_first(iterations, lambda view: -view.prediction.measure(entropy_of))
+
+
+def maskgit(*, iterations: int, choice_temperature: float) -> Policy:
+    """MaskGIT (Chang et al. 2022): of n positions floor(n cos(pi r / 2)) stay masked after step i, r = (i + 1) / K.
+
+    Revealed are the highest log p + c (1 - r) g, where p is the probability of the token drawn there, g Gumbel noise
+    and c the choice temperature. Each of the K = min(iterations, n) steps reveals at least one position.
+    """
+    def reveal(view: PolicyView) -> Tensor:
+        steps = view.size.clamp(max=iterations)  # [B, 1]
+        ratio = (view.step + 1) / steps.clamp(min=1).double()
+        masked = view.masked.sum(1, keepdim=True)
+        stay = (view.size * (math.pi / 2 * ratio.clamp(max=1.0)).cos() + ROUNDING).floor().long()
+        stay = torch.maximum(torch.minimum(stay, masked - 1), steps - 1 - view.step).clamp(min=0)
+        noise = choice_temperature * (1 - ratio) * gumbel(view.keys())
+        return view.highest(view.prediction.candidates.confidence + noise, view.masked, masked - stay)
+
+    return Policy(lambda most: min(iterations, most), reveal)
+
+
+def dilated() -> Policy:
+    """Dilated groups (DUS, Luxembourg et al. 2025): of n positions, trunk call t of R = ceil(log2 n) reveals those
+    whose rank is a multiple of the stride 2^(R - t) and that are still masked; no two of a group are adjacent.
+
+    For n a power of 2 the stride is the paper's n / 2^t with base 2.
+    """
+    def rounds(most: int) -> int:
+        return max(1, (most - 1).bit_length())
+
+    def reveal(view: PolicyView) -> Tensor:
+        rank = (~view.protected).cumsum(1) - 1  # [B, T], among the positions to fill
+        total = sum((view.size > 2 ** power).long() for power in range(view.tokens.size(1).bit_length())).clamp(min=1)
+        stride = 2 ** (total - 1 - view.step).clamp(min=0)  # [B, 1]
+        return view.masked & (rank % stride == 0)
+
+    return Policy(rounds, reveal)

@@ -1,0 +1,71 @@
+"""Policies that fill every mask at each step and take the worst tokens back, old ones too."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from core.policies.interface import ROUNDING, Policy, PolicyView
+from sample_utils import apply_remasking_step
+
+
+def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], randomness_strength: float,
+                  intelligent: bool) -> Policy:
+    """Fill everything, then remask by schedule: `levels` gives one remasking each, and one prediction follows the last.
+
+    Guidance in this order of preference: the critic, self-confidence (1 - the probability that a token had when it was
+    drawn, one scale for old and new tokens), none.
+    """
+    def remask(view: PolicyView) -> Tensor:
+        wrongness = None
+        if view.critic is not None:
+            wrongness = view.critic()
+        elif intelligent:
+            wrongness = 1.0 - view.confidence.exp()
+        return apply_remasking_step(view.protected, wrongness, levels[view.step], view.generator, mode=mode,
+                                    randomness_strength=randomness_strength)
+
+    return Policy(lambda most: len(levels) + 1, lambda view: None, remask, asks=True)
+
+
+def _path_planning(iterations: int, planner_eta: float, with_critic: bool) -> Policy:
+    """Path planning (P2, Peng et al. 2025): after step i the floor(n kappa) best of n tokens stay, kappa = (i + 1) / K.
+
+    A new token's score is its log-probability under the denoiser, an old one's is eta times the planner's: eta 0 never
+    takes an old token back, above 1 old tokens are taken back more readily than new ones.
+    """
+    def remask(view: PolicyView) -> Tensor:
+        score = view.confidence  # [B, T]
+        if with_critic:
+            right = (1 - view.critic().double()).clamp(min=1e-300).log()
+            score = torch.where(view.settled, right, score)
+        score = torch.where(view.settled, planner_eta * score, score)
+        stay = (view.size * (view.step + 1)).div(iterations, rounding_mode='floor')
+        return view.highest(-score, ~view.protected, view.size - stay)
+
+    return Policy(lambda most: iterations, lambda view: None, remask)
+
+
+def p2_self(*, iterations: int, planner_eta: float) -> Policy:
+    """P2 with the denoiser as planner (Peng et al. 2025, self-planning): an old token is worth the log-probability that
+    it had when it was drawn, since a denoiser that copies revealed tokens says nothing about them afterwards."""
+    return _path_planning(iterations, planner_eta, with_critic=False)
+
+
+def p2_critic(*, iterations: int, planner_eta: float) -> Policy:
+    """P2 with the critic as planner (Peng et al. 2025, trained planning): an old token is worth log(1 - wrongness)."""
+    return _path_planning(iterations, planner_eta, with_critic=True)
+
+
+def token_critic(*, iterations: int, selection_noise: float) -> Policy:
+    """Token-Critic (Lezama et al. 2022): after step i the ceil(n cos(pi r / 2)) most wrong of n tokens are masked
+    again, r = (i + 1) / K; wrong is the critic's probability + noise c (1 - r) u, u uniform on (-1/2, 1/2)."""
+    def remask(view: PolicyView) -> Tensor:
+        ratio = (view.step + 1) / iterations
+        noise = selection_noise * (1 - ratio) * (view.remasking_keys() - 0.5)
+        count = (view.size.double() * math.cos(math.pi / 2 * ratio) - ROUNDING).ceil().long()
+        return view.highest(view.critic() + noise, ~view.protected, count)
+
+    return Policy(lambda most: iterations, lambda view: None, remask)
