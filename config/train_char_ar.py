@@ -1,4 +1,6 @@
 # The causal baseline: the same trunk read left to right.
+# Two CPU cores: shrunk in proportion, 9 minutes beside other work, validation loss 1.35 nats per character.
+# One GPU: 6 layers, 384 channels, 6000 iterations; not measured yet.
 out_dir = 'out-ar'
 dataset = 'shakespeare_char'
 attention_type = 'causal'
