@@ -121,7 +121,8 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
 
 
 def stop_runtime(runtime: Runtime) -> None:
-    """Leave the other ranks."""
+    """Leave the other ranks and the process as it was before."""
+    torch.set_flush_denormal(False)
     if runtime.world_size > 1:
         distributed.destroy_process_group()
 

@@ -47,6 +47,13 @@ def toy_state(config: GPTConfig, plan: BatchPlan, **changes) -> TrainingState:
                          Runtime(torch.device('cpu'), torch.float32, False), plan, kind, **values)
 
 
+@pytest.fixture(autouse=True)
+def whole_floats():
+    """A runtime on a CPU flushes denormal numbers for speed; the next test shall not inherit that."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def small_corpus(tmp_path, monkeypatch):
     """A corpus 'tiny' of made-up text under data/ of an empty working folder, loaded."""
