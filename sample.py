@@ -76,6 +76,8 @@ class SampleConfig:
     log_debug: bool = option(False, 'a line per prediction and remasking')
     output_file: str | None = option(None, 'also write the texts to this file')
     save_json: str | None = option(None, 'write options, texts and every step to this file')
+    save_html: str | None = option(None, 'write one page that replays every step in a browser to this file')
+    animate: bool = option(False, 'show the first text of each batch condensing in the terminal; slows a fast model')
     # the machine
     seed: int = option(1337, 'another seed, other texts')
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')

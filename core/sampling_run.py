@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from core.animation import TerminalAnimation
 from core.checkpoint import build_model, load_checkpoint, model_config_from_dict
 from core.data import Vocabulary
 from core.errors import UserError, raise_problems
@@ -24,6 +26,8 @@ from core.generation import (GenerationSettings, Network, Trace, TraceStep, gene
 from core.policies import POLICIES
 from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.randomness import RowRandom
+from core.replay import write_html
+from core.runtime import DTYPES, resolve_device
 from core.sampling_options import DIFFUSION, build_policy, model_problems, option_problems
 from core.timing import TimingAccumulator, get_global_timer
 from model import GPT, GPTConfig
@@ -48,24 +52,11 @@ def started_heads(model_config: GPTConfig, iteration: int) -> tuple[bool, bool, 
     return sampler, critic, said
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; 'auto' is a GPU where there is one."""
-    if name == 'auto':
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'device {name!r} cannot be used here ({str(error).splitlines()[0]}); '
-                        f'take --device=cpu') from None
-    return device
-
-
 def choose_autocast(dtype: str, device: torch.device) -> torch.dtype | None:
     """The precision of autocast, None for float32 throughout."""
     if dtype == 'auto':
         return torch.bfloat16 if device.type == 'cuda' and torch.cuda.is_bf16_supported() else None
-    return None if dtype == 'float32' else getattr(torch, dtype)
+    return None if dtype == 'float32' else DTYPES[dtype]
 
 
 def lay_out(config: Any, vocabulary: Vocabulary, block_size: int, generator: RowRandom) -> Layout:
@@ -93,7 +84,7 @@ class _Loaded:
 
 
 def _load(config: Any, explicit: Mapping[str, str]) -> _Loaded:
-    device = choose_device(config.device)
+    device = torch.device(resolve_device(config.device))
     checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint_name, device='cpu')
     model_config = model_config_from_dict(checkpoint.model_config, config.checkpoint_name)
     raise_problems(model_problems(config, explicit, model_config, checkpoint.kind))
@@ -146,7 +137,7 @@ class SamplingResult:
 def run_sampling(config: Any, explicit: Mapping[str, str], say: Callable[[str], None] = print) -> SamplingResult:
     """Sample as `config` says, tell it through `say`, write the asked files; `explicit` names the options given."""
     raise_problems(option_problems(config, explicit))
-    for name in (config.output_file, config.save_json):
+    for name in (config.output_file, config.save_json, config.save_html):
         if name is not None and not Path(name).absolute().parent.is_dir():
             raise UserError(f'cannot write {name}: the folder {Path(name).parent} does not exist; create it first')
     loaded = _load(config, explicit)
@@ -163,6 +154,9 @@ def run_sampling(config: Any, explicit: Mapping[str, str], say: Callable[[str], 
     if config.save_json is not None:
         _write(Path(config.save_json), json.dumps(_as_builtins(result, loaded), ensure_ascii=False) + '\n')
         say(f'run written to {config.save_json}')
+    if config.save_html is not None:
+        write_html(result.trace, loaded.vocabulary.decode, Path(config.save_html))
+        say(f'replay written to {config.save_html}; open it in a browser')
     return result
 
 
@@ -172,13 +166,17 @@ def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callabl
     network = Network(model, timer, choose_autocast(config.dtype, loaded.device), encode)
     everyone = RowRandom(config.seed, 0, torch.arange(config.num_samples, device=loaded.device))
     layout = lay_out(config, vocabulary, model.config.block_size, everyone)
-    trace = Trace(asdict(config), layout.protected.cpu()) if config.save_json is not None else None
+    recorded = config.save_json is not None or config.save_html is not None
+    trace = Trace(asdict(config), layout.protected.cpu()) if recorded else None
+    animation = TerminalAnimation(vocabulary.decode, vocabulary.mask_token_id, layout.protected.cpu()) \
+        if config.animate else None
     if config.use_verbose_logging:
         _say_checks(config, loaded, layout, say)
     batches = torch.arange(config.num_samples, device=loaded.device).split(config.batch_size)
     tokens, scores, waves, start = [], [], 0, time.perf_counter()
-    with _Progress(config, vocabulary, len(batches), len(windows(layout.tokens.size(1), model.config.block_size)),
-                   trace, say) as progress:
+    blocks = len(windows(layout.tokens.size(1), model.config.block_size))
+    with animation or nullcontext(), \
+            _Progress(config, vocabulary, len(batches), blocks, trace, animation, say) as progress:
         for rows in batches:
             generator = RowRandom(config.seed, 0, rows)
             made = generate(network, Layout(layout.tokens[rows], layout.protected[rows]), loaded.settings, generator,
@@ -186,7 +184,7 @@ def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callabl
             tokens.append(made.tokens)
             waves += made.waves
             progress.end_batch()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - (animation.seconds if animation is not None else 0.0)
     for rows, made in zip(batches, tokens):
         if config.quality_metric == 'self':
             scored = score_confidence(network, made, layout.protected[rows], loaded.settings.rule.allowed,
@@ -199,13 +197,15 @@ def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callabl
 
 
 class _Progress:
-    """The terminal's reader of a run's steps: progress bar, verbose lines; feeds the trace as well."""
+    """The terminal's reader of a run's steps: progress bar or animation, verbose lines; feeds the trace as well."""
 
     def __init__(self, config: Any, vocabulary: Vocabulary, batches: int, blocks: int, trace: Trace | None,
-                 say: Callable[[str], None]) -> None:
+                 animation: TerminalAnimation | None, say: Callable[[str], None]) -> None:
         self.config, self.vocabulary, self.trace, self.say = config, vocabulary, trace, say
-        self.bar_wanted = config.show_progress and sys.stderr.isatty()
-        self.wanted = self.bar_wanted or trace is not None or config.use_verbose_logging or config.log_debug
+        self.animation = animation
+        self.bar_wanted = config.show_progress and sys.stderr.isatty() and animation is None
+        self.wanted = (self.bar_wanted or trace is not None or animation is not None or config.use_verbose_logging
+                       or config.log_debug)
         self.batches, self.blocks, self.batch, self.last = batches, blocks, 0, None
         self.bar: tqdm | None = None
 
@@ -226,6 +226,8 @@ class _Progress:
         done = (step.window + (step.step + (step.event != 'start')) / step.steps) / self.blocks if step.steps else 1.0
         self._move((self.batch + done) / self.batches)
         self.log_iteration_progress(step)
+        if self.animation is not None:
+            self.animation(step)
 
     def end_batch(self) -> None:
         """All windows of a batch are written; a run that ended early moves the bar the rest of the way."""
@@ -251,6 +253,8 @@ class _Progress:
         return repr(self.vocabulary.decode(step.tokens[0].tolist())[:PREVIEW])
 
     def _say(self, line: str) -> None:
+        if self.animation is not None:
+            self.animation.clear()
         if self.bar is not None:
             self.bar.clear()
         self.say(line)

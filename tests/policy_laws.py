@@ -445,5 +445,5 @@ def laws_of(step_of, steps, block_length=T):
     for start in range(0, T, block_length):
         mine = range(start, min(T, start + block_length))
         for step in range(steps):
-            found.append(advance(found[-1], step_of(step, mine), memory))
+            found.append(advance(found[-1], step_of(step, mine), memory and step < steps - 1))
     return found[1:]

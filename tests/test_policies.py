@@ -97,6 +97,7 @@ def step_laws(name):
     return laws.laws_of(step_of(), steps)
 
 
+@cache
 def law(name):
     """float64 [V0 ** T]: of the finished sequence."""
     return tokens_of(step_laws(name)[-1])
@@ -359,6 +360,9 @@ def test_the_loop_guards_other_blocks_and_the_prompt_from_a_careless_policy():
     made, network, layout = write(careless, prompt=(1, 2, 3), block_length=3)
     assert made.tokens[layout.protected].equal(layout.tokens[layout.protected]) and network.trunk_calls <= 6
     assert (made.tokens < 10).all()
+    trace = Trace({}, torch.zeros(1))
+    run(careless, rows=4, block_length=3, watch=trace.add)
+    assert not any(step.changed[:, 3].any() for step in trace.steps if step.step < 2)
 
 
 # The idle cache ------------------------------------------------------------------------------------------------------

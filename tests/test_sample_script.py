@@ -1,6 +1,7 @@
 """sample.py from the command line: options, files, and what is said when something is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,16 @@ def test_infilling_and_json(folder, tmp_path):
     assert saved['steps'][0]['samples'][1]['changed'] == [] and saved['steps'][1]['samples'][1]['changed'] == [2, 3, 6]
     assert saved['steps'][-1]['samples'][0]['text'] == result.texts[0]
     assert (tmp_path / 'texts.txt').read_text() == '\n\n'.join(result.texts) + '\n'
+
+
+def test_the_replay_page_holds_the_run_and_the_animation_shows_it(folder, tmp_path, capsys):
+    plain, _ = sample(folder, '--iterations=3', '--num_samples=2')
+    result, said = sample(folder, '--iterations=3', '--num_samples=2', f'--save_html={tmp_path}/run.html', '--animate=True')
+    assert result.texts == plain.texts and f'replay written to {tmp_path}/run.html' in said
+    data = json.loads(re.search(r'id="trace">(.*?)</script>', (tmp_path / 'run.html').read_text(), re.S)[1])
+    assert [frame['event'] for frame in data['samples'][1]['frames']] == ['predict', 'remask'] * 2 + ['predict']
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 6 and 'step 3 of 3' in shown[-1] and shown[-1].count(' 0% masked') == 1
 
 
 def test_heads_that_had_not_begun_are_ignored_and_that_is_said(folder):
