@@ -2,6 +2,7 @@
 
     python bench.py                                    both shapes
     python bench.py --shapes=small --repetitions=9     one of them, with more rounds
+    python bench.py --groups=policies                  one table only
     python bench.py --json=docs/results/performance.json --report=docs/performance.md
     python bench.py --help                             every option
 
@@ -21,6 +22,7 @@ class BenchConfig:
     """The options of bench.py."""
 
     shapes: str = option('small,large', 'which of them, with a comma between')
+    groups: str = option('training,fill,sampling,policies', 'what to measure, with a comma between')
     repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 where they take long')
     critic_row_stride: int = option(4, 'stage 3 trains the critic on every n-th row; 4 as in the full recipe')
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')

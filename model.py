@@ -3,7 +3,7 @@
 Corruption, losses and sampling live elsewhere; `forward` returns raw logits and hidden states and stores nothing.
 
 Letters: B batch, T sequence length, V vocabulary with the special ids, D = n_embd, H heads, C = sampler_context,
-N positions picked out of a batch.
+W = sampler_n_embd, N positions picked out of a batch.
 """
 
 import math
@@ -61,6 +61,8 @@ class GPTConfig:
     sampler_context: int = 1
     sampler_output: Literal['own', 'shared_detached'] = 'own'
     sampler_residual: bool = True  # the head's output is added to the trunk's detached logits
+    sampler_n_embd: int | None = None  # width of the head; None: n_embd
+    sampler_zero_hidden: bool = False  # control: the head sees neighbours alone, nothing of the trunk
 
     def __post_init__(self) -> None:
         self.mode = ModelMode(self.mode)
@@ -111,6 +113,11 @@ class GPTConfig:
             if not 1 <= self.sampler_context < self.block_size:
                 problems.append(f'sampler_context is {self.sampler_context}, but must lie between 1 and '
                                 f'block_size - 1 ({self.block_size - 1})')
+            if self.sampler_n_embd is not None and self.sampler_n_embd < 1:
+                problems.append(f'sampler_n_embd is {self.sampler_n_embd}, but must be at least 1, or None for n_embd')
+            if self.sampler_output == 'shared_detached' and self.sampler_n_embd not in (None, self.n_embd):
+                problems.append(f"sampler_n_embd is {self.sampler_n_embd}, but sampler_output=shared_detached reads "
+                                f"the trunk's matrix of width n_embd ({self.n_embd}); take sampler_output=own")
         if self.add_critic_head:
             if self.mode is not ModelMode.LANGUAGE_MODEL:
                 problems.append('Critic head only supported for LANGUAGE_MODEL mode')
@@ -230,14 +237,16 @@ class SamplerHead(nn.Module):
     Input slots, each D wide: neighbours left_C .. left_1, the hidden state, neighbours right_1 .. right_C; a neighbour
     that is missing (sequence boundary, or still masked) is a zero vector. The first matrix acts on each slot alone, so
     its product with every token's embedding can be kept in a table: `neighbour_tables`, `hidden_projection` and
-    `from_projection` together give what `forward` gives, up to rounding.
+    `from_projection` together give what `forward` gives, up to rounding. With sampler_zero_hidden the hidden state
+    counts as a zero vector and the trunk's logits are not added: what neighbours alone are worth.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        width, self.context = config.n_embd, config.sampler_context
-        self.residual = config.sampler_residual
-        self.input = nn.Linear((2 * self.context + 1) * width, width)
+        width, self.context = config.sampler_n_embd or config.n_embd, config.sampler_context
+        self.zero_hidden = config.sampler_zero_hidden
+        self.residual = config.sampler_residual and not self.zero_hidden
+        self.input = nn.Linear((2 * self.context + 1) * config.n_embd, width)
         self.norm_1 = nn.LayerNorm(width)
         self.hidden = nn.Linear(width, width)
         self.norm_2 = nn.LayerNorm(width)
@@ -249,25 +258,31 @@ class SamplerHead(nn.Module):
         trunk_logits [..., V] are added when the head is residual; output_weight [V, D] is the trunk's `lm_head`, read
         when sampler_output is 'shared_detached'. Both are detached here: no gradient leaves the head.
         """
+        if self.zero_hidden:
+            slots = sampler_input.unflatten(-1, (2 * self.context + 1, -1))  # [..., 2C + 1, D]
+            sampler_input = torch.cat((slots[..., :self.context, :], torch.zeros_like(slots[..., :1, :]),
+                                       slots[..., self.context + 1:, :]), dim=-2).flatten(-2)
         return self.from_projection(self.input(sampler_input), trunk_logits, output_weight)
 
     def from_projection(self, projection: Tensor, trunk_logits: Tensor, output_weight: Tensor) -> Tensor:
-        """Logits [..., V] from the first matrix's product, projection [..., D]; the rest as in `forward`."""
+        """Logits [..., V] from the first matrix's product, projection [..., W]; the rest as in `forward`."""
         x = self.norm_1(F.silu(projection))
         x = self.norm_2(F.silu(self.hidden(x)))
         logits = F.linear(x, output_weight.detach()) if self.output_head is None else self.output_head(x)
         return logits + trunk_logits.detach() if self.residual else logits
 
     def hidden_projection(self, hidden_states: Tensor) -> Tensor:
-        """The hidden state's part of the first matrix's product, bias included: [..., D] to [..., D]."""
+        """The hidden state's part of the first matrix's product, bias included: [..., D] to [..., W]."""
+        if self.zero_hidden:
+            hidden_states = torch.zeros_like(hidden_states)
         width = hidden_states.size(-1)
         return F.linear(hidden_states, self.input.weight[:, self.context * width:(self.context + 1) * width],
                         self.input.bias)
 
     def neighbour_tables(self, embedding: Tensor) -> Tensor:
-        """Each token's part of the first matrix's product per neighbour slot: embedding [V, D] to [2C, V, D]."""
-        slots = self.input.weight.view(self.input.out_features, 2 * self.context + 1, -1)  # [D, 2C + 1, D]
-        neighbours = torch.cat((slots[:, :self.context], slots[:, self.context + 1:]), dim=1)  # [D, 2C, D]
+        """Each token's part of the first matrix's product per neighbour slot: embedding [V, D] to [2C, V, W]."""
+        slots = self.input.weight.view(self.input.out_features, 2 * self.context + 1, -1)  # [W, 2C + 1, D]
+        neighbours = torch.cat((slots[:, :self.context], slots[:, self.context + 1:]), dim=1)  # [W, 2C, D]
         return torch.einsum('vd,esd->sve', embedding, neighbours)
 
 
@@ -402,6 +417,12 @@ class GPT(nn.Module):
         matrices = config.n_layer * 12 * config.n_embd ** 2 + config.n_embd * config.vocab_size
         attention = config.n_layer * 2 * config.block_size * config.n_embd
         return 2 * (matrices + attention)
+
+    def sampler_operations_per_token(self) -> int:
+        """Floating-point operations of the sampler head per token drawn; what neighbours add comes from a table."""
+        width = self.config.sampler_n_embd or self.config.n_embd
+        hidden = 0 if self.config.sampler_zero_hidden else self.config.n_embd
+        return 2 * width * (hidden + width + self.config.vocab_size)
 
 
 def rotary_tables(length: int, width: int) -> tuple[Tensor, Tensor]:

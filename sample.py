@@ -4,6 +4,7 @@
     python sample.py --sampling_method=standard --max_new_tokens=100 --start_text="To be or not to be"
     python sample.py --infill_text="KING ____:" --temperature=0.6
     python sample.py --sampling_policy=maskgit --iterations=16
+    python sample.py --remasking_checkpoint_name=out-remasking/ckpt_best.pt --randomness_strength=0.2
     python sample.py --help
 
 An option that is given although it does not apply to the chosen method is an error; a default never is.
@@ -25,6 +26,9 @@ class SampleConfig:
     # the checkpoint
     out_dir: str = option('out', 'run folder that holds the checkpoint')
     checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir; ckpt.pt is the latest')
+    remasking_checkpoint_name: str | None = option(
+        None, 'remasking model that says what to take back, in place of the critic: file in out_dir, or path')
+    judge_checkpoint_name: str | None = option(None, 'judge of quality_metric=judge: file in out_dir, or path')
     # what to write
     num_samples: int = option(4, 'number of texts')
     batch_size: int = option(16, 'texts generated at once; lower it when memory runs out, the texts stay the same')
@@ -54,7 +58,7 @@ class SampleConfig:
         'ratio', 'threshold remasks whatever is wrong with more than the scheduled probability')
     start_threshold: float = option(0.1, 'wrongness above which a token is remasked, at first')
     end_threshold: float = option(0.9, 'and at last')
-    intelligent_remasking: bool = option(True, 'False: without a critic, remasked positions are chosen at random')
+    intelligent_remasking: bool = option(True, 'False: without critic or remasking model, chosen at random')
     randomness_strength: float = option(0.4, 'share of the remasked positions that is chosen at random all the same')
     # other policies
     idle_cache: bool = option(True, 'False: a trunk call also at steps that reveal nothing (mdlm, remdm_*)')
@@ -69,7 +73,8 @@ class SampleConfig:
     parallel_factor: float = option(1.0, 'more reveals more at once (fast_dllm_factor)')
     selection_noise: float = option(0.5, 'noise in the choice of positions, annealed to 0 (token_critic)')
     # what to tell
-    quality_metric: Literal['none', 'self'] = option('self', 'self: log-probability of what was written')
+    quality_metric: Literal['none', 'self', 'judge'] = option(
+        'self', "self: log-probability of what was written; judge: a judge model's score")
     confidence_groups: int = option(8, 'network calls that quality_metric=self takes per block; more is finer')
     show_progress: bool = option(True, 'progress bar on a terminal')
     use_verbose_logging: bool = option(False, 'checks before the start, mask shares, first and last previews')

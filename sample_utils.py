@@ -3,12 +3,12 @@
 Exact draws from a masked diffusion language model, the sampler head's wavefront fill, remasking, the critic's filled-in
 text and self-confidence. The loop that calls the network again and again is core/generation.py.
 
-Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, C = sampler_context,
-N positions picked out of a batch.
+Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, C = sampler_context, W width
+of the sampler head, N positions picked out of a batch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.randomness import Purpose, RowRandom
-from model import GPT
+from model import GPT, GPTConfig, ModelMode
 
 Order = Literal['wave', 'left_to_right']
 _CHUNK = 1 << 24  # most logits held at once by independent draws
@@ -117,7 +117,18 @@ def revealed_ids(tokens: Tensor, vocab_size: int, mask_token_id: int | None) -> 
 
 def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = None) -> Draws:
     """`Draws` of logits [N, V] under `rule` with uniform [N]; seen [N, V] is read when repetition is penalised."""
-    model_log_probabilities = allowed_log_probabilities(logits, rule.allowed)  # [N, V]
+    log_probabilities, model_log_probabilities = _under_rule(logits, rule, seen)  # [N, V]
+    return _picked(draw_tokens(log_probabilities, uniform), log_probabilities, model_log_probabilities)
+
+
+def place(logits: Tensor, rule: DrawRule, tokens: Tensor, seen: Tensor | None = None) -> Draws:
+    """`Draws` with the given tokens int64 [N] in place of drawn ones, else as `draw`."""
+    return _picked(tokens, *_under_rule(logits, rule, seen))
+
+
+def _under_rule(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities float64 [N, V] under `rule`, and under the model itself."""
+    model_log_probabilities = allowed_log_probabilities(logits, rule.allowed)
     if rule.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen, rule.repetition_penalty)
         log_probabilities = allowed_log_probabilities(logits, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
@@ -126,7 +137,10 @@ def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = 
             model_log_probabilities, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
     else:
         log_probabilities = model_log_probabilities
-    tokens = draw_tokens(log_probabilities, uniform)  # [N]
+    return log_probabilities, model_log_probabilities
+
+
+def _picked(tokens: Tensor, log_probabilities: Tensor, model_log_probabilities: Tensor) -> Draws:
     return Draws(tokens, log_probabilities.gather(-1, tokens[..., None]).squeeze(-1),
                  model_log_probabilities.detach().gather(-1, tokens[..., None]).squeeze(-1))
 
@@ -288,13 +302,14 @@ def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: T
 
 def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
                            positions: Tensor | None = None, order: Order = 'wave',
-                           purpose: Purpose = Purpose.TOKEN) -> Fill:
+                           purpose: Purpose = Purpose.TOKEN, truth: Tensor | None = None) -> Fill:
     """Fill masked positions wave by wave through the sampler head, from one trunk call (docs/sampler.md).
 
     tokens int64 [B, T]; hidden_states [B, T, D] of these tokens; positions bool [B, T] limits the fill to a group
     (None: every masked position). Each token is drawn given the hidden state and the neighbours revealed so far;
     neighbours missing or masked contribute nothing. With gradients enabled the log-probabilities keep the graph of the
-    head, and of the trunk where a token came from `lm_head`. The host reads the waves' sizes once for the whole fill.
+    head, and of the trunk where a token came from `lm_head`. truth int64 [B, T]: these tokens are placed in place of
+    drawn ones, so that log_probabilities are their exact likelihood. The host reads the waves' sizes once per fill.
     """
     head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, hidden_states.shape
     context, V = head.context, model.config.vocab_size
@@ -307,31 +322,39 @@ def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, ru
     picked = stage.argsort(stable=True)[counts[0]:]  # [N], in the order of filling
     sizes = [size for size in counts[1:] if size]
 
-    tables = head.neighbour_tables(model.neighbour_embedding())  # [2C, V, D]
-    tables = tables.index_fill(1, torch.tensor([mask_token_id], device=tokens.device), 0.0).flatten(0, 1)  # [2C V, D]
+    tables = head.neighbour_tables(model.neighbour_embedding())  # [2C, V, W]
+    tables = tables.index_fill(1, torch.tensor([mask_token_id], device=tokens.device), 0.0).flatten(0, 1)  # [2C V, W]
     slot = torch.arange(2 * context, device=tokens.device) * V  # [2C]
     padded = F.pad(tokens, (context, context), value=mask_token_id).flatten()  # [B (T + 2C)], a mask is no neighbour
     padded_positions = picked + 2 * context * (picked // T) + context  # [N]
     neighbours = padded_positions[:, None] + _neighbour_offsets(context, tokens.device)  # [N, 2C]
     hidden = hidden_states.reshape(B * T, D)[picked]  # [N, D]
-    projection = head.hidden_projection(hidden.detach())  # [N, D]
+    projection = head.hidden_projection(hidden.detach())  # [N, W]
     seen = revealed_ids(tokens, V, mask_token_id) if rule.repetition_penalty != 1 else None
+    choose, choices = _choice(generator, purpose, T, truth)
     parts = zip(*(part.split(sizes) for part in (
-        generator.uniform(purpose, T).flatten()[picked], picked // T, padded_positions, neighbours, hidden,
-        projection)))
+        choices[picked], picked // T, padded_positions, neighbours, hidden, projection)))
     draws = []
-    for wave, (uniform, row, position, neighbour, state, projected) in enumerate(parts):
+    for wave, (choice, row, position, neighbour, state, projected) in enumerate(parts):
         logits = model.lm_head(state)  # [n, V]
         if wave > 0 or counts[1] == 0:
-            beside = F.embedding_bag(padded[neighbour] + slot, tables, mode='sum')  # [n, D]
+            beside = F.embedding_bag(padded[neighbour] + slot, tables, mode='sum')  # [n, W]
             logits = head.from_projection(projected + beside, logits, model.lm_head.weight)
-        drawn = draw(logits, rule, uniform, None if seen is None else seen[row])
+        drawn = choose(logits, rule, choice, None if seen is None else seen[row])
         padded[position] = drawn.tokens
         if seen is not None:
             seen[row, drawn.tokens] = True
         draws.append(drawn)
     waves = tuple(counts[2:counts.index(0, 2)]) if 0 in counts[2:] else tuple(counts[2:])
     return _scatter_draws(tokens, picked, draws, positions, WaveStatistics(len(waves), counts[1], waves))
+
+
+def _choice(generator: RowRandom, purpose: Purpose, length: int,
+            truth: Tensor | None) -> tuple[Callable[..., Draws], Tensor]:
+    """`draw` with its uniform numbers [B T], or `place` with the tokens of truth [B, T]."""
+    if truth is None:
+        return draw, generator.uniform(purpose, length).flatten()
+    return place, truth.flatten()
 
 
 def _scatter_draws(tokens: Tensor, picked: Tensor, draws: Sequence[Draws], drawn: Tensor,
@@ -348,32 +371,36 @@ def _scatter_draws(tokens: Tensor, picked: Tensor, draws: Sequence[Draws], drawn
 
 
 def independent_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
-                     positions: Tensor | None = None, purpose: Purpose = Purpose.TOKEN) -> Fill:
+                     positions: Tensor | None = None, purpose: Purpose = Purpose.TOKEN,
+                     truth: Tensor | None = None) -> Fill:
     """Draw every masked position, or those in positions bool [B, T], from `lm_head` alone, each without the others.
 
-    `positions` may name visible positions too: they are redrawn. Logits are computed for these positions only.
+    `positions` may name visible positions too: they are redrawn. Logits are computed for these positions only. truth
+    int64 [B, T]: these tokens are placed in place of drawn ones.
     """
     B, T, D = hidden_states.shape
     positions = tokens == model.config.mask_token_id if positions is None else positions
     picked = positions.flatten().nonzero().squeeze(1)  # [N]
-    uniform = generator.uniform(purpose, T).flatten()
+    choose, choices = _choice(generator, purpose, T, truth)
     seen = revealed_ids(tokens, model.config.vocab_size, model.config.mask_token_id) \
         if rule.repetition_penalty != 1 else None
     hidden, draws = hidden_states.reshape(B * T, D), []
     for chunk in picked.split(max(1, _CHUNK // rule.allowed.numel())) if len(picked) else ():
         logits = model.lm_head(hidden[chunk])  # [n, V]
-        draws.append(draw(logits, rule, uniform[chunk], None if seen is None else seen[chunk // T]))
+        draws.append(choose(logits, rule, choices[chunk], None if seen is None else seen[chunk // T]))
     return _scatter_draws(tokens, picked, draws, positions, None)
 
 
 def fill_positions(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
                    use_sampler_head: bool, positions: Tensor | None = None, order: Order = 'wave',
-                   purpose: Purpose = Purpose.TOKEN) -> Fill:
-    """Fill masked positions from one trunk call's hidden states: by the wavefront, or independently."""
+                   purpose: Purpose = Purpose.TOKEN, truth: Tensor | None = None) -> Fill:
+    """Fill masked positions from one trunk call's hidden states, by the wavefront or independently; with truth int64
+    [B, T] its tokens are placed, not drawn."""
     if use_sampler_head:
         return sampler_wavefront_fill(model, tokens, hidden_states, rule, generator, positions=positions, order=order,
-                                      purpose=purpose)
-    return independent_fill(model, tokens, hidden_states, rule, generator, positions=positions, purpose=purpose)
+                                      purpose=purpose, truth=truth)
+    return independent_fill(model, tokens, hidden_states, rule, generator, positions=positions, purpose=purpose,
+                            truth=truth)
 
 
 def predict_and_sample_tokens(model: GPT, tokens: Tensor, rule: DrawRule, generator: RowRandom, *,
@@ -471,6 +498,49 @@ def highest_positions(score: Tensor, tie_key: Tensor, eligible: Tensor, count: T
     order = shuffled.gather(1, score.argsort(dim=1, descending=True, stable=True))
     taken = torch.arange(score.size(1), device=score.device) < count  # [B, T], by rank
     return torch.zeros_like(eligible).scatter(1, order, taken) & eligible
+
+
+@torch.no_grad()
+def wrong_probabilities(remasking_model: GPT, tokens: Tensor) -> Tensor:
+    """P(wrong) of each of tokens int64 [B, T], float64 [B, T]: one call of a remasking model of either kind."""
+    return wrong_from_logits(remasking_model(tokens).logits, remasking_model.config)
+
+
+def wrong_from_logits(logits: Tensor, config: GPTConfig) -> Tensor:
+    """P(wrong) float64 [...] from a remasking model's logits [..., V], or [..., 2] of a binary one.
+
+    A language model's is the share of wrong_token_id in the softmax over the base vocabulary (the ids below
+    mask_token_id) and that id; a binary one's is that of class 1. In float64, so that even a model that finds nearly
+    everything wrong still orders the positions.
+    """
+    if config.mode is ModelMode.TOKEN_CLASSIFIER:
+        return logits.double().softmax(-1)[..., 1]
+    rest = logits[..., :config.mask_token_id].float().logsumexp(-1)
+    return torch.sigmoid((logits[..., config.wrong_token_id] - rest).double())
+
+
+def intelligent_remask(tokens: Tensor, remasking_model: GPT, num_to_remask: int,
+                       protected: Tensor | None = None) -> Tensor:
+    """bool [B, T]: the `num_to_remask` positions of each row of tokens int64 [B, T] that a remasking model most
+    believes wrong; never a masked one, nor one of protected bool [B, T]. Of equal ones the first."""
+    eligible = tokens != remasking_model.config.mask_token_id
+    if protected is not None:
+        eligible = eligible & ~protected
+    order = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    count = torch.full_like(tokens[:, :1], num_to_remask)  # [B, 1]
+    return highest_positions(wrong_probabilities(remasking_model, tokens), order, eligible, count)
+
+
+# The judge ----------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def judge_scores(judge: GPT, tokens: Tensor) -> Tensor:
+    """float32 [B]: 1 - evaluation by a judge of texts, tokens int64 [B, L]; 1 stands for real text: one network call.
+
+    The CLS token is put before each text, so the judge's block must hold L + 1 tokens.
+    """
+    cls = torch.full_like(tokens[:, :1], judge.config.cls_token_id)
+    return 1 - judge.sequence_scores(torch.cat((cls, tokens), dim=1))
 
 
 # Self-confidence ----------------------------------------------------------------------------------------------------

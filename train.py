@@ -1,9 +1,10 @@
-"""Train a masked-diffusion language model with optional sampler and critic heads, or a causal one.
+"""Train a masked-diffusion language model with sampler and critic heads, a causal one, a remasking model or a judge.
 
     python train.py config/train_char_diffusion_sampler.py                     the full recipe, GPU or CPU
     python train.py config/train_char_diffusion.py --max_iters=500             a config with one thing changed
     python train.py config/train_char_diffusion_sampler.py --init_from=resume  go on with a run that was stopped
     torchrun --nproc_per_node=2 train.py config/train_char_diffusion.py --gradient_accumulation_steps=2
+    python train.py config/train_char_remasking.py                             a model that finds wrong tokens
     python train.py --help                                                     every option
 """
 
@@ -22,6 +23,7 @@ class TrainConfig:
     # where and what
     out_dir: str = option('out', 'run folder: checkpoints, metrics, loss curve')
     dataset: str = option('shakespeare_char', 'folder under data/; prepared by itself where it is missing')
+    train_split: Literal['train', 'ref'] = option('train', 'ref is for the reference model of evaluate.py alone')
     init_from: Literal['scratch', 'resume'] = option('scratch', 'resume goes on exactly where the run stopped')
     init_from_checkpoint: str | None = option(None, 'start from the weights of this checkpoint; heads may differ')
     force_resume: bool = option(False, 'resume although the corpus has changed')
@@ -51,12 +53,24 @@ class TrainConfig:
     # objective
     loss_weighting: Literal['masked_mean', 'elbo'] = option(
         'masked_mean', 'weighs all masked positions alike and learns faster (docs/LOG.md); elbo weighs them by 1 / t')
+    # remasking models and judges (docs/remasking.md)
+    training_type: Literal['unmasking', 'remasking', 'judge'] = option(
+        'unmasking', 'remasking learns which tokens are wrong, judge which share of a text is')
+    remasking_kind: Literal['token', 'binary'] = option(
+        'token', 'token predicts the token or the wrong id, binary one of two classes')
+    remasking_loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = option(
+        'all_positions', 'positions that count; balanced gives wrong and right ones half of the weight each')
+    remasking_corruption: Literal['random', 'model'] = option(
+        'random', 'wrong tokens drawn at random, or by the model of corruption_checkpoint')
+    corruption_checkpoint: str | None = option(None, 'trained generator whose errors are learned; judges use both')
     # sampler head (docs/sampler.md)
     add_sampler_head: bool = option(False, 'a small head that fills masks in waves')
     start_sampler_iteration: int = option(0, 'its training begins here')
     sampler_context: int = option(1, 'neighbours it sees on each side')
     sampler_output: Literal['own', 'shared_detached'] = option('own', 'shared_detached for a large vocabulary')
     sampler_residual: bool = option(True, "add its output to the trunk's logits")
+    sampler_n_embd: int | None = option(None, 'its width; n_embd by default')
+    sampler_zero_hidden: bool = option(False, 'a control: it sees its neighbours and nothing of the trunk')
     sampler_min_neighbors_ratio: float = option(0.01, 'share of a fully masked row drawn first, without neighbours')
     # critic head (docs/training.md)
     add_critic_head: bool = option(False, 'a head that says which drawn tokens are wrong')
@@ -79,6 +93,8 @@ class TrainConfig:
     beta1: float = option(0.9, 'AdamW')
     beta2: float = option(0.99, 'AdamW; lower for large batches')
     grad_clip: float = option(1.0, 'largest gradient norm; 0 turns clipping off')
+    skip_spikes: float = option(0.0, 'skip steps whose loss or gradient norm lies this many standard deviations above '
+                                     'the last 128; 6 is usual, 0 skips only what is not finite')
     decay_lr: bool = option(True, 'half a cosine down to min_lr')
     warmup_iters: int = option(100, 'iterations of linear warm-up')
     lr_decay_iters: int = option(5000, 'where min_lr is reached; usually max_iters')

@@ -7,14 +7,14 @@ positions.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.corruption import apply_mask, draw_mask, low_discrepancy_times, shown_neighbours
+from core.corruption import apply_mask, draw_mask, low_discrepancy_times, replace_tokens, shown_neighbours
 from core.data import gather_windows
 from core.randomness import Purpose, RowRandom, keyed
 
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     inputs: Tensor        # int64 [B, T], what the trunk reads
     targets: Tensor       # int64 [B, T], the truth
     positions: Tensor     # int64 [N]
-    main_weights: Tensor  # float32 [N], weight of each position's cross-entropy in the main loss
+    main_weights: Tensor  # float32 [N], weight of each position in the main loss; [B], of each row, for a judge
     mean_weights: Tensor  # float32 [N], 1 / number of predicted positions in the global batch
     neighbours: Tensor    # int64 [N, 2C], tokens that the sampler head is shown, -1 for none
     rows: Tensor          # int64 [B], global row indices
@@ -40,6 +40,19 @@ class Batch(NamedTuple):
         if device.type != 'cuda':
             return self
         return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
+
+
+class Corruption(NamedTuple):
+    """How the text is made wrong that a remasking model or a judge reads.
+
+    loss_type: which positions a remasking model learns from (`position_weights`). fill: gives tokens [B, T] with the
+    positions of mask [B, T] filled by a generator, from its arguments (true tokens, mask, generator); None without one.
+    """
+
+    base_size: int
+    cls_token_id: int
+    loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = 'all_positions'
+    fill: Callable[[Tensor, Tensor, RowRandom], Tensor] | None = None
 
 
 class BatchPlan(NamedTuple):
@@ -57,10 +70,17 @@ class BatchPlan(NamedTuple):
     sampler_context: int  # 0: no neighbours are needed
     critic_row_stride: int
     critic_scope: str  # 'masked_only' or 'masked_and_ignore'
+    corruption: Corruption | None = None  # of remasking models and judges
 
     @property
     def global_batch(self) -> int:
         return self.batch_size * self.micro_steps * self.world_size
+
+
+def micro_steps(plan: BatchPlan, iteration: int) -> list[RowRandom]:
+    """The rows of each micro-step of this rank."""
+    return [keyed(plan.seed, iteration, (number * plan.world_size + plan.rank) * plan.batch_size, plan.batch_size)
+            for number in range(plan.micro_steps)]
 
 
 def draw_windows(plan: BatchPlan, generator: RowRandom, length: int) -> Tensor:
@@ -77,9 +97,7 @@ def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
     """
     T = plan.block_size
     drawn = []
-    for micro_step in range(plan.micro_steps):
-        first_row = (micro_step * plan.world_size + plan.rank) * plan.batch_size
-        generator = keyed(plan.seed, iteration, first_row, plan.batch_size)
+    for generator in micro_steps(plan, iteration):
         times = low_discrepancy_times(generator, plan.global_batch)  # [B]
         drawn.append((generator, draw_windows(plan, generator, T), times, draw_mask(generator, times, T)))
     masked = total(sum(int(mask.sum()) for *_, mask in drawn))
@@ -112,15 +130,83 @@ def neighbours_shown(generator: RowRandom, targets: Tensor, mask: Tensor, contex
 def causal_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
     """The micro-steps of one iteration of next-token prediction: every position predicts the token after it."""
     T, batches = plan.block_size, []
-    for micro_step in range(plan.micro_steps):
-        first_row = (micro_step * plan.world_size + plan.rank) * plan.batch_size
-        generator = keyed(plan.seed, iteration, first_row, plan.batch_size)
+    for generator in micro_steps(plan, iteration):
         window = draw_windows(plan, generator, T + 1)  # [B, T + 1]
         weights = torch.full((plan.batch_size * T,), 1 / (plan.global_batch * T))
-        batches.append(Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous(),
-                             torch.arange(plan.batch_size * T), weights, weights,
-                             window.new_empty(plan.batch_size * T, 0), generator.rows, torch.tensor(0.0)))
+        batches.append(_whole_batch(generator, window[:, :-1].contiguous(), window[:, 1:].contiguous(), weights))
     return batches
 
 
-BATCH_MAKERS = {'unmasking': unmasking_batches, 'causal': causal_batches}  # by the kind of model that is trained
+def corrupt(corruption: Corruption, generator: RowRandom, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Tokens [B, T] made wrong where mask [B, T] says: filled by the generator where there is one, which may hit the
+    truth, else replaced by other tokens at random."""
+    if corruption.fill is not None:
+        return corruption.fill(tokens, mask, generator)
+    return replace_tokens(generator, tokens, mask, corruption.base_size)
+
+
+def position_weights(loss_type: str, clean: int, corrupted: int) -> Tensor:
+    """float32 [2]: the weight of a clean and of a corrupted position in the loss, given their numbers.
+
+    'corrupted_only' is the mean over the corrupted positions, 'all_positions' that over all; 'balanced' gives the two
+    kinds half of the weight each.
+    """
+    clean, corrupted = max(1, clean), max(1, corrupted)
+    return torch.tensor({'corrupted_only': (0.0, 1 / corrupted), 'all_positions': (1 / (clean + corrupted),) * 2,
+                         'balanced': (0.5 / clean, 0.5 / corrupted)}[loss_type])
+
+
+def remasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
+    """The micro-steps of one iteration of a remasking model: inputs differ from targets, the truth, where wrong.
+
+    As many positions are chosen as masked diffusion masks: each with probability t, t uniform (`corrupt`).
+    """
+    T, drawn = plan.block_size, []
+    for generator in micro_steps(plan, iteration):
+        targets = draw_windows(plan, generator, T)
+        mask = draw_mask(generator, low_discrepancy_times(generator, plan.global_batch), T)
+        drawn.append((generator, targets, corrupt(plan.corruption, generator, targets, mask)))
+    corrupted = total(sum(int((inputs != targets).sum()) for _, targets, inputs in drawn))
+    weights = position_weights(plan.corruption.loss_type, plan.global_batch * T - corrupted, corrupted)
+    return [_whole_batch(generator, inputs, targets, weights[(inputs != targets).flatten().long()])
+            for generator, targets, inputs in drawn]
+
+
+def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
+    """The micro-steps of one iteration of a judge: CLS, then text of which a share differs from targets, the truth."""
+    batches = []
+    for generator in micro_steps(plan, iteration):
+        text = draw_windows(plan, generator, plan.block_size - 1)
+        mask = draw_mask(generator, low_discrepancy_times(generator, plan.global_batch), plan.block_size - 1)
+        inputs = behind_cls(plan.corruption, judged_text(plan.corruption, generator, text, mask))
+        weights = torch.full((plan.batch_size,), 1 / plan.global_batch)
+        batches.append(_whole_batch(generator, inputs, behind_cls(plan.corruption, text), weights))
+    return batches
+
+
+def judged_text(corruption: Corruption, generator: RowRandom, text: Tensor, mask: Tensor) -> Tensor:
+    """int64 [B, T]: each row of `text` as it is, with other tokens at random where mask [B, T] says, or filled there by
+    the generator if there is one; each way equally likely."""
+    ways = 2 if corruption.fill is None else 3
+    way = (generator.uniform(Purpose.MASK, 1, stream=2) * ways).long()  # [B, 1]
+    judged = torch.where(way == 1, replace_tokens(generator, text, mask, corruption.base_size), text)
+    rows = (way[:, 0] == 2).nonzero().squeeze(1)
+    if len(rows):
+        chosen = RowRandom(generator.seed, generator.iteration, generator.rows[rows])
+        judged = judged.index_copy(0, rows, corruption.fill(text[rows], mask[rows], chosen))
+    return judged
+
+
+def behind_cls(corruption: Corruption, text: Tensor) -> Tensor:
+    """int64 [B, 1 + T]: the CLS token before each row of text [B, T]."""
+    return F.pad(text, (1, 0), value=corruption.cls_token_id)
+
+
+def _whole_batch(generator: RowRandom, inputs: Tensor, targets: Tensor, weights: Tensor) -> Batch:
+    """A batch whose every position is read; no sampler head and no critic trains on it."""
+    return Batch(inputs, targets, torch.arange(targets.numel()), weights, weights,
+                 targets.new_empty(targets.numel(), 0), generator.rows, torch.tensor(0.0))
+
+
+BATCH_MAKERS = {'unmasking': unmasking_batches, 'causal': causal_batches, 'remasking': remasking_batches,
+                'classifier': remasking_batches, 'judge': judge_batches}  # by the kind of model that is trained

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from core.batches import BatchPlan
 from core.generation import GenerationSettings, Network, generate
-from core.policies import remask_policy
+from core.policies import POLICIES, Policy, remask_policy
 from core.prompt import Layout
 from core.randomness import RowRandom
 from core.run_folder import environment
@@ -45,6 +45,10 @@ FILL_ROWS = 16
 SAMPLING_ROWS = (1, 16)
 PREDICTIONS = 16
 TEMPERATURE = 0.8
+POLICY_ROWS = 16
+POLICY_CALLS = 3  # trunk calls of a policy's run, as far as it lets that be said
+WITH_HEAD = ('remask', 'random')  # shown with the sampler head too: whole rows, and groups of positions
+GROUPS = ('training', 'fill', 'sampling', 'policies')
 TRAINING = {'optimizer': 'muon', 'learning_rate': 1e-3, 'weight_decay': 0.05, 'betas': (0.9, 0.99), 'grad_clip': 1.0,
             'ema_decay': 0.995}
 
@@ -79,9 +83,10 @@ class Case(NamedTuple):
 
 # The measurement ----------------------------------------------------------------------------------------------------
 
-def benchmark(shapes: Mapping[str, Shape], say: Say, *, device: str, dtype: str, compile: bool | None,
-              repetitions: int | None, critic_row_stride: int) -> dict[str, Any]:
-    """The record of all `shapes`, in built-in types. repetitions None: `USUAL`, at least `FEWEST` where they take long.
+def benchmark(shapes: Mapping[str, Shape], groups: Sequence[str], say: Say, *, device: str, dtype: str,
+              compile: bool | None, repetitions: int | None, critic_row_stride: int) -> dict[str, Any]:
+    """The record of `groups` (of `GROUPS`) of all `shapes`, in built-in types. repetitions None: `USUAL`, at least
+    `FEWEST` where they take long.
 
     dtype 'auto' and compile None choose as train.py and sample.py do.
     """
@@ -91,8 +96,8 @@ def benchmark(shapes: Mapping[str, Shape], say: Say, *, device: str, dtype: str,
         for reason in runtime.reasons:
             say(f'{name}: {reason}')
         torch.compiler.reset()  # graphs of the shape before are of no use
-        found['shapes'][name] = measure_shape(name, shape, runtime, choose_autocast(dtype, runtime.device), say,
-                                              repetitions=repetitions, critic_row_stride=critic_row_stride)
+        found['shapes'][name] = measure_shape(name, shape, groups, runtime, choose_autocast(dtype, runtime.device),
+                                              say, repetitions=repetitions, critic_row_stride=critic_row_stride)
     return found
 
 
@@ -109,11 +114,11 @@ def describe_machine() -> dict[str, Any]:
             'load_average': round(os.getloadavg()[0], 2)}
 
 
-def measure_shape(name: str, shape: Shape, runtime: Runtime, autocast: torch.dtype | None, say: Say, *,
-                  repetitions: int | None, critic_row_stride: int) -> dict[str, Any]:
-    """Training in `runtime`'s precision, then the wavefront fill and sampling under `autocast` (None: float32)."""
+def measure_shape(name: str, shape: Shape, groups: Sequence[str], runtime: Runtime, autocast: torch.dtype | None,
+                  say: Say, *, repetitions: int | None, critic_row_stride: int) -> dict[str, Any]:
+    """Training in `runtime`'s precision, then what belongs to sampling under `autocast` (None: float32)."""
     sampling_dtype = autocast or torch.float32
-    groups = {
+    in_turns = {
         'training': (lambda: training_cases(shape, runtime, critic_row_stride), runtime.dtype, runtime.compile),
         'fill': (lambda: fill_cases(shape, runtime.device, autocast), sampling_dtype, False),
         'sampling': (lambda: sampling_cases(shape, runtime.device, autocast), sampling_dtype, False)}
@@ -122,13 +127,20 @@ def measure_shape(name: str, shape: Shape, runtime: Runtime, autocast: torch.dty
         'shape': asdict(shape), 'device': str(runtime.device), 'dtype': short_name(runtime.dtype),
         'sampling_dtype': short_name(sampling_dtype), 'compile': runtime.compile,
         'critic_row_stride': critic_row_stride, 'parameters': full.parameter_count()}
-    for group, (cases, dtype, compiled) in groups.items():
+    for group, (cases, dtype, compiled) in in_turns.items():
+        if group not in groups:
+            continue
+
         def rate(dtype: torch.dtype = dtype) -> float:
             return measure_matrix_rate(runtime.device, dtype)
 
         warm_ups = 2 if compiled or runtime.device.type == 'cuda' else 1  # the last one shows how long a call takes
         found[group] = measure_in_turns(cases(), rate, runtime.synchronize, lambda line: say(f'{name} {group}: {line}'),
                                         repetitions=repetitions, warm_ups=warm_ups)
+    if 'policies' in groups:
+        network = _network(model_config(shape, add_sampler_head=True, add_critic_head=True), runtime.device, autocast)
+        found['policies'] = measure_policies(policy_runs(shape), network, lambda line: say(f'{name} policies: {line}'),
+                                             repetitions=repetitions)
     return found
 
 
@@ -266,6 +278,91 @@ def _allowed(device: torch.device) -> Tensor:
     return allowed_ids(VOCABULARY_SIZE, BASE_SIZE, device)
 
 
+# Policies -----------------------------------------------------------------------------------------------------------
+
+class PolicyRun(NamedTuple):
+    """A policy at work on `POLICY_ROWS` rows of tokens int64 [rows, T], some or all of them masks."""
+
+    policy: Policy
+    tokens: Tensor
+    use_sampler_head: bool
+    use_critic: bool
+
+
+def policy_runs(shape: Shape) -> dict[str, PolicyRun]:
+    """Every policy without the sampler head, and those `WITH_HEAD` with it, for about `POLICY_CALLS` trunk calls.
+
+    Where the number of positions decides the calls, so many are masked. An untrained model finds all tokens about
+    equally probable, which says where the adaptive policies' bounds lie; that by threshold reveals half of what is
+    masked at each call, so it takes some calls more.
+    """
+    T, calls = shape.block_size, POLICY_CALLS
+    group = math.ceil(T / calls)  # positions a call
+    options = {'iterations': calls, 'idle_cache': True, 'choice_temperature': 4.5, 'remdm_eta': None, 'loop_on': 0.55,
+               'loop_off': 0.05, 'loop_alpha': 0.9, 'planner_eta': 1.0, 'selection_noise': 0.5,
+               'entropy_bound': (group - 0.5) * math.log(BASE_SIZE), 'parallel_factor': group + 1.0,
+               'confidence_threshold': 1 / BASE_SIZE}
+    masks = {'first_hitting': calls, 'dilated': 2 ** calls}
+    found = {}
+    for name, row in POLICIES.items():
+        policy = remask_policy(linear_remasking_schedule(calls - 1, 0.95, 0.05), 'ratio', 0.4, True) \
+            if name == 'remask' else row.make(**{option: options[option] for option in row.options})
+        tokens = torch.zeros(POLICY_ROWS, T, dtype=torch.int64)
+        tokens[:, :masks.get(name, T)] = BASE_SIZE
+        found[name] = PolicyRun(policy, tokens, False, row.needs_critic)
+        if name in WITH_HEAD:
+            found[f'{name} with sampler head'] = found[name]._replace(use_sampler_head=True)
+    return found
+
+
+def measure_policies(runs: Mapping[str, PolicyRun], network: Network, say: Say, *,
+                     repetitions: int | None) -> dict[str, Any]:
+    """Rounds of one trunk call alone and every run once: {'bare_seconds': of that call, per round; 'runs': {name:
+    {'tokens' written, 'trunk_calls' and 'network_calls' of a run; 'seconds' of it and 'trunk_seconds' and
+    'network_seconds' spent inside these calls, per round}}}.
+
+    The calls are timed where they are made, so what a run takes beside the network comes from that run alone.
+    """
+    device = next(network.model.parameters()).device
+    bare: list[float] = []
+    found: dict[str, Any] = {}
+
+    def call(tokens: Tensor) -> float:
+        network.timer.reset()
+        with network.precision():
+            network.encode(tokens)
+        return network.timer.totals['trunk']
+
+    tokens = next(iter(runs.values())).tokens.to(device)
+    say(f'first call {call(tokens):.2f} s')
+    begin = time.perf_counter()
+    while another_round(repetitions, len(bare), time.perf_counter() - begin):
+        bare.append(call(tokens))
+        for name, run in runs.items():
+            one = _timed_run(network, run, RowRandom(len(bare), 0, torch.arange(POLICY_ROWS, device=device)))
+            seen = found.setdefault(name, {'tokens': int((run.tokens == BASE_SIZE).sum()), 'seconds': [],
+                                           'trunk_seconds': [], 'network_seconds': []})
+            seen.update(trunk_calls=network.trunk_calls, network_calls=network.network_calls)
+            for key, value in one.items():
+                seen[key].append(value)
+        say(f'round {len(bare)} done after {time.perf_counter() - begin:.1f} s')
+    return {'bare_seconds': bare, 'runs': found}
+
+
+def _timed_run(network: Network, run: PolicyRun, generator: RowRandom) -> dict[str, float]:
+    """Seconds of one run, and of these inside the trunk and inside the network; the network counts this run alone."""
+    tokens, device = run.tokens.to(generator.rows.device), generator.rows.device
+    settings = GenerationSettings('diffusion', DrawRule(_allowed(device), TEMPERATURE), run.policy,
+                                  use_sampler_head=run.use_sampler_head, use_critic=run.use_critic)
+    network.timer.reset()
+    network.trunk_calls = network.network_calls = 0
+    with network.timer.measure('run'):
+        generate(network, Layout(tokens, tokens != BASE_SIZE), settings, generator)
+    inside = {stage: network.timer.totals.get(stage, 0.0) for stage in ('trunk', 'critic')}
+    return {'seconds': network.timer.measured, 'trunk_seconds': inside['trunk'],
+            'network_seconds': sum(inside.values())}
+
+
 # Operations ---------------------------------------------------------------------------------------------------------
 
 def step_operations(config: GPTConfig, shape: Shape) -> float:
@@ -289,5 +386,5 @@ def step_operations(config: GPTConfig, shape: Shape) -> float:
 
 def fill_operations(config: GPTConfig) -> int:
     """Operations that the sampler head and `lm_head` need per position drawn in a wavefront fill."""
-    D, V = config.n_embd, config.vocab_size
-    return 2 * (2 * D * D + 2 * D * V)
+    D, V, W = config.n_embd, config.vocab_size, config.sampler_n_embd or config.n_embd
+    return 2 * (D * W + W * W + W * V + D * V)

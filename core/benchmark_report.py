@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.benchmark import FILL_ROWS, FORMAT, PREDICTIONS, SHAPES, VERSION, Say, Shape, benchmark
-from core.checkpoint import atomic_writer
+from core.benchmark import (FILL_ROWS, FORMAT, GROUPS, POLICY_ROWS, PREDICTIONS, SHAPES, VERSION, Say, Shape,
+                            benchmark)
 from core.errors import UserError, raise_problems
+from core.files import atomic_writer
+from core.markdown import markdown_table, split_at_markers, write_between
 
 BEGIN, END = '<!-- bench.py writes from here -->', '<!-- bench.py writes to here -->'
+PAGE = 'docs/performance.md'
 CASES = {  # what a case is called in a table
     'causal': 'causal step of the same trunk', 'stage 1': 'stage 1: diffusion, main loss only',
     'stage 2': 'stage 2: and the sampler head', 'stage 3': 'stage 3: and the critic on {rows}',
@@ -60,20 +63,35 @@ def rate_share(group: Mapping[str, Any], name: str) -> Spread:
                       for seconds, rate in zip(case['seconds'], group['rate'], strict=True)])
 
 
+def overhead(run: Mapping[str, Any]) -> Spread:
+    """Time of a policy's run outside the network, as a share of the time inside, per round."""
+    return Spread.of([(seconds - inside) / inside
+                      for seconds, inside in zip(run['seconds'], run['network_seconds'], strict=True)])
+
+
 def ratios(entry: Mapping[str, Any]) -> dict[str, tuple[Spread, Callable[[float], str]]]:
-    """Every ratio of one shape, and how it is written."""
-    training, fill, sampling = entry['training'], entry['fill'], entry['sampling']
-    found = {'diffusion step / causal step': (ratio(training, 'stage 1', 'causal'), _times),
-             'stage 2 / stage 1': (ratio(training, 'stage 2', 'stage 1'), _times),
-             'stage 3 / stage 1': (ratio(training, 'stage 3', 'stage 1'), _times),
-             'sampler head, share of a stage 2 step': (added_share(training, 'stage 2', 'stage 1'), _percent),
-             'critic, share of a stage 3 step': (added_share(training, 'stage 3', 'stage 2'), _percent),
-             'wavefront fill / trunk call': (ratio(fill, 'wavefront fill', 'trunk call'), _times)}
-    for name in sampling['cases']:
-        method, _, batch = name.partition(', ')
-        if method == 'diffusion':
-            found[f'tokens/s of diffusion / of standard, {batch}'] = (
-                ratio(sampling, f'standard, {batch}', name), _times)
+    """Every ratio of one shape's groups, and how it is written."""
+    found = {}
+    if training := entry.get('training'):
+        found |= {'diffusion step / causal step': (ratio(training, 'stage 1', 'causal'), _times),
+                  'stage 2 / stage 1': (ratio(training, 'stage 2', 'stage 1'), _times),
+                  'stage 3 / stage 1': (ratio(training, 'stage 3', 'stage 1'), _times),
+                  'sampler head, share of a stage 2 step': (added_share(training, 'stage 2', 'stage 1'), _percent),
+                  'critic, share of a stage 3 step': (added_share(training, 'stage 3', 'stage 2'), _percent)}
+    if fill := entry.get('fill'):
+        found['wavefront fill / trunk call'] = (ratio(fill, 'wavefront fill', 'trunk call'), _times)
+    if sampling := entry.get('sampling'):
+        for name in sampling['cases']:
+            method, _, batch = name.partition(', ')
+            if method == 'diffusion':
+                found[f'tokens/s of diffusion / of standard, {batch}'] = (
+                    ratio(sampling, f'standard, {batch}', name), _times)
+    if policies := entry.get('policies'):
+        inside = [[seconds / run['trunk_calls'] for seconds in run['trunk_seconds']]
+                  for run in policies['runs'].values()]
+        found['trunk call within the runs of policies / by itself'] = (
+            Spread.of([statistics.median(calls) / bare
+                       for *calls, bare in zip(*inside, policies['bare_seconds'], strict=True)]), _times)
     return found
 
 
@@ -103,13 +121,18 @@ def shape_report(name: str, entry: Mapping[str, Any]) -> list[str]:
              f'{"compiled" if entry["compile"] else "not compiled"}; sampling in {sampling_dtype}, not compiled, '
              f'diffusion with {PREDICTIONS} predictions.']
     for group, title in (('training', 'training step'), ('fill', 'part of a prediction'), ('sampling', 'sampling')):
+        if group not in entry:
+            continue
         dtype = entry['dtype'] if group == 'training' else sampling_dtype
         rate = Spread.of(entry[group]['rate']).show(lambda one: f'{one / 1e9:.0f}')
         lines += ['', f'{dtype} matrix rate {rate} GFLOP/s, {len(entry[group]["rate"])} interleaved rounds:', '',
                   *_group_table(title, entry, entry[group], with_start_up=group == 'training')]
+    if 'policies' in entry:
+        lines += ['', f'{POLICY_ROWS} rows, {len(entry["policies"]["bare_seconds"])} interleaved rounds:', '',
+                  *_policy_table(entry['policies'])]
     rows = [[label, write(one.median), write(one.lowest), write(one.highest)]
             for label, (one, write) in ratios(entry).items()]
-    return [*lines, '', 'Within a round:', '', *_table(['ratio', 'median', 'lowest', 'highest'], rows)]
+    return [*lines, '', 'Within a round:', '', *markdown_table(['ratio', 'median', 'lowest', 'highest'], rows)]
 
 
 def _group_table(title: str, entry: Mapping[str, Any], group: Mapping[str, Any], with_start_up: bool) -> list[str]:
@@ -122,8 +145,19 @@ def _group_table(title: str, entry: Mapping[str, Any], group: Mapping[str, Any],
                      seconds.show(lambda one: f'{1e3 * one:.1f}'), f'{case["tokens"] / seconds.median:,.0f}',
                      f'{case["operations"] / seconds.median / 1e9:,.0f}', share.show(_percent),
                      *([f'{max(0.0, case["first_seconds"] - seconds.median):.1f}'] if with_start_up else [])])
-    return _table([title, 'floor ms', 'gap', 'measured ms', 'tokens/s', 'GFLOP/s', 'share of the rate',
-                   *(['start-up s'] if with_start_up else [])], rows)
+    return markdown_table([title, 'floor ms', 'gap', 'measured ms', 'tokens/s', 'GFLOP/s', 'share of the rate',
+                           *(['start-up s'] if with_start_up else [])], rows)
+
+
+def _policy_table(group: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, run in group['runs'].items():
+        seconds = Spread.of(run['seconds'])
+        rows.append([name, f'{run["trunk_calls"]}', f'{run["network_calls"]}', f'{run["tokens"]:,}',
+                     seconds.show(lambda one: f'{one:.2f}'), f'{run["tokens"] / seconds.median:,.0f}',
+                     overhead(run).show(_percent)])
+    return markdown_table(['policy', 'trunk calls', 'network calls', 'tokens', 'seconds', 'tokens/s',
+                           "the loop's overhead"], rows)
 
 
 def _times(value: float) -> str:
@@ -134,14 +168,6 @@ def _percent(value: float) -> str:
     return f'{value:.1%}'
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table in aligned columns: the first to the left, figures to the right."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    rule = ['-' * widths[0], *('-' * (width - 1) + ':' for width in widths[1:])]
-    return ['| ' + ' | '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + ' |'
-            for row in (head, rule, *rows)]
-
-
 # Files --------------------------------------------------------------------------------------------------------------
 
 def run_benchmark(config: Any, explicit: Mapping[str, str], say: Say) -> None:
@@ -150,9 +176,9 @@ def run_benchmark(config: Any, explicit: Mapping[str, str], say: Say) -> None:
     if config.from_json is not None:
         record = read_record(Path(config.from_json))
     else:
-        record = benchmark({name: SHAPES[name] for name in config.shapes.split(',')}, say, device=config.device,
-                           dtype=config.dtype, compile=config.compile, repetitions=config.repetitions,
-                           critic_row_stride=config.critic_row_stride)
+        record = benchmark({name: SHAPES[name] for name in config.shapes.split(',')}, config.groups.split(','), say,
+                           device=config.device, dtype=config.dtype, compile=config.compile,
+                           repetitions=config.repetitions, critic_row_stride=config.critic_row_stride)
     text = report(record)
     say('')
     say(text)
@@ -169,10 +195,11 @@ def option_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options, found before minutes are spent."""
     problems = [f'{name} is {value}, but must be at least 1' for name in ('repetitions', 'critic_row_stride')
                 if (value := getattr(config, name)) is not None and value < 1]
-    names = config.shapes.split(',')
-    problems += [f'shapes names {one!r}, but there are {" and ".join(SHAPES)}; give --shapes={",".join(SHAPES)}'
-                 for one in names if one not in SHAPES]
-    problems += [f'shapes names {one!r} twice; leave one out' for one in SHAPES if names.count(one) > 1]
+    for option, known in (('shapes', SHAPES), ('groups', GROUPS)):
+        names = getattr(config, option).split(',')
+        problems += [f'{option} names {one!r}, but there are {" and ".join(known)}; give --{option}={",".join(known)}'
+                     for one in names if one not in known]
+        problems += [f'{option} names {one!r} twice; leave one out' for one in known if names.count(one) > 1]
     if config.from_json is not None:
         problems += [f'{name} was given, but --from_json measures nothing; leave one of them out'
                      for name in explicit if name not in ('from_json', 'report')]
@@ -180,7 +207,7 @@ def option_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
         problems.append(f'cannot write {config.json}: its folder does not exist; create it first')
     if config.report is not None:
         try:
-            _split_at_markers(Path(config.report))
+            split_at_markers(Path(config.report), BEGIN, END, PAGE)
         except UserError as error:
             problems.append(str(error))
     return problems
@@ -202,19 +229,4 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def write_report(path: Path, text: str) -> None:
     """Put `text` between the two marker lines of `path`; all else stays."""
-    before, after = _split_at_markers(path)
-    with atomic_writer(path) as file:
-        file.write(f'{before}{BEGIN}\n\n{text}\n\n{END}{after}'.encode())
-
-
-def _split_at_markers(path: Path) -> tuple[str, str]:
-    try:
-        content = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f'cannot read {path}, where the report should go; give --report=docs/performance.md') from None
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise UserError(f'{path} must hold the lines {BEGIN!r} and {END!r} once, in this order, to tell where the '
-                        f'report goes')
-    return before, after
+    write_between(path, BEGIN, END, text, PAGE)

@@ -2,6 +2,7 @@
 
     python -m core.checkpoint verify out/ckpt.pt           read every byte again and say what the file holds
     python -m core.checkpoint export out/ckpt_best.pt FOLDER   weights as safetensors, the rest as JSON, for sharing
+    python -m core.checkpoint merge A B --weight=0.5       interpolate two models of one architecture, and validate
 
 A checkpoint is one zip file as `torch.save` writes it. Every member carries a CRC-32, which `torch.load` ignores and
 which is compared here before anything is unpickled; unpickling admits tensors and built-in types only.
@@ -9,13 +10,13 @@ which is compared here before anything is unpickled; unpickling admits tensors a
 
 import argparse
 import base64
-import errno
 import hashlib
 import json
 import os
+import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -27,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError, raise_problems, run_script
+from core.expressions import excerpt, shown, shown_name
+from core.files import atomic_writer, unwritable
 from model import GPT, GPTConfig
 
 FORMAT_VERSION = 1
-TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves behind
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'  # an exported folder
 HOW_TO_TRAIN = 'python train.py config/train_char_diffusion_sampler.py'
 SHOWN_KEYS = 5  # of a long list of differing names
@@ -68,6 +70,7 @@ class Checkpoint:
     ema: dict[str, Tensor] | None = None  # averaged weights under the names of `model`
     optimizers: list[dict[str, object]] = field(default_factory=list)  # state_dicts
     scaler: dict[str, object] | None = None
+    guard: dict[str, Tensor] | None = None  # of `StepGuard.state_dict`
     best_value: float | None = None       # lowest validation value so far
     extra: dict[str, object] = field(default_factory=dict)
 
@@ -91,7 +94,7 @@ class Checkpoint:
                         for name, types in _FIELD_TYPES.items()
                         if type(values[name]) not in types])
         if values['kind'] not in tuple(CheckpointKind):
-            raise UserError(f'{source} is of the kind {values["kind"]!r}, but this program knows '
+            raise UserError(f'{source} is of the kind {shown(values["kind"])}, but this program knows '
                             f'{", ".join(CheckpointKind)}; update this program')
         values['model'] = normalise_names(values['model'], source)
         values['ema'] = None if values['ema'] is None else normalise_names(values['ema'], source)
@@ -105,7 +108,8 @@ class Checkpoint:
 _FIELD_TYPES = {'kind': (str,), 'model_config': (dict,), 'config': (dict,), 'vocabulary': (dict,),
                 'vocabulary_hash': (str,), 'data_hash': (str,), 'data_sizes': (dict,), 'model': (dict,),
                 'iteration': (int,), 'ema': (dict, type(None)), 'optimizers': (list,), 'scaler': (dict, type(None)),
-                'best_value': (float, type(None)), 'extra': (dict,)}
+                'guard': (dict, type(None)), 'best_value': (float, type(None)), 'extra': (dict,)}
+_LEFT_OUT = ('model', 'ema', 'optimizers', 'scaler', 'guard')  # of an exported description
 
 
 @dataclass(frozen=True)
@@ -120,52 +124,6 @@ class CheckpointSummary:
 
 
 # ---------------------------------------------------------------- saving
-
-@contextmanager
-def atomic_writer(path: Path, verify: Callable[[Path], object] | None = None) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` only when all of it is on the disk and `verify` has not objected.
-
-    Whatever fails, the earlier `path` stays as it was and the temporary file beside it is removed; a process that is
-    killed leaves one named *.saving.tmp. Raises UserError where the disk is full or the folder is not writable.
-    """
-    temporary = path.with_name(f'{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}')
-    try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if verify is not None:
-            verify(temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        _remove_quietly(temporary)
-
-
-def unwritable(path: Path, error: OSError) -> UserError:
-    """The words for a file that could not be written."""
-    cure = 'free some space' if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else \
-        'choose a folder you may write to (--out_dir=...)'
-    return UserError(f'cannot write {path}: {error.strerror or error}; {cure}; what was saved before is unchanged')
-
-
-def _remove_quietly(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError:
-        pass  # it was renamed, or never made; a folder that fails now has raised already
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a rename on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
 
 class _Sink:
     """Passes bytes on and keeps the first failure, which `torch.save` would cover with a complaint about positions."""
@@ -188,11 +146,19 @@ class _Sink:
 def save_checkpoint(path: Path | str, payload: Mapping[str, object]) -> None:
     """Write `Checkpoint.to_payload()` to `path`: temporary file, fsync, verification, rename, fsync of the folder.
 
-    Raises UserError where it cannot be written or does not verify; an earlier file of that name is then unharmed.
+    What is written can be loaded, as it holds tensors and built-in types only; that the disk holds what was written is
+    what the checksums say once they are read back. Raises UserError where it cannot be written or does not verify; an
+    earlier file of that name is then unharmed.
     """
+    stranger = _stranger(payload)
+    if stranger is not None:
+        raise UserError(f'{path} was not saved, because its {stranger} is something other than tensors and plain '
+                        f'values; what was saved before is unchanged')
+    Checkpoint.from_payload(payload, Path(path))
+
     def verify(temporary: Path) -> None:
         try:
-            verify_checkpoint(temporary)
+            _compare_checksums(temporary)
         except UserError as error:
             raise UserError(f'{path} was not saved, because it did not read back as written: {error}') from error
 
@@ -202,6 +168,20 @@ def save_checkpoint(path: Path | str, payload: Mapping[str, object]) -> None:
             torch.save(dict(payload), sink)
         except RuntimeError as error:
             raise (sink.failure or error) from None
+
+
+def _stranger(value: object, place: str = 'payload') -> str | None:
+    """The first place in `value` that holds neither a tensor nor a built-in type; None where all do."""
+    if isinstance(value, Mapping):
+        parts = [part for key, one in value.items() for part in ((f'{place}: a key', key), (f'{place}[{key!r}]', one))]
+    elif type(value) in (list, tuple):
+        parts = [(f'{place}[{index}]', one) for index, one in enumerate(value)]
+    else:
+        return None if type(value) in _PLAIN or isinstance(value, Tensor) else place
+    return next((found for name, one in parts if (found := _stranger(one, name)) is not None), None)
+
+
+_PLAIN = (str, int, float, bool, bytes, type(None))
 
 
 # ---------------------------------------------------------------- reading
@@ -251,18 +231,30 @@ def _read(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
 def _compare_checksums(path: Path) -> None:
     """UserError unless `path` is a whole zip file of stored members whose CRC-32 all agree."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [one.filename for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED]
-            damaged = packed[0] if packed else archive.testzip()
+        with open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
+            damaged = next((one.filename for one in archive.infolist()
+                            if one.compress_type != zipfile.ZIP_STORED or _checksum(file, one) != one.CRC), None)
     except PermissionError as error:
         raise UserError(f'cannot read {path}: {error.strerror}; allow it or name another checkpoint') from error
     except Exception as error:  # zipfile raises a dozen kinds on bytes at random
-        raise UserError(f'{path} ({path.stat().st_size} bytes) is damaged, cut off or no checkpoint ({error}); '
-                        f'{_IF_DAMAGED}') from error
+        raise UserError(f'{path} ({path.stat().st_size} bytes) is damaged, cut off or no checkpoint '
+                        f'({excerpt(str(error))}); {_IF_DAMAGED}') from error
     if damaged is not None:
-        raise UserError(f'{path} is damaged: the checksum of {damaged} does not agree; {_IF_DAMAGED}')
+        raise UserError(f'{path} is damaged: the checksum of {shown_name(damaged)} does not agree; {_IF_DAMAGED}')
 
 
+def _checksum(file: BinaryIO, member: zipfile.ZipInfo) -> int:
+    """CRC-32 of the bytes of a stored member. `zipfile` computes it too, in several times the time."""
+    file.seek(member.header_offset)
+    name_length, extra_length = struct.unpack('<26xHH', file.read(30))  # the member's own header, then its bytes
+    file.seek(name_length + extra_length, os.SEEK_CUR)
+    checksum, left = 0, member.file_size
+    while left > 0 and (part := file.read(min(left, _PART))):
+        checksum, left = zlib.crc32(part, checksum), left - len(part)
+    return checksum
+
+
+_PART = 2**20  # bytes read at a time
 _IF_DAMAGED = f'take the previous one (ckpt_previous.pt beside it), or train with: {HOW_TO_TRAIN}'
 
 
@@ -271,12 +263,13 @@ def normalise_names(state: Mapping[str, Tensor], source: Path) -> dict[str, Tens
     plain = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f'{source} holds {name!r} among its weights, which is no tensor; take another checkpoint')
+            raise UserError(f'{source} holds {shown(name)} among its weights, which is no tensor; take another '
+                            f'checkpoint')
         short = '.'.join(part for part in name.split('.') if part != '_orig_mod')
         while short.startswith('module.'):
             short = short.removeprefix('module.')
         if short in plain:
-            raise UserError(f'{source} holds the weight {short} twice; take another checkpoint')
+            raise UserError(f'{source} holds the weight {shown_name(short)} twice; take another checkpoint')
         plain[short] = tensor
     return plain
 
@@ -297,7 +290,8 @@ def model_config_from_dict(values: Mapping[str, object], source: Path | str) -> 
     try:
         return GPTConfig(**values)
     except (ValueError, TypeError) as error:
-        raise UserError(f'{source} describes a model that cannot be built: {error}; take another checkpoint') from error
+        raise UserError(f'{source} describes a model that cannot be built: {excerpt(str(error))}; take another '
+                        f'checkpoint') from error
 
 
 def build_model(checkpoint: Checkpoint, device: torch.device | str = 'cpu', use_ema: bool = True) -> GPT:
@@ -353,9 +347,11 @@ def check_resume(saved: Checkpoint, model_config: Mapping[str, object], vocabula
 
     UserError where the architecture or the heads differ, always; where corpus or vocabulary differ, unless `force`.
     """
-    differences = {name: f'{name}: {saved.model_config.get(name)!r} in the checkpoint, {model_config.get(name)!r} now'
-                   for name in sorted({*saved.model_config, *model_config})
-                   if saved.model_config.get(name) != model_config.get(name)}
+    before = {**{one.name: one.default for one in fields(GPTConfig)}, **saved.model_config}  # it may lack newer fields
+    differences = {name: f'{shown_name(name)}: {shown(before.get(name))} in the checkpoint, '
+                         f'{shown(model_config.get(name))} now'
+                   for name in sorted({*saved.model_config, *model_config}, key=str)
+                   if before.get(name) != model_config.get(name)}
     other_model = [words for name, words in differences.items() if name not in TRAINING_FIELDS]
     notes = [f'resuming with another {words}' for name, words in differences.items() if name in TRAINING_FIELDS]
     other_data = [f'another {name}: {old[:12]} in the checkpoint, {new[:12]} now' for name, old, new in (
@@ -363,7 +359,7 @@ def check_resume(saved: Checkpoint, model_config: Mapping[str, object], vocabula
     problems = [f'cannot resume with another model, {words}; use the old value, or --init_from=scratch'
                 for words in other_model]
     if not force:
-        problems += [f'cannot resume with {words}; restore the data, or force it if you mean it'
+        problems += [f'cannot resume with {words}; restore the data, or add --force_resume=True'
                      for words in other_data]
     raise_problems(problems)
     return notes + [f'resuming with {words}' for words in other_data]
@@ -392,7 +388,7 @@ def _heads(names: Mapping[str, Tensor] | list[str]) -> set[str]:
 
 def _shortened(names: list[str]) -> str:
     more = len(names) - SHOWN_KEYS
-    return ', '.join(names[:SHOWN_KEYS]) + (f' and {more} more' if more > 0 else '')
+    return ', '.join(map(shown_name, names[:SHOWN_KEYS])) + (f' and {more} more' if more > 0 else '')
 
 
 # ---------------------------------------------------------------- sharing
@@ -414,7 +410,7 @@ def export_checkpoint(path: Path | str, folder: Path | str) -> Path:
             tensors[name] = tensor.contiguous().clone()  # views of one storage become tensors of their own
     data = safetensors.torch.save(tensors)
     payload = checkpoint.to_payload()
-    description = {name: payload[name] for name in payload if name not in ('model', 'ema', 'optimizers', 'scaler')}
+    description = {name: payload[name] for name in payload if name not in _LEFT_OUT}
     description |= {'tied': tied, 'averaged': checkpoint.ema is not None, 'sha256': hashlib.sha256(data).hexdigest()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -446,8 +442,8 @@ def _import_folder(folder: Path, device: torch.device | str) -> Checkpoint:
             safetensors.SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f'{folder} is damaged or was not exported by this program ({type(error).__name__}: {error}); '
-                        f'export it again') from error
+        raise UserError(f'{folder} is damaged or was not exported by this program ({type(error).__name__}: '
+                        f'{excerpt(str(error))}); export it again') from error
     return Checkpoint.from_payload({**description, 'model': weights, 'ema': None, 'optimizers': [], 'scaler': None},
                                    source)
 
@@ -487,8 +483,18 @@ def main(arguments: list[str]) -> None:
     for command in (verify, export):
         command.add_argument('checkpoint', type=Path)
     export.add_argument('folder', type=Path)
+    merge = commands.add_parser('merge', help='interpolate two models of one architecture, and validate the result')
+    for name in ('first', 'second'):
+        merge.add_argument(name, type=Path)
+    merge.add_argument('--weight', type=float, default=0.5, help="the second one's share, 0.5 by default")
+    merge.add_argument('--output', type=Path, help='ckpt_merged.pt beside the first by default')
     options = parser.parse_args(arguments)
-    if options.command == 'verify':
+    if options.command == 'merge':
+        from core.merging import merge_checkpoints  # needs most of core, which imports this file
+
+        merge_checkpoints(options.first, options.second, options.weight,
+                          options.output or options.first.with_name('ckpt_merged.pt'), print)
+    elif options.command == 'verify':
         summary = verify_checkpoint(options.checkpoint)
         print(f'{summary.path} is whole: {summary.kind}, iteration {summary.iteration}, '
               f'{summary.parameters:,} parameters, best value {summary.best_value}')

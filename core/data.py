@@ -12,6 +12,7 @@ import hashlib
 import json
 import pickle
 import pickletools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ import tiktoken
 import torch
 
 from core.errors import UserError
+from core.expressions import excerpt
 
 META_FORMAT = 'masked-diffusion-corpus'
 META_VERSION = 1
@@ -237,7 +239,7 @@ def load_corpus(name: str, root: Path | str = 'data') -> Corpus:
         for split, size in meta['sizes'].items():
             _check_tokens(folder / f'{split}.bin', size, meta['dtype'], meta['file_hashes'][split], vocabulary)
     except UserError as error:
-        raise UserError(f'{path} cannot be used: {error}; run {_cure(name)} again') from None
+        raise UserError(f'{path} cannot be used: {excerpt(str(error))}; run {_cure(name)} again') from None
     return Corpus(name=name, folder=folder, vocabulary=vocabulary, dtype=meta['dtype'], source=meta['source'],
                   data_hash=hash_of_hashes(meta['file_hashes']),
                   **{key: dict(meta[key]) for key in ('sizes', 'characters', 'utf8_bytes')})
@@ -313,6 +315,8 @@ def _checked_meta(meta: object) -> dict:
     for key, kind in (('sizes', int), ('characters', int), ('utf8_bytes', int), ('file_hashes', str)):
         if set(meta[key]) != splits or any(type(value) is not kind for value in meta[key].values()):
             raise UserError(f'{key} must hold one {kind.__name__} for each of {", ".join(sorted(splits))}')
+    if any(re.fullmatch('[0-9a-f]{64}', value) is None for value in meta['file_hashes'].values()):
+        raise UserError('file_hashes must hold SHA-256 sums, 64 hexadecimal digits each')
     if any(value < 1 for key in ('sizes', 'characters', 'utf8_bytes') for value in meta[key].values()):
         raise UserError('a split without tokens is recorded')
     if meta['dtype'] not in ('uint16', 'uint32'):

@@ -1,5 +1,6 @@
 """Problems that the user can cure, and how a script reports them. Standard library only; every room may import this."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -16,12 +17,16 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
-    """Call `main` with the command line; a `UserError` becomes plain words and exit code 2, an interrupt code 130."""
+    """Call `main` with the command line; a `UserError` becomes plain words and exit code 2, an interrupt code 130.
+
+    Of the ranks that torchrun starts, which meet the same problem, the first of each machine says it.
+    """
     try:
         main(sys.argv[1:])
     except UserError as error:
-        for problem in str(error).splitlines():
-            print(f'error: {problem}', file=sys.stderr)
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            for problem in str(error).splitlines():
+                print(f'error: {problem}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('stopped', file=sys.stderr)

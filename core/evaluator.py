@@ -33,6 +33,11 @@ class Validation(NamedTuple):
     windows: int
     seconds: float
 
+    @property
+    def further(self) -> dict[str, float]:
+        """What is logged beside the value and its standard error."""
+        return {'bits': self.bits}
+
     def line(self, name: str) -> str:
         """One line for the console."""
         return (f'{name} {self.value:.4f} nats/token (s.e. {self.standard_error:.4f}), {self.bits:.4f} '
@@ -86,8 +91,13 @@ def validate(model: GPT, corpus: Corpus, runtime: Runtime, allowed: Tensor, *, w
         terms[first:first + batch_size] = found
     terms = runtime.total(terms)
     value = terms.mean().item()
+    bits, unit = bits_of(value, corpus, split)
+    error = (terms.std() / math.sqrt(windows)).item() if windows > 1 else math.nan
+    return Validation(value, error, bits, unit, windows, time.perf_counter() - start)
+
+
+def bits_of(nats: float, corpus: Corpus, split: str) -> tuple[float, str]:
+    """Nats per token as bits per unit of a split's real text: a character where each is a token, else a UTF-8 byte."""
     characters = corpus.vocabulary.kind == 'characters'
     units = corpus.characters[split] if characters else corpus.utf8_bytes[split]
-    bits = value * corpus.sizes[split] / units / math.log(2)
-    error = (terms.std() / math.sqrt(windows)).item() if windows > 1 else math.nan
-    return Validation(value, error, bits, 'character' if characters else 'byte', windows, time.perf_counter() - start)
+    return nats * corpus.sizes[split] / units / math.log(2), 'character' if characters else 'byte'

@@ -15,6 +15,7 @@ from typing import Any
 LARGEST_TEXT = 100_000  # characters; a concatenation that doubles itself line by line stops here
 LARGEST_INTEGER = 2 ** 64
 DEEPEST_EXPRESSION = 100
+LARGEST_EXCERPT = 300  # characters of what is quoted in a message
 
 
 class Refused(Exception):
@@ -168,6 +169,12 @@ def closest(name: str, names: Iterable[str]) -> str | None:
     by_lower_case = {candidate.lower(): candidate for candidate in names}
     found = difflib.get_close_matches(name[:100].lower(), by_lower_case, n=1, cutoff=0.5)
     return by_lower_case[found[0]] if found else None
+
+
+def excerpt(text: str) -> str:
+    """What a file from elsewhere says, for a message: on one line, printable, and not too long."""
+    text = one_line(text)
+    return text if len(text) <= LARGEST_EXCERPT else f'{text[:LARGEST_EXCERPT]}...'
 
 
 def one_line(text: str) -> str:

@@ -5,7 +5,8 @@
     multinomial  every unprotected position is redrawn at each iteration from the network's own softmax
     standard     left to right; a causal model reads with a key-value cache
 
-Row i of a run with seed s gets the same random numbers whatever batch it is in.
+Row i of a run with seed s gets the same random numbers whatever batch it is in. A step waits for the device only to
+learn how many positions are drawn, since logits are computed for these alone, and where a policy may stop or idle.
 
 Letters: B rows, L sequence length, T window length (at most block_size), V vocabulary.
 """
@@ -24,8 +25,8 @@ from core.prompt import Layout
 from core.randomness import Purpose, RowRandom
 from core.timing import TimingAccumulator
 from model import GPT, KeyValueCache
-from sample_utils import (DrawRule, Fill, SelfConfidence, causal_confidence, draw, fill_positions, independent_fill,
-                          revealed_ids, self_confidence)
+from sample_utils import (DrawRule, Fill, SelfConfidence, causal_confidence, draw, independent_fill, revealed_ids,
+                          sampler_wavefront_fill, self_confidence, wrong_probabilities)
 
 Method = Literal['diffusion', 'sampler', 'multinomial', 'standard']
 
@@ -85,7 +86,8 @@ class Trace:
 class GenerationSettings:
     """How to generate. policy: of 'diffusion' and 'sampler'; iterations: of 'multinomial'; start_token: what a causal
     model reads before an empty prompt; block_length: the policy completes this many positions after one another
-    (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025), None for all at once."""
+    (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025), None for all at once; use_critic: the policy may ask
+    how wrong tokens are, of the network's remasking model or critic head."""
 
     method: Method
     rule: DrawRule
@@ -101,12 +103,13 @@ class Network:
     """A model whose calls are counted and timed.
 
     trunk_calls: evaluations of the generator's trunk for predictions; network_calls: these and every helper's, the
-    critic's among them. One call serves a whole batch. autocast: a lower precision for the calls, or None.
+    critic's among them. One call serves a whole batch. autocast: a lower precision for the calls, or None;
+    remasking_model: judges tokens in place of the model's own critic head.
     """
 
     def __init__(self, model: GPT, timer: TimingAccumulator, autocast: torch.dtype | None = None,
-                 encode: Callable[..., Tensor] | None = None) -> None:
-        self.model, self.timer, self.autocast = model, timer, autocast
+                 encode: Callable[..., Tensor] | None = None, remasking_model: GPT | None = None) -> None:
+        self.model, self.timer, self.autocast, self.remasking_model = model, timer, autocast, remasking_model
         self._encode = encode or model.encode
         self.trunk_calls = self.network_calls = 0
 
@@ -125,8 +128,12 @@ class Network:
             return self._encode(tokens) if cache is None else self.model.encode(tokens, None, cache)
 
     def critic(self, tokens: Tensor) -> Tensor:
-        """Probability [B, T] that each token is wrong: one network call."""
+        """Probability [B, T] that each token is wrong, by the remasking model or else the critic head: one network
+        call, and none of the trunk."""
         self.network_calls += 1
+        if self.remasking_model is not None:
+            with self.timer.measure('remasking model'):
+                return wrong_probabilities(self.remasking_model, tokens)
         with self.timer.measure('critic'):
             return self.model.critic_scores(tokens)
 
@@ -172,17 +179,38 @@ def generate(network: Network, layout: Layout, settings: GenerationSettings, gen
             return _read_on(network, layout, settings, generator, watch)
         for index, (start, stop, first_new) in enumerate(windows(tokens.size(1), network.model.config.block_size)):
             fixed = protected[:, start:stop] | (torch.arange(start, stop, device=tokens.device) < first_new)
-            part = _WindowRun(network, settings, fixed, generator, index, start, watch)
+            part = _WindowRun(network, settings, fixed, generator, index, start, watch, _Soundness(tokens.device))
             if settings.method == 'multinomial':
                 result = part.resample(tokens[:, start:stop], confidence[:, start:stop])
             elif settings.method == 'standard':
                 result = part.reveal_left_to_right(tokens[:, start:stop], confidence[:, start:stop])
             else:
                 result = part.run_policy(tokens[:, start:stop], confidence[:, start:stop])
+            part.soundness.require()
+            assert not (result.tokens == network.model.config.mask_token_id).any(), 'masks were left behind'
             tokens = torch.cat((tokens[:, :start], result.tokens, tokens[:, stop:]), dim=1)
             confidence = torch.cat((confidence[:, :start], result.confidence, confidence[:, stop:]), dim=1)
             waves += result.waves
     return Generation(tokens, confidence, waves)
+
+
+class _Soundness:
+    """Whether every drawn token had a number for a log-probability: a network without numbers must not print letters.
+
+    Each step adds what it saw to `broken`, a bool on the device; the host asks once a window, or when somebody watches.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)
+
+    def look_at(self, log_probabilities: Tensor) -> None:
+        self.broken = self.broken | log_probabilities.isnan().any()
+
+    def require(self) -> None:
+        """UserError if anything was not a number."""
+        if bool(self.broken):
+            raise UserError("the network's logits are not numbers (NaN or infinite); the checkpoint is damaged or its "
+                            'training diverged: take an earlier one (checkpoint_name), or dtype=float32')
 
 
 @dataclass(frozen=True)
@@ -196,6 +224,7 @@ class _WindowRun:
     window: int
     start: int
     watch: Watch | None
+    soundness: _Soundness
 
     def numbers(self, step: int, steps: int) -> RowRandom:
         """The rows' random numbers of a step, apart from those of all other windows."""
@@ -205,6 +234,7 @@ class _WindowRun:
              changed: Tensor, confidence: Tensor) -> None:
         """Show a step to whoever watches."""
         if self.watch is not None:
+            self.soundness.require()
             self.watch(TraceStep(self.window, self.start, step, steps, event, *(part.detach().cpu() for part in (
                 self.generator.rows, tokens, changed, confidence))))
 
@@ -224,7 +254,6 @@ class _WindowRun:
             tokens, confidence, filled = self._run_block(tokens, confidence, protected, block * steps, blocks * steps,
                                                          self.settings.policy.limit(most))
             waves += filled
-        assert not (tokens == self.network.model.config.mask_token_id).any(), 'the policy left masks behind'
         return Generation(tokens, confidence, waves)
 
     def _run_block(self, tokens: Tensor, confidence: Tensor, protected: Tensor, first: int, steps: int,
@@ -247,7 +276,7 @@ class _WindowRun:
                     tokens = tokens.masked_fill(remasked, mask_token_id)
             if policy.asks:
                 finished = finished | ~((tokens == mask_token_id) & ~protected).any(1, keepdim=True)
-                if bool(finished.all()):
+                if bool(finished.all() | self.soundness.broken):
                     break
             if step < limit - 1 and policy.remask is not None:
                 self.tell(first + step, steps, 'remask', tokens, remasked, confidence)
@@ -273,9 +302,10 @@ class _WindowRun:
         else:
             hidden_states = view.prediction.hidden_states
             with network.timer.measure('draw'):
-                fill = fill_positions(network.model, view.tokens, hidden_states, settings.rule, view.generator,
-                                      use_sampler_head=settings.use_sampler_head, positions=positions)
-            _refuse_nan(fill, view.step)
+                fill = sampler_wavefront_fill(network.model, view.tokens, hidden_states, settings.rule, view.generator,
+                                              positions=positions) \
+                    if settings.use_sampler_head else view.prediction.reveal(positions)
+            self.soundness.look_at(fill.log_probabilities)
             waves = fill.statistics.waves if fill.statistics is not None else 0
         critic = (lambda: network.critic(fill.tokens)) if settings.use_critic else None
         return replace(view, tokens=fill.tokens, confidence=torch.where(fill.drawn, fill.confidence, view.confidence),
@@ -308,17 +338,10 @@ class _WindowRun:
         with self.network.timer.measure('draw'):
             fill = independent_fill(self.network.model, tokens, hidden_states, self.settings.rule,
                                     generator or self.numbers(step, steps), positions=positions)
-        _refuse_nan(fill, step)
+        self.soundness.look_at(fill.log_probabilities)
         confidence = torch.where(positions, fill.confidence, confidence)
         self.tell(step, steps, 'predict', fill.tokens, positions, confidence)
         return fill.tokens, confidence
-
-
-def _refuse_nan(fill: Fill, step: int) -> None:
-    """A network whose logits are not numbers must not print letters."""
-    if bool(fill.log_probabilities.isnan().any()):
-        raise UserError(f"the network's logits are not numbers (NaN or infinite) at step {step}; the checkpoint is "
-                        f'damaged or its training diverged: take an earlier one (checkpoint_name), or dtype=float32')
 
 
 def _read_on(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
@@ -354,11 +377,10 @@ def _read_on(network: Network, layout: Layout, settings: GenerationSettings, gen
             changed[:, position] = True
             watch(TraceStep(0, 0, position - known, L - known, 'predict', generator.rows.cpu(),
                             text[:, before.size(1):].cpu().clone(), changed, confidence.cpu().clone()))
-    tokens = text[:, before.size(1):]
-    if bool(confidence.isnan().any()):
-        raise UserError("the network's logits are not numbers (NaN or infinite); the checkpoint is damaged or its "
-                        'training diverged: take an earlier one (checkpoint_name), or dtype=float32')
-    return Generation(tokens, confidence, 0)
+    soundness = _Soundness(text.device)
+    soundness.look_at(confidence)
+    soundness.require()
+    return Generation(text[:, before.size(1):], confidence, 0)
 
 
 def score_confidence(network: Network, tokens: Tensor, protected: Tensor, allowed: Tensor, generator: RowRandom,

@@ -1,4 +1,4 @@
-"""The losses of one micro-step: main, sampler head and critic.
+"""The losses of one micro-step: main, sampler head and critic; or those of a remasking model or a judge.
 
 One trunk call serves all of them, the critic's filled-in text apart. Losses are sums of weighted cross-entropies whose
 weights are shares of the global batch, so the losses of micro-steps and ranks add up.
@@ -15,17 +15,22 @@ from torch import Tensor, nn
 from core.batches import Batch
 from core.randomness import RowRandom
 from core.schedule import Stage
-from model import GPT
-from sample_utils import DrawRule, build_critic_artifacts_from_logits, prepare_sampler_inputs
+from model import GPT, ModelMode
+from sample_utils import DrawRule, build_critic_artifacts_from_logits, prepare_sampler_inputs, wrong_from_logits
 
 
 class Losses(NamedTuple):
-    """Scalars in nats. total = main + sampler + alpha * critic; a part that is not active is None."""
+    """Scalars in nats. total = main + sampler + alpha * critic; a part that is not active is None.
+
+    A judge's loss is a squared error. positions: of remasking models, float32 [2, 4], `PositionSums` of the clean and
+    of the corrupted positions.
+    """
 
     total: Tensor
     main: Tensor
     sampler: Tensor | None
     critic: Tensor | None
+    positions: Tensor | None = None
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, allowed: Tensor) -> Tensor:
@@ -37,12 +42,82 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, all
     return (F.cross_entropy(logits, targets, reduction='none') * weights).sum()
 
 
-class Objective(nn.Module):
-    """The losses of a model; `allowed` bool [V] are the ids that text consists of (the base vocabulary)."""
+class RemaskingTerms(NamedTuple):
+    """Per position [B, T]: wrong bool, whether the input differs from the truth; loss float32, cross-entropy in nats;
+    right bool, whether the most probable class is the target; corrected bool, whether the most probable base token is
+    the truth (never, for a binary model); probability float64, P(wrong)."""
 
-    def __init__(self, model: GPT, allowed: Tensor) -> None:
+    wrong: Tensor
+    loss: Tensor
+    right: Tensor
+    corrected: Tensor
+    probability: Tensor
+
+
+def remasking_terms(model: GPT, inputs: Tensor, truth: Tensor, allowed: Tensor) -> RemaskingTerms:
+    """What a remasking model of either kind says about inputs int64 [B, T], one call; truth int64 [B, T].
+
+    A language model's target is wrong_token_id where the input is wrong and the token itself elsewhere, the softmax
+    taken over `allowed` bool [V], the base vocabulary, and wrong_token_id; a classifier's is class 1 where wrong.
+    """
+    config, logits = model.config, model(inputs).logits.float()  # [B, T, V or 2]
+    wrong = inputs != truth
+    probability = wrong_from_logits(logits.detach(), config)
+    if config.mode is ModelMode.TOKEN_CLASSIFIER:
+        targets, corrected = wrong.long(), torch.zeros_like(wrong)
+    else:
+        targets = torch.where(wrong, config.wrong_token_id, truth)
+        corrected = logits.masked_fill(~allowed, -torch.inf).argmax(-1) == truth
+        allowed = allowed | (torch.arange(len(allowed), device=allowed.device) == config.wrong_token_id)
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(truth)
+    return RemaskingTerms(wrong, loss, logits.argmax(-1) == targets, corrected, probability)
+
+
+class PositionSums(NamedTuple):
+    """Sums over positions of one kind, clean or corrupted: their number and the terms of `RemaskingTerms`."""
+
+    count: Tensor
+    loss: Tensor
+    right: Tensor
+    corrected: Tensor
+
+
+def position_sums(terms: RemaskingTerms) -> Tensor:
+    """float32 [B, 2, 4]: `PositionSums` of the clean and of the corrupted positions of each row."""
+    columns = PositionSums(torch.ones_like(terms.loss), terms.loss, terms.right, terms.corrected)
+    values = torch.stack([column.detach().float() for column in columns], dim=-1)  # [B, T, 4]
+    return torch.stack([(values * kind[..., None]).sum(1) for kind in (~terms.wrong, terms.wrong)], dim=1)
+
+
+def position_metrics(sums: Tensor, binary: bool) -> dict[str, float]:
+    """Mean loss and accuracy at clean and at corrupted positions, and of a language model how often its most probable
+    base token corrects a corrupted one, by the names under which they are logged; sums [2, 4]: `PositionSums` of the
+    clean and of the corrupted ones."""
+    metrics = {}
+    for name, row in zip(('clean', 'corrupted'), sums.tolist()):
+        found = PositionSums(*row)
+        if found.count > 0:
+            metrics |= {f'loss_{name}': found.loss / found.count, f'accuracy_{name}': found.right / found.count}
+            if name == 'corrupted' and not binary:
+                metrics['correction_accuracy'] = found.corrected / found.count
+    return metrics
+
+
+def wrong_shares(inputs: Tensor, truth: Tensor) -> Tensor:
+    """float32 [B]: a judge's targets, the share of positions behind CLS that differ from the truth; both [B, 1 + T]."""
+    return (inputs != truth)[:, 1:].float().mean(1)
+
+
+class Objective(nn.Module):
+    """The losses of a model of a `kind` (`CheckpointKind`); `allowed` bool [V] are the ids that text consists of (the
+    base vocabulary)."""
+
+    def __init__(self, model: GPT, allowed: Tensor, kind: str = 'unmasking') -> None:
         super().__init__()
         self.model = model
+        self.helper_loss = {'remasking': self._remasking_loss, 'classifier': self._remasking_loss,
+                            'judge': self._judge_loss}.get(kind)
         self.register_buffer('allowed', allowed, persistent=False)
         self.trunk_and_sampler_losses = self._trunk_and_sampler_losses
         self.critic_loss = self._critic_loss
@@ -51,9 +126,14 @@ class Objective(nn.Module):
         """Replace the two network passes by compiled ones; what lies between them (drawing tokens) stays eager."""
         self.trunk_and_sampler_losses = torch.compile(self._trunk_and_sampler_losses, dynamic=False)
         self.critic_loss = torch.compile(self._critic_loss, dynamic=False)
+        if self.helper_loss is not None:
+            self.helper_loss = torch.compile(self.helper_loss, dynamic=False)
 
     def forward(self, batch: Batch, stage: Stage, alpha: float, generator: RowRandom) -> Losses:
         """Losses of one micro-step. `generator` draws the tokens that the critic judges."""
+        if self.helper_loss is not None:
+            main, positions = self.helper_loss(batch)
+            return Losses(main, main, None, None, positions)
         main, sampler, hidden_states = self.trunk_and_sampler_losses(batch, stage.sampler)
         total = main if sampler is None else main + sampler
         if not stage.critic:
@@ -82,3 +162,13 @@ class Objective(nn.Module):
         """Binary cross-entropy of the wrongness of tokens [B, T], weighted per position: a second trunk call."""
         logits = self.model.critic_logits(self.model.encode(tokens)).float()  # [B, T]
         return (F.binary_cross_entropy_with_logits(logits, labels, reduction='none') * weights).sum()
+
+    def _remasking_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(weighted cross-entropy over all positions, sums for the log)."""
+        terms = remasking_terms(self.model, batch.inputs, batch.targets, self.allowed)
+        return (terms.loss.flatten() * batch.main_weights).sum(), position_sums(terms).sum(0)
+
+    def _judge_loss(self, batch: Batch) -> tuple[Tensor, None]:
+        """Weighted squared error of the evaluation of each row against the share that is wrong."""
+        error = self.model.sequence_scores(batch.inputs) - wrong_shares(batch.inputs, batch.targets)  # [B]
+        return (error.square() * batch.main_weights).sum(), None

@@ -32,13 +32,15 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), scaled to the size of an AdamW update (Liu et al. 2025).
 
-    Takes matrices only. One learning rate serves both optimizers: an update has root mean square 0.2 * lr.
+    Takes matrices only. One learning rate serves both optimizers: an update has root mean square 0.2 * lr. Where
+    `found_inf` (float32 scalar on the device; torch's name for it) is 1, a step changes nothing.
     """
 
     def __init__(self, parameters: Iterable, lr: float, momentum: float, weight_decay: float,
                  dtype: torch.dtype) -> None:
         super().__init__(parameters, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay})
         self.dtype = dtype
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -57,10 +59,16 @@ class Muon(torch.optim.Optimizer):
             if 'momentum_buffer' not in self.state[parameter]:
                 self.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]['momentum_buffer'] for parameter in parameters]
+        decay, taken = 1 - group['lr'] * group['weight_decay'], 1.0
+        if self.found_inf is not None:
+            refused = self.found_inf > 0
+            gradients = [torch.where(refused, *pair) for pair in zip(buffers, gradients)]
+            taken = 1 - self.found_inf
+            decay = torch.where(refused, 1.0, decay)
         torch._foreach_lerp_(buffers, gradients, 1 - group['momentum'])
         nesterov = torch._foreach_lerp(gradients, buffers, group['momentum'])
-        updates = orthogonalise(torch.stack(nesterov), self.dtype).unbind()
-        torch._foreach_mul_(parameters, 1 - group['lr'] * group['weight_decay'])
+        updates = (orthogonalise(torch.stack(nesterov), self.dtype) * taken).unbind()
+        torch._foreach_mul_(parameters, decay)
         torch._foreach_add_(parameters, updates, alpha=-group['lr'] * 0.2 * math.sqrt(max(shape)))
 
 

@@ -101,8 +101,13 @@ def _limit(axes: Any, curves: Sequence[np.ndarray]) -> None:
 def _style(axes: Any, unit: str) -> None:
     axes.set_xlabel('iteration', color=INK)
     axes.set_ylabel(f'loss ({unit})', color=INK)
+    tidy(axes, 'y')
+
+
+def tidy(axes: Any, grid: str) -> None:
+    """The look of all pictures: a pale grid along 'x', 'y' or 'both', and no frame at the top and the right."""
     axes.tick_params(colors=INK)
-    axes.grid(axis='y', color='#E6E6E6', linewidth=0.8)
+    axes.grid(axis=grid, color='#E6E6E6', linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ('top', 'right'):
         axes.spines[side].set_visible(False)

@@ -127,6 +127,14 @@ def stop_runtime(runtime: Runtime) -> None:
         distributed.destroy_process_group()
 
 
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether `error` says that another rank has gone away or not answered in time (gloo and NCCL have no one kind)."""
+    return isinstance(error, distributed.DistError) or any(words in str(error) for words in _LOST_RANK)
+
+
+_LOST_RANK = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'Timed out waiting', 'Socket ')
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones: a GPU since Ampere, a CPU with AMX."""
     if device.type == 'cuda':

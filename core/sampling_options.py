@@ -12,9 +12,11 @@ from model import GPTConfig
 from sample_utils import cosine_remasking_schedule, linear_remasking_schedule
 
 DIFFUSION = ('diffusion', 'sampler')  # the methods that follow a policy
+JUDGED = ('remask', *(name for name, row in POLICIES.items() if row.needs_critic))  # policies that ask what is wrong
 POLICY_OPTIONS = tuple(dict.fromkeys(name for row in POLICIES.values() for name in row.options))
 METHODS_OF = {  # options that not every method has
-    **{name: DIFFUSION for name in ('sampling_policy', 'block_length', *POLICY_OPTIONS, 'use_sampler_head')},
+    **{name: DIFFUSION for name in ('sampling_policy', 'block_length', *POLICY_OPTIONS, 'use_sampler_head',
+                                       'remasking_checkpoint_name')},
     'iterations': (*DIFFUSION, 'multinomial'),
     'top_p': (*DIFFUSION, 'standard'),
     'top_k': (*DIFFUSION, 'standard'),
@@ -82,6 +84,9 @@ def _policy_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
             shown = ', '.join(takers[:4]) + (' ...' if len(takers) > 4 else '')
             problems.append(f'{name} does not apply to sampling_policy={config.sampling_policy}; leave it out, or take '
                             f'a policy that has it: {shown}')
+    if 'remasking_checkpoint_name' in explicit and config.sampling_policy not in JUDGED:
+        problems.append(f'remasking_checkpoint_name does not apply to sampling_policy={config.sampling_policy}; leave '
+                        f'it out, or take a policy that asks what is wrong: {", ".join(JUDGED)}')
     return problems
 
 
@@ -103,11 +108,14 @@ def _applicability_problems(config: Any, explicit: Mapping[str, str]) -> list[st
              ('end_ratio', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
              ('randomness_strength', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
              ('masking_ratios', config.schedule_type == 'custom', 'schedule_type=custom'),
-             ('confidence_groups', config.quality_metric == 'self', 'quality_metric=self'))
+             ('confidence_groups', config.quality_metric == 'self', 'quality_metric=self'),
+             ('judge_checkpoint_name', config.quality_metric == 'judge', 'quality_metric=judge'))
     problems += [f'{name} was given, but applies only with {condition}; add that or leave {name} out'
                  for name, holds, condition in needs if name in explicit and not holds
                  and method in METHODS_OF.get(name, (method,))
                  and (name not in REMASKING or config.sampling_policy == 'remask')]
+    if config.quality_metric == 'judge' and not config.judge_checkpoint_name:
+        problems.append('quality_metric is judge, but no judge is named; add --judge_checkpoint_name=...')
     exclusive = (('start_text', 'infill_text'), ('max_new_tokens', 'sequence_length'),
                  ('max_new_tokens', 'infill_text'))
     problems += [f'{first} and {second} were both given, but exclude each other; leave one out'
@@ -138,8 +146,9 @@ def model_problems(config: Any, explicit: Mapping[str, str], model_config: GPTCo
     """Options that do not suit the checkpoint."""
     causal, method = model_config.attention_type == 'causal', config.sampling_method
     if kind not in ('unmasking', 'causal'):
+        use = {'judge': '--judge_checkpoint_name'}.get(kind, '--remasking_checkpoint_name')
         return [f'{config.checkpoint_name} is a checkpoint of kind {kind!r}, which writes no text; give '
-                f'--checkpoint_name=... of a language model']
+                f'--checkpoint_name=... of a language model, and this one as {use}=...']
     problems = []
     if causal and method != 'standard':
         problems.append(f'the checkpoint is causal, but sampling_method={method} needs a bidirectional one; take '
@@ -154,13 +163,21 @@ def model_problems(config: Any, explicit: Mapping[str, str], model_config: GPTCo
                                               config.use_sampler_head and method == 'diffusion'):
         problems.append('the checkpoint has no sampler head; take --sampling_method=diffusion without '
                         'use_sampler_head, or a checkpoint trained with add_sampler_head=True')
-    if config.schedule_mode == 'threshold' and not config.intelligent_remasking and not model_config.add_critic_head:
-        problems.append('schedule_mode is threshold, but nothing tells how wrong a token is; use '
-                        'intelligent_remasking=True, a checkpoint with a critic, or schedule_mode=ratio')
-    if method in DIFFUSION and POLICIES[config.sampling_policy].needs_critic and not model_config.add_critic_head:
-        problems.append(f'sampling_policy={config.sampling_policy} needs a critic, but the checkpoint has none; take '
-                        f'another policy, or a checkpoint trained with add_critic_head=True')
     return problems
+
+
+def guidance_problems(config: Any, critic: bool, why: str) -> list[str]:
+    """Policies and modes that must be told what is wrong, and nothing tells them; critic: there is a trained one, and
+    if not, `why` says so."""
+    if config.sampling_method not in DIFFUSION or critic or config.remasking_checkpoint_name:
+        return []
+    if POLICIES[config.sampling_policy].needs_critic:
+        return [f'sampling_policy={config.sampling_policy} needs a critic, but {why}; take another policy, a '
+                f'checkpoint trained with add_critic_head=True, or a remasking model (remasking_checkpoint_name)']
+    if config.schedule_mode == 'threshold' and not config.intelligent_remasking:
+        return [f'schedule_mode is threshold, but nothing tells how wrong a token is: {why}; use '
+                f'intelligent_remasking=True, a remasking model (remasking_checkpoint_name), or schedule_mode=ratio']
+    return []
 
 
 # From options to what generation takes -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,34 +23,21 @@ from core.checkpoint import build_model, load_checkpoint, model_config_from_dict
 from core.data import Vocabulary
 from core.errors import UserError, raise_problems
 from core.generation import (GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows)
-from core.policies import POLICIES
+from core.helper_models import load_judge, load_remasking_model, require_block
 from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.randomness import RowRandom
 from core.replay import write_html
 from core.runtime import DTYPES, resolve_device
-from core.sampling_options import DIFFUSION, build_policy, model_problems, option_problems
+from core.sampling_options import DIFFUSION, build_policy, guidance_problems, model_problems, option_problems
+from core.schedule import started_heads
 from core.timing import TimingAccumulator, get_global_timer
-from model import GPT, GPTConfig
-from sample_utils import DrawRule, allowed_ids
+from model import GPT
+from sample_utils import DrawRule, allowed_ids, judge_scores
 
 PREVIEW = 100  # characters of a preview
 
 
 # From options to what generation takes -------------------------------------------------------------------------------
-
-def started_heads(model_config: GPTConfig, iteration: int) -> tuple[bool, bool, list[str]]:
-    """Whether the sampler and the critic head had begun to train at `iteration`, and what to say of those not begun."""
-    said = []
-    sampler = model_config.add_sampler_head and iteration > model_config.start_sampler_iteration
-    critic = model_config.add_critic_head and iteration > model_config.start_critic_iteration
-    for name, has, started, start in (
-            ('sampler', model_config.add_sampler_head, sampler, model_config.start_sampler_iteration),
-            ('critic', model_config.add_critic_head, critic, model_config.start_critic_iteration)):
-        if has and not started:
-            said.append(f'the {name} head is ignored: its stage begins at iteration {start}, the checkpoint is of '
-                        f'iteration {iteration}')
-    return sampler, critic, said
-
 
 def choose_autocast(dtype: str, device: torch.device) -> torch.dtype | None:
     """The precision of autocast, None for float32 throughout."""
@@ -74,9 +61,11 @@ def lay_out(config: Any, vocabulary: Vocabulary, block_size: int, generator: Row
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A checkpoint ready to sample from, and what is to be said about it."""
+    """A checkpoint ready to sample from, its helpers, and what is to be said about it."""
 
     model: GPT
+    remasking_model: GPT | None
+    judge: GPT | None
     vocabulary: Vocabulary
     settings: GenerationSettings
     device: torch.device
@@ -91,22 +80,24 @@ def _load(config: Any, explicit: Mapping[str, str]) -> _Loaded:
     sampler, critic, said = started_heads(model_config, checkpoint.iteration)
     if config.sampling_method == 'sampler' and not sampler:
         raise UserError(f'sampling_method is sampler, but {said[0]}; train longer or take --sampling_method=diffusion')
-    if config.schedule_mode == 'threshold' and not config.intelligent_remasking and not critic:
-        raise UserError(f'schedule_mode is threshold, but nothing tells how wrong a token is: {said[-1]}; use '
-                        f'intelligent_remasking=True')
-    if config.sampling_method in DIFFUSION and POLICIES[config.sampling_policy].needs_critic and not critic:
-        raise UserError(f'sampling_policy={config.sampling_policy} needs a critic, but {said[-1]}; train longer or '
-                        f'take another policy')
+    why = said[-1] if model_config.add_critic_head and not critic else 'the checkpoint has none'
+    raise_problems(guidance_problems(config, critic, why))
     vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
-    model = build_model(checkpoint, device).eval().requires_grad_(False)
+    model = build_model(checkpoint, device).requires_grad_(False)
+    remasking_model = judge = None
+    if config.remasking_checkpoint_name:
+        remasking_model = load_remasking_model(config.remasking_checkpoint_name, config.out_dir, vocabulary, device)
+    if config.judge_checkpoint_name:
+        judge = load_judge(config.judge_checkpoint_name, config.out_dir, vocabulary, device)
     rule = DrawRule(allowed_ids(model_config.vocab_size, vocabulary.base_size, device), config.temperature,
                     config.top_k, config.top_p, config.repetition_penalty)
     diffusing = config.sampling_method in DIFFUSION
     newline = vocabulary.encode('\n')[0] if _encodes(vocabulary, '\n') else 0
     settings = GenerationSettings(config.sampling_method, rule, build_policy(config) if diffusing else None,
                                   config.iterations, diffusing and sampler and config.use_sampler_head,
-                                  diffusing and critic, newline, config.block_length)
-    return _Loaded(model, vocabulary, settings, device, said)
+                                  diffusing and (critic or remasking_model is not None), newline,
+                                  config.block_length)
+    return _Loaded(model, remasking_model, judge, vocabulary, settings, device, said)
 
 
 def _encodes(vocabulary: Vocabulary, text: str) -> bool:
@@ -120,17 +111,19 @@ def _encodes(vocabulary: Vocabulary, text: str) -> bool:
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """What a run made: texts, tokens int64 [samples, L], self-confidence in nats per token (None: not asked for),
-    counts and seconds, and the trace (None: nobody reads it)."""
+    """What a run made: texts, tokens int64 [samples, L], self-confidence in nats per token and the judge's scores in
+    0..1 (None: not asked for), counts and seconds, and the trace (None: nobody reads it)."""
 
     texts: list[str]
     tokens: Tensor
     protected: Tensor
     self_confidence: list[float] | None
+    judge_scores: list[float] | None
     trunk_calls: int
     network_calls: int
     waves: int
     seconds: float
+    judge_seconds: float
     trace: Trace | None
 
 
@@ -163,9 +156,10 @@ def run_sampling(config: Any, explicit: Mapping[str, str], say: Callable[[str], 
 def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callable[[str], None]) -> SamplingResult:
     model, vocabulary = loaded.model, loaded.vocabulary
     encode = torch.compile(model.encode) if config.compile else None
-    network = Network(model, timer, choose_autocast(config.dtype, loaded.device), encode)
+    network = Network(model, timer, choose_autocast(config.dtype, loaded.device), encode, loaded.remasking_model)
     everyone = RowRandom(config.seed, 0, torch.arange(config.num_samples, device=loaded.device))
     layout = lay_out(config, vocabulary, model.config.block_size, everyone)
+    _require_blocks(config, loaded, layout.tokens.size(1))
     recorded = config.save_json is not None or config.save_html is not None
     trace = Trace(asdict(config), layout.protected.cpu()) if recorded else None
     animation = TerminalAnimation(vocabulary.decode, vocabulary.mask_token_id, layout.protected.cpu()) \
@@ -173,7 +167,7 @@ def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callabl
     if config.use_verbose_logging:
         _say_checks(config, loaded, layout, say)
     batches = torch.arange(config.num_samples, device=loaded.device).split(config.batch_size)
-    tokens, scores, waves, start = [], [], 0, time.perf_counter()
+    tokens, waves, start = [], 0, time.perf_counter()
     blocks = len(windows(layout.tokens.size(1), model.config.block_size))
     with animation or nullcontext(), \
             _Progress(config, vocabulary, len(batches), blocks, trace, animation, say) as progress:
@@ -185,15 +179,38 @@ def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callabl
             waves += made.waves
             progress.end_batch()
     seconds = time.perf_counter() - start - (animation.seconds if animation is not None else 0.0)
-    for rows, made in zip(batches, tokens):
-        if config.quality_metric == 'self':
-            scored = score_confidence(network, made, layout.protected[rows], loaded.settings.rule.allowed,
-                                      RowRandom(config.seed, 0, rows), config.confidence_groups)
-            scores += (scored.total / scored.count.clamp(min=1)).tolist()
+    self_scores = judged = None
+    if config.quality_metric == 'self':
+        self_scores = _score_themselves(config, loaded, network, layout, zip(batches, tokens))
+    elif config.quality_metric == 'judge':
+        with network.precision(), timer.measure('judge'):
+            judged = [score for made in tokens for score in judge_scores(loaded.judge, made).tolist()]
     made = torch.cat(tokens).cpu()
-    return SamplingResult([vocabulary.decode(row) for row in made.tolist()], made, layout.protected.cpu(),
-                          scores if config.quality_metric == 'self' else None, network.trunk_calls,
-                          network.network_calls, waves, seconds, trace)
+    return SamplingResult([vocabulary.decode(row) for row in made.tolist()], made, layout.protected.cpu(), self_scores,
+                          judged, network.trunk_calls, network.network_calls, waves, seconds,
+                          timer.totals.get('judge', 0.0), trace)
+
+
+def _require_blocks(config: Any, loaded: _Loaded, length: int) -> None:
+    """The helpers must be able to read what they are to judge: a window of text, or all of it behind the CLS token."""
+    window = min(length, loaded.model.config.block_size)
+    if loaded.remasking_model is not None:
+        require_block(loaded.remasking_model, f'remasking_checkpoint_name={config.remasking_checkpoint_name}', window,
+                      'a window of the generator')
+    if loaded.judge is not None:
+        require_block(loaded.judge, f'judge_checkpoint_name={config.judge_checkpoint_name}', length + 1,
+                      f'the CLS token and {length} of text')
+
+
+def _score_themselves(config: Any, loaded: _Loaded, network: Network, layout: Layout,
+                      batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+    """Self-confidence of every sample in nats per token; `batches` are rows and their tokens."""
+    scores: list[float] = []
+    for rows, made in batches:
+        scored = score_confidence(network, made, layout.protected[rows], loaded.settings.rule.allowed,
+                                  RowRandom(config.seed, 0, rows), config.confidence_groups)
+        scores += (scored.total / scored.count.clamp(min=1)).tolist()
+    return scores
 
 
 class _Progress:
@@ -272,8 +289,9 @@ def _say_checks(config: Any, loaded: _Loaded, layout: Layout, say: Callable[[str
         f'{model.config.block_size}; {int(layout.protected[0].sum())} protected, {masked.float().mean():.1%} masked')
     say(f'{model.parameter_count():,} parameters on {loaded.device}, {int(loaded.settings.rule.allowed.sum())} tokens '
         f'may be drawn, special ids {loaded.vocabulary.base_size} to {model.config.vocab_size - 1} never')
-    say(f'sampler head {"on" if loaded.settings.use_sampler_head else "off"}, critic '
-        f'{"on" if loaded.settings.use_critic else "off"}, seed {config.seed}')
+    critic = 'replaced by the remasking model' if loaded.remasking_model is not None else \
+        'on' if loaded.settings.use_critic else 'off'
+    say(f'sampler head {"on" if loaded.settings.use_sampler_head else "off"}, critic {critic}, seed {config.seed}')
 
 
 # The report ---------------------------------------------------------------------------------------------------------
@@ -293,8 +311,11 @@ def frequent_patterns(texts: Sequence[str], size: int = 3, most: int = 10) -> li
 def _report(config: Any, loaded: _Loaded, result: SamplingResult, timer: TimingAccumulator,
             say: Callable[[str], None]) -> None:
     for index, text in enumerate(result.texts):
-        score = '' if result.self_confidence is None else \
-            f' (self-confidence {result.self_confidence[index]:.3f} nats per token)'
+        score = ''
+        if result.self_confidence is not None:
+            score = f' (self-confidence {result.self_confidence[index]:.3f} nats per token)'
+        elif result.judge_scores is not None:
+            score = f' (judge score {result.judge_scores[index]:.3f})'
         say(f'--- sample {index}{score}')
         say(text)
     say('---')
@@ -306,6 +327,10 @@ def _report(config: Any, loaded: _Loaded, result: SamplingResult, timer: TimingA
         way = 'left to right' if loaded.model.config.attention_type == 'causal' else \
             f'masked pseudo-likelihood in {config.confidence_groups} groups'
         say(f'self-confidence {sum(result.self_confidence) / len(result.texts):.3f} nats per token ({way})')
+    if result.judge_scores is not None:
+        rate = (result.tokens.numel() + len(result.texts)) / result.judge_seconds
+        say(f'judge score {sum(result.judge_scores) / len(result.texts):.3f} (1 - evaluation; 1 is real text), '
+            f'{rate:.0f} tokens/s')
     say('characters: ' + ', '.join(f'{character!r} {share:.1%}'
                                    for character, share in character_distribution(result.texts)))
     patterns = ', '.join(f'{pattern!r} {count}' for pattern, count in frequent_patterns(result.texts))
@@ -317,6 +342,7 @@ def _as_builtins(result: SamplingResult, loaded: _Loaded) -> dict[str, Any]:
     assert result.trace is not None
     return {**result.trace.to_builtins(loaded.vocabulary.decode), 'texts': result.texts,
             'tokens': result.tokens.tolist(), 'self_confidence': result.self_confidence,
+            'judge_scores': result.judge_scores,
             'trunk_calls': result.trunk_calls, 'network_calls': result.network_calls, 'seconds': result.seconds}
 
 

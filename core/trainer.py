@@ -16,19 +16,25 @@ from core.checkpoint import (Checkpoint, CheckpointKind, check_resume, initialis
                              model_config_to_dict)
 from core.data import Corpus, ensure_corpus
 from core.errors import UserError, raise_problems
-from core.evaluator import Validation, validate
-from core.preview import preview
+from core.evaluator import Validation
+from core.helper_models import load_corruption
+from core.helper_validation import HelperValidation, validate_kind
+from core.kinds import GENERATORS, OWN_OUTPUT, kind_of, kind_problems, mode_of, run_label, wandb_name
 from core.logger import IterationRecord, RunLogger, read_metrics
+from core.objective import position_metrics
 from core.plots import plot_loss_curve
-from core.run_folder import RunFolder, latest_checkpoint
-from core.runtime import Runtime, start_runtime, stop_runtime
+from core.preview import preview
+from core.run_folder import LATEST, RunFolder, latest_checkpoint
+from core.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
 from core.schedule import all_heads_trained_from, learning_rate_at, stage_at
+from core.step_guard import MOST_IN_A_ROW
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
 from sample_utils import allowed_ids
 
-TRAJECTORY = ('seed', 'loss_weighting', 'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr',
-              'warmup_iters', 'lr_decay_iters', 'decay_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'ema_decay')
+TRAJECTORY = ('seed', 'loss_weighting', 'remasking_loss_type', 'remasking_corruption', 'corruption_checkpoint',
+              'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters',
+              'decay_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'ema_decay')
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit codes
 
 
@@ -56,6 +62,11 @@ def train(config: Any, notes: list[str]) -> None:
             run.evaluate_only()
         else:
             run.work()
+    except RuntimeError as error:
+        if runtime.world_size == 1 or not is_lost_rank(error):
+            raise
+        raise SystemExit(f'rank {runtime.rank} stops, because another rank has ended and its messages say why; go on '
+                         f'from the last checkpoint with --init_from=resume') from error
     finally:
         stop_runtime(runtime)
 
@@ -68,7 +79,7 @@ def option_problems(config: Any) -> list[str]:
     problems += [f'{name} is {getattr(config, name)}, but must not be negative'
                  for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
                               'start_sampler_iteration', 'start_critic_iteration', 'unfreeze_lr_multiplier',
-                              'sample_length') if getattr(config, name) < 0]
+                              'sample_length', 'skip_spikes') if getattr(config, name) < 0]
     problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1)'
                  for name in ('beta1', 'beta2', 'ema_decay') if not 0 <= getattr(config, name) < 1]
     if config.min_lr > config.learning_rate:
@@ -77,7 +88,7 @@ def option_problems(config: Any) -> list[str]:
         problems.append('init_from=resume goes on from the run folder, so init_from_checkpoint must stay None')
     if config.eval_only and config.init_from == 'scratch' and not config.init_from_checkpoint:
         problems.append('eval_only validates trained weights; add --init_from=resume or --init_from_checkpoint=...')
-    return problems + head_problems(config)
+    return problems + head_problems(config) + kind_problems(config)
 
 
 def head_problems(config: Any) -> list[str]:
@@ -93,9 +104,10 @@ def head_problems(config: Any) -> list[str]:
                         f'({config.critic_row_stride}), so that micro-steps and ranks judge the same rows')
     begins = [start for wanted, start in ((config.add_sampler_head, config.start_sampler_iteration),
                                           (config.add_critic_head, config.start_critic_iteration)) if wanted]
-    if config.freeze_transformer and 0 not in begins:
+    if config.freeze_transformer and 0 not in begins and kind_of(config) not in OWN_OUTPUT:
         problems.append('freeze_transformer leaves nothing to train at iteration 0; add a head that starts there '
-                        '(start_sampler_iteration=0) or leave freeze_transformer out')
+                        '(start_sampler_iteration=0), train a model with an output layer of its own '
+                        '(remasking_kind=binary, or a judge), or leave freeze_transformer out')
     if config.freeze_transformer and config.init_from == 'scratch' and not config.init_from_checkpoint:
         problems.append('freeze_transformer would keep random weights; name the trained ones with '
                         '--init_from_checkpoint=...')
@@ -127,9 +139,9 @@ def build_model_config(config: Any, corpus: Corpus) -> GPTConfig:
     vocabulary, names = corpus.vocabulary, {one.name for one in dataclasses.fields(config)}
     values = {one.name: getattr(config, one.name) for one in dataclasses.fields(GPTConfig) if one.name in names}
     try:
-        return GPTConfig(**values, vocab_size=vocabulary.size, mask_token_id=vocabulary.mask_token_id,
-                         wrong_token_id=vocabulary.wrong_token_id, pad_token_id=vocabulary.pad_token_id,
-                         cls_token_id=vocabulary.cls_token_id)
+        return GPTConfig(**values, mode=mode_of(kind_of(config)), vocab_size=vocabulary.size,
+                         mask_token_id=vocabulary.mask_token_id, wrong_token_id=vocabulary.wrong_token_id,
+                         pad_token_id=vocabulary.pad_token_id, cls_token_id=vocabulary.cls_token_id)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -140,14 +152,14 @@ class Run:
     def __init__(self, config: Any, runtime: Runtime, corpus: Corpus, say: Callable[[str], None]) -> None:
         self.config, self.runtime, self.corpus = config, runtime, corpus
         self.model_config = build_model_config(config, corpus)
-        kind = CheckpointKind.CAUSAL if config.attention_type == 'causal' else CheckpointKind.UNMASKING
-        self.kind = str(kind)
-        tokens = corpus.tokens('train', config.block_size + 1)
+        self.kind = kind_of(config)
+        self.corruption = load_corruption(config, self.kind, corpus.vocabulary, runtime)
+        tokens = corpus.tokens(config.train_split, config.block_size + 1)
         plan = BatchPlan(tokens, config.seed, config.block_size, config.batch_size,
                          config.gradient_accumulation_steps // runtime.world_size, runtime.rank, runtime.world_size,
                          corpus.vocabulary.mask_token_id, config.loss_weighting,
                          config.sampler_context if config.add_sampler_head else 0, config.critic_row_stride,
-                         config.critic_target_scope)
+                         config.critic_target_scope, self.corruption)
         model = GPT(self.model_config, config.seed).to(runtime.device)
         if config.init_from == 'scratch' and config.init_from_checkpoint:
             initialise_from(model, config.init_from_checkpoint, corpus.vocabulary.hash, say)
@@ -155,9 +167,10 @@ class Run:
         self.state = TrainingState(model, self.allowed, runtime, plan, self.kind, optimizer=config.optimizer,
                                    learning_rate=config.learning_rate, weight_decay=config.weight_decay,
                                    betas=(config.beta1, config.beta2), grad_clip=config.grad_clip,
-                                   ema_decay=config.ema_decay)
+                                   ema_decay=config.ema_decay, spike_deviations=config.skip_spikes)
         self.iteration, self.best_value, self.best_is_final, self.seconds = 0, None, False, 0.0
         self.unprinted: list[float] = []  # seconds of the iterations since the last line
+        self.skips_told = 0
         self.asked_to_stop: signal.Signals | None = None
 
     def evaluate_only(self) -> None:
@@ -184,12 +197,15 @@ class Run:
                     say(f'the {head} head would begin at iteration {start}, after the last of {config.max_iters}: it '
                         f'stays untrained')
             self.logger = RunLogger(Path(config.out_dir), wandb_log=config.wandb_log, project=config.wandb_project,
-                                    run_name=config.wandb_run_name, config=dataclasses.asdict(config),
+                                    run_name=wandb_name(config), config=dataclasses.asdict(config),
                                     start_iteration=self.iteration, total_iterations=config.max_iters,
                                     enabled=runtime.is_writer)
+            handlers = {number: signal.signal(number, self.on_signal) for number in STOPPED}
             try:
                 self.loop()
             finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
                 self.logger.close()
                 if self.folder is not None:
                     self.draw_curve()
@@ -212,8 +228,6 @@ class Run:
     def loop(self) -> None:
         """Evaluate at every eval_interval and at the end; take a step in between; stop when asked to, once saved."""
         config = self.config
-        for number in STOPPED:
-            signal.signal(number, self.on_signal)
         while True:
             if self.iteration % config.eval_interval == 0 or self.iteration == config.max_iters:
                 self.evaluate(save=self.iteration > 0)
@@ -239,26 +253,46 @@ class Run:
         self.seconds += seconds
         self.unprinted = [*self.unprinted, seconds]
         if due and self.runtime.is_writer:
-            total, main, sampler, critic = (None if loss is None else loss.item() for loss in losses)
+            total, main, sampler, critic = (None if loss is None else loss.item() for loss in losses[:4])
+            apart = {} if losses.positions is None else \
+                position_metrics(losses.positions, self.kind is CheckpointKind.CLASSIFIER)
             mean, plan = sum(self.unprinted) / len(self.unprinted), self.state.plan
             operations = 3 * self.state.model.operations_per_token() * plan.global_batch * plan.block_size
             mfu = operations / mean / self.matrix_rate / plan.world_size
             self.logger.iteration(IterationRecord(self.iteration, total, main, learning_rate, mean, sampler, critic,
-                                                  mfu))
+                                                  mfu, {f'train/{name}': value for name, value in apart.items()}))
         if due:
             self.unprinted = []
+            self.report_skipped()
         self.iteration += 1
         self.logger.advance(self.iteration)
+
+    def report_skipped(self) -> None:
+        """Say how many steps were not taken since this was last said; UserError where none has been for long."""
+        config, skipped = self.config, self.state.guard.skipped()
+        if skipped.total > self.skips_told:
+            self.logger.message(f'iter {self.iteration}: {skipped.total - self.skips_told} more skipped '
+                                f'({skipped.total} in all), as loss or gradient was not finite'
+                                f'{" or a spike" if config.skip_spikes > 0 else ""}')
+            self.skips_told = skipped.total
+        if skipped.in_a_row < MOST_IN_A_ROW:
+            return
+        saved = Path(config.out_dir) / LATEST
+        cure = f'go on from {saved} with --init_from=resume' if saved.exists() else 'start again, as nothing was saved'
+        raise UserError(f'the last {skipped.in_a_row} steps until iteration {self.iteration} were skipped (at most '
+                        f'{MOST_IN_A_ROW - 1} in a row are borne): training diverged; lower learning_rate '
+                        f'({config.learning_rate}) or grad_clip ({config.grad_clip}) and {cure}')
 
     @property
     def value_name(self) -> str:
         """What validation measures."""
-        return 'val loss' if self.kind == CheckpointKind.CAUSAL else 'val nelbo'
+        return 'val nelbo' if self.kind is CheckpointKind.UNMASKING else 'val loss'
 
-    def validate(self) -> Validation:
+    def validate(self) -> Validation | HelperValidation:
         """Validate the averaged weights."""
-        return validate(self.state.averaged, self.corpus, self.runtime, self.allowed, batch_size=self.config.batch_size,
-                        windows=self.config.eval_iters * self.config.batch_size)
+        return validate_kind(self.kind, self.state.averaged, self.corpus, self.runtime, self.allowed, self.corruption,
+                             windows=self.config.eval_iters * self.config.batch_size,
+                             batch_size=self.config.batch_size)
 
     def evaluate(self, save: bool) -> None:
         """Validate the averaged weights, print a sample of them, and save the latest and maybe the best."""
@@ -266,13 +300,13 @@ class Run:
         found = self.validate()
         key = self.value_name.split()[1]
         self.logger.evaluation(self.iteration, found.line(f'step {self.iteration}: {self.value_name}'), {
-            f'val/{key}': found.value, f'val/{key}_standard_error': found.standard_error, 'val/bits': found.bits,
-            'train_seconds': self.seconds})
+            f'val/{key}': found.value, f'val/{key}_standard_error': found.standard_error,
+            **{f'val/{name}': value for name, value in found.further.items()}, 'train_seconds': self.seconds})
         if not math.isfinite(found.value):
             raise UserError(f'validation at iteration {self.iteration} gives {found.value}: training diverged and was '
                             f'not saved; lower learning_rate ({config.learning_rate}) or grad_clip '
                             f'({config.grad_clip}) and start again, or go on from what {config.out_dir} holds')
-        if self.runtime.is_writer and self.iteration > 0 and config.sample_length > 0:
+        if self.runtime.is_writer and self.iteration > 0 and config.sample_length > 0 and self.kind in GENERATORS:
             trained = stage_at(self.model_config, self.iteration - 1)
             self.logger.sample(preview(state.averaged, self.corpus.vocabulary, self.allowed, trained.sampler,
                                        min(config.sample_length, config.block_size), config.seed))
@@ -280,7 +314,7 @@ class Run:
             self.save_best(found)
             self.save()
 
-    def save_best(self, found: Validation) -> None:
+    def save_best(self, found: Validation | HelperValidation) -> None:
         """Keep the best checkpoint, chosen among those in which every configured head has had its schedule as soon as
         there is one."""
         is_final = self.iteration >= all_heads_trained_from(self.model_config)
@@ -297,7 +331,7 @@ class Run:
         if self.folder is not None:
             self.folder.save_latest(self.checkpoint(with_optimizers=True))
             if self.iteration % self.config.eval_interval == 0:
-                self.folder.save_snapshot(self.checkpoint(with_optimizers=False), self.kind,
+                self.folder.save_snapshot(self.checkpoint(with_optimizers=False), run_label(self.config),
                                           self.config.keep_snapshots)
 
     def checkpoint(self, with_optimizers: bool) -> Checkpoint:
@@ -305,19 +339,23 @@ class Run:
         state, corpus = self.state, self.corpus
         averaged = state.averaged.state_dict()
         return Checkpoint(
-            kind=self.kind, model_config=model_config_to_dict(self.model_config),
+            kind=str(self.kind), model_config=model_config_to_dict(self.model_config),
             config=dataclasses.asdict(self.config), vocabulary=corpus.vocabulary.to_meta(),
             vocabulary_hash=corpus.vocabulary.hash, data_hash=corpus.data_hash, data_sizes=dict(corpus.sizes),
             model=state.model.state_dict() if with_optimizers else averaged, iteration=self.iteration,
             ema=averaged if with_optimizers else None,
             optimizers=[one.state_dict() for one in state.optimizers] if with_optimizers else [],
             scaler=state.scaler.state_dict() if with_optimizers and state.scaler.is_enabled() else None,
+            guard=state.guard.state_dict() if with_optimizers else None,
             best_value=self.best_value, extra={'best_is_final': self.best_is_final, 'train_seconds': self.seconds,
                                                'resumable': with_optimizers})
 
     def resume(self, path: Path, say: Callable[[str], None]) -> None:
         """Take up the checkpoint at `path`; the run goes on exactly as if never stopped. Changed options are said."""
         saved = load_checkpoint(path, self.runtime.device)
+        if saved.kind != self.kind:
+            raise UserError(f'{path} is of kind {saved.kind!r}, but the options describe one of kind {self.kind!r}; '
+                            f'resume with the options that it was trained with')
         for note in check_resume(saved, model_config_to_dict(self.model_config), self.corpus.vocabulary.hash,
                                  self.corpus.data_hash, force=self.config.force_resume):
             say(note)
@@ -339,6 +377,9 @@ class Run:
                 group.update(hyperparameters)
         if saved.scaler is not None:
             state.scaler.load_state_dict(saved.scaler)
+        if saved.guard is not None:
+            state.guard.load_state_dict(saved.guard)
+            self.skips_told = state.guard.skipped().total
         self.iteration, self.best_value = saved.iteration, saved.best_value
         self.best_is_final, self.seconds = saved.extra['best_is_final'], saved.extra['train_seconds']
         say(f'going on from {path} after iteration {self.iteration}')
@@ -364,5 +405,6 @@ class Run:
             borders['sampler head'] = config.start_sampler_iteration
         if config.add_critic_head:
             borders['critic'] = config.start_critic_iteration
-        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', stage_borders=borders)
+        unit = 'squared error' if self.kind is CheckpointKind.JUDGE else 'nats per token'
+        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', stage_borders=borders, unit=unit)
 

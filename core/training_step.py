@@ -12,6 +12,7 @@ from core.optimizer import make_optimizers, set_learning_rate
 from core.randomness import Purpose, RowRandom
 from core.runtime import Runtime
 from core.schedule import Stage, critic_alpha, stage_at
+from core.step_guard import StepGuard
 from model import GPT
 
 
@@ -20,15 +21,16 @@ class TrainingState:
 
     def __init__(self, model: GPT, allowed: Tensor, runtime: Runtime, plan: BatchPlan, kind: str, *, optimizer: str,
                  learning_rate: float, weight_decay: float, betas: tuple[float, float], grad_clip: float,
-                 ema_decay: float) -> None:
+                 ema_decay: float, spike_deviations: float = 0.0) -> None:
         self.model, self.runtime, self.plan, self.kind = model, runtime, plan, kind
         self.grad_clip, self.ema_decay = grad_clip, ema_decay
-        self.objective = Objective(model, allowed)
+        self.objective = Objective(model, allowed, kind)
         if runtime.compile:
             self.objective.compile_parts()
         self.averaged = deepcopy(model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, betas, runtime.matrix_dtype())
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype is torch.float16)
+        self.guard = StepGuard(runtime.device, spike_deviations)
         self.stage: Stage | None = None
         self.parallel: nn.Module = self.objective
 
@@ -37,23 +39,23 @@ class TrainingState:
         if (stage, trunk_frozen) == self.stage:
             return
         self.stage = stage, trunk_frozen
-        active = {'sampler_head': stage.sampler, 'critic_head': stage.critic}
+        active = {'sampler_head': stage.sampler, 'critic_head': stage.critic, 'classifier': True, 'scorer': True}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(active.get(name.split('.')[0], not trunk_frozen))
         if self.runtime.world_size > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.objective)
 
-    def clip_gradients(self) -> Tensor:
+    def clip_gradients(self) -> tuple[Tensor, Tensor]:
         """Clip the sampler head's gradients apart from all others, so that it moves nothing outside itself.
 
-        Returns the norm of the others before clipping.
+        Returns the norms before clipping: of the others, and of the sampler head's.
         """
         head, others = [], []
         for name, parameter in self.model.named_parameters():
             (head if name.startswith('sampler_head.') else others).append(parameter)
         limit = self.grad_clip or float('inf')
-        nn.utils.clip_grad_norm_(head, limit, foreach=True)
-        return nn.utils.clip_grad_norm_(others, limit, foreach=True)
+        head_norm = nn.utils.clip_grad_norm_(head, limit, foreach=True)
+        return nn.utils.clip_grad_norm_(others, limit, foreach=True), head_norm
 
     @torch.no_grad()
     def update_average(self, iteration: int) -> None:
@@ -63,7 +65,10 @@ class TrainingState:
 
 
 def training_step(state: TrainingState, iteration: int, learning_rate: float) -> Losses:
-    """Step number `iteration`: moves the model, returns its losses over the global batch (on the device, detached)."""
+    """Step number `iteration`: moves the model, returns its losses over the global batch (on the device, detached).
+
+    A step that `state.guard` refuses leaves weights and optimizers as they were.
+    """
     runtime, plan, config = state.runtime, state.plan, state.model.config
     stage = stage_at(config, iteration)
     trunk_frozen = config.freeze_transformer and \
@@ -86,12 +91,16 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
             state.scaler.scale(losses.total * runtime.world_size).backward()  # ranks average their gradients
         parts.append(losses)
 
+    losses = Losses(*(None if one[0] is None else runtime.total(torch.stack(one).detach().sum(0))
+                      for one in zip(*parts)))
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
-    state.clip_gradients()
+    norm, head_norm = state.clip_gradients()
+    refused = state.guard.refuses(iteration, losses.main, norm, losses.total, head_norm)
     for optimizer in state.optimizers:
-        state.scaler.step(optimizer)
+        optimizer.found_inf = refused  # where it is 1 the fused AdamW and Muon change nothing
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
     state.update_average(iteration)
-    return Losses(*(None if one[0] is None else runtime.total(torch.stack(one).detach().sum()) for one in zip(*parts)))
+    return losses

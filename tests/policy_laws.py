@@ -44,7 +44,7 @@ class Oracle(nn.Module):
     Logits of revealed positions and of special ids are large nonsense, so that nobody may read them.
     """
 
-    def __init__(self, seed=18, sharpness=1.2):
+    def __init__(self, seed=188, sharpness=1.2):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.joint = (sharpness * torch.randn(V0 ** T, generator=generator, dtype=torch.float64)).softmax(0)
@@ -267,9 +267,23 @@ def _entropy(probabilities):
     return -sum(chance * math.log(chance) for chance in probabilities)
 
 
+def strided(steps):
+    """Four positions: every third of them (0 and 3, then 2, then 1) in three calls, every second in two."""
+    groups = {2: [[0, 2], [1, 3]], 3: [[0, 3], [2], [1]], 4: [[0], [2], [1], [3]]}[steps]
+    return by_position(lambda state, free, step: [(groups[step], 1.0)])
+
+
+def top_probability(steps):
+    def choose(state, free, step):
+        highest = {position: max(chances) for position, chances in conditionals(state).items()}
+        return [(_best({position: highest[position] for position in free}, _share(len(free), step, steps)), 1.0)]
+    return by_position(choose)
+
+
 def margin(steps):
     def choose(state, free, step):
-        gaps = {position: sorted(chances)[-1] - sorted(chances)[-2] for position, chances in conditionals(state).items()}
+        best = {position: sorted(chances)[-2:] for position, chances in conditionals(state).items()}
+        gaps = {position: first - second for position, (second, first) in best.items()}
         return [(_best({position: gaps[position] for position in free}, _share(len(free), step, steps)), 1.0)]
     return by_position(choose)
 
@@ -397,7 +411,7 @@ def p2(steps, eta, critic):
             if state[position][0] != MASK:
                 worth = math.log(1 - wrongness(filled)[position]) if critic else scores[position]
                 scores[position] = eta * worth
-        keep = math.floor(len(mine) * (step + 1) / steps)
+        keep = len(mine) - (len(mine) * (steps - 1 - step)) // steps
         return [(set(mine) - set(_best(scores, keep)), 1.0)]
     return remembering(revised(steps, hide))
 
@@ -421,13 +435,20 @@ def token_critic(steps, noise):
     return revised(steps, hide)
 
 
-def remask(levels, randomness, intelligent):
+def remask(levels, mode, randomness, guidance):
+    """guidance: 'critic', 'self' or None; a row that was not masked again before is finished."""
     def hide(filled, state, mine, step):
+        if not masked(state, mine):
+            return [((), 1.0)]
+        wrong = {position: wrongness(filled)[position] if guidance == 'critic' else 1 - filled[position][1]
+                 for position in mine}
+        if mode == 'threshold':
+            return [([position for position in mine if wrong[position] > levels[step]], 1.0)]
         count = math.floor(len(mine) * levels[step] + 0.5)
-        if not intelligent:
+        if guidance is None:
             return _all_sets(mine, count)
         drawn = math.floor(count * randomness + 0.5)
-        guided = _best({position: -filled[position][1] for position in mine}, count - drawn)
+        guided = _best(wrong, count - drawn)
         return [([*guided, *rest], chance) for rest, chance in
                 _all_sets([position for position in mine if position not in guided], drawn)]
     return remembering(revised(len(levels) + 1, hide))

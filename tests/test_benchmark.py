@@ -1,5 +1,6 @@
 """The benchmark takes turns, compares within a round, counts operations as torch does; tables follow the record."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import core.benchmark as benchmark_module
 from bench import main
 from core.batches import BATCH_MAKERS
-from core.benchmark import (BASE_SIZE, Case, Shape, another_round, benchmark, fill_operations, measure_in_turns,
-                            model_config, sampling_cases, step_operations)
-from core.benchmark_report import (BEGIN, END, added_share, rate_share, ratio, ratios, read_record, report,
+from core.benchmark import (BASE_SIZE, GROUPS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, Case, Shape, another_round,
+                            benchmark, fill_operations, measure_in_turns, measure_policies, model_config, policy_runs,
+                            sampling_cases, step_operations)
+from core.benchmark_report import (BEGIN, END, added_share, overhead, rate_share, ratio, ratios, read_record, report,
                                    write_report)
 from core.errors import UserError
-from core.generation import Generation
+from core.generation import Generation, Network
 from core.objective import Objective
+from core.policies import POLICIES
 from core.randomness import RowRandom, keyed
 from core.schedule import Stage
+from core.timing import TimingAccumulator
 from conftest import toy_plan
 from model import GPT
 from sample_utils import DrawRule, allowed_ids, sampler_wavefront_fill
@@ -124,6 +128,48 @@ def test_each_ratio_compares_what_its_name_says():
         'wavefront fill / trunk call': '0.250', 'tokens/s of diffusion / of standard, batch 1': '4.000'}
 
 
+def test_overhead_is_the_time_outside_the_network_per_round():
+    assert overhead({'seconds': [11.0, 24.0, 6.0], 'network_seconds': [10.0, 20.0, 5.0]}) == (
+        pytest.approx(0.2), pytest.approx(0.1), pytest.approx(0.2))
+
+
+# Policies
+
+def test_a_runs_overhead_is_what_happens_beside_its_network_calls(monkeypatch):
+    """A trunk call of 2 s, a critic call of 1 s, a quarter of a second of choosing: all three in one run."""
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr('core.timing.time', benchmark_module.time)
+
+    def taking(seconds, of):
+        def slow(*given):
+            clock.now += seconds
+            return of(*given)
+        return slow
+
+    model = GPT(model_config(TINY, add_critic_head=True)).eval()
+    monkeypatch.setattr(model, 'critic_scores', taking(1.0, model.critic_scores))
+    run = policy_runs(TINY)['token_critic']
+    run = run._replace(policy=dataclasses.replace(run.policy, reveal=taking(0.25, run.policy.reveal)))
+    network = Network(model, TimingAccumulator(), encode=taking(2.0, model.encode))
+    found = measure_policies({'one': run}, network, lambda line: None, repetitions=2)
+    assert found == {'bare_seconds': [2.0, 2.0], 'runs': {'one': {
+        'tokens': POLICY_ROWS * 16, 'trunk_calls': 3, 'network_calls': 5, 'seconds': [8.75] * 2,
+        'trunk_seconds': [6.0] * 2, 'network_seconds': [8.0] * 2}}}
+
+
+def test_every_policy_is_measured_at_the_same_number_of_trunk_calls():
+    network = Network(GPT(model_config(TINY, add_sampler_head=True, add_critic_head=True)).eval(), TimingAccumulator())
+    runs = policy_runs(TINY)
+    assert set(runs) == {*POLICIES, *(f'{name} with sampler head' for name in WITH_HEAD)}
+    found = measure_policies(runs, network, lambda line: None, repetitions=1)['runs']
+    assert {name for name, run in found.items() if run['trunk_calls'] != POLICY_CALLS} <= {'fast_dllm_threshold'}
+    assert {name for name, run in found.items() if run['network_calls'] != run['trunk_calls']} == {
+        name for name, row in POLICIES.items() if row.needs_critic}
+    tokens = {name: run['tokens'] / POLICY_ROWS for name, run in found.items()}
+    assert {name: count for name, count in tokens.items() if count != TINY.block_size} == {
+        'first_hitting': POLICY_CALLS, 'dilated': 2 ** POLICY_CALLS}
+
+
 # Operations, against torch's own count
 
 def counted(config, stage):
@@ -199,10 +245,12 @@ def test_record_report_and_files(quick, tmp_path, monkeypatch, capsys):
           '--json=record.json', '--report=page.md'])
     record = read_record(tmp_path / 'record.json')
     entry, = record['shapes'].values()
+    assert set(GROUPS) < set(entry)
     assert [len(entry[one]['rate']) for one in ('training', 'fill', 'sampling')] == [2, 2, 2]
     assert list(entry['training']['cases']) == ['causal', 'stage 1', 'stage 2', 'stage 3']
     assert all(len(case['seconds']) == 2 and min(case['seconds']) > 0 and case['operations'] > 0 and case['tokens'] > 0
                for one in ('training', 'fill', 'sampling') for case in entry[one]['cases'].values())
+    assert len(entry['policies']['bare_seconds']) == 2 and set(entry['policies']['runs']) == set(policy_runs(TINY))
     assert record['machine']['versions']['torch'] and 'command_line' not in record['machine']
     text = report(record)
     assert page.read_text() == f'before\n{BEGIN}\n\n{text}\n\n{END}\nafter\n'
@@ -210,6 +258,18 @@ def test_record_report_and_files(quick, tmp_path, monkeypatch, capsys):
     assert text in printed and 'small training: round 2 done' in printed
     main(['--from_json=record.json', '--report=page.md'])
     assert page.read_text() == f'before\n{BEGIN}\n\n{text}\n\n{END}\nafter\n'
+
+
+def test_a_group_alone_is_measured_and_shown(quick, tmp_path, capsys):
+    main(['--shapes=small', '--groups=policies', '--repetitions=1', '--device=cpu', f'--json={tmp_path}/record.json'])
+    record = read_record(tmp_path / 'record.json')
+    entry, = record['shapes'].values()
+    assert 'policies' in entry and not {'training', 'fill', 'sampling'} & set(entry)
+    run = entry['policies']['runs']['left_to_right']
+    run.update(seconds=[2.5, 1.1, 1.2], network_seconds=[2.0, 1.0, 1.0], trunk_calls=3, network_calls=4, tokens=5000)
+    row, = (line for line in report(record).splitlines() if line.startswith('| left_to_right'))
+    assert [cell.strip() for cell in row.strip('|').split('|')][1:] == [
+        '3', '4', '5,000', '1.20 (1.10 - 2.50)', '4,167', '20.0% (10.0% - 25.0%)']
 
 
 def test_report_shows_medians_and_floors():
@@ -245,6 +305,7 @@ def test_written_page_follows_the_written_record():
     (['--shapes=small,huge'], ["'huge'", 'small and large', '--shapes=small,large']),
     (['--shapes='], ["''", '--shapes=small,large']),
     (['--shapes=small,small'], ["'small' twice"]),
+    (['--groups=policies,fil'], ["'fil'", '--groups=training,fill,sampling,policies']),
     (['--repetitions=0', '--critic_row_stride=0'], ['repetitions is 0', 'critic_row_stride is 0', 'at least 1']),
     (['--json=nowhere/record.json'], ['nowhere/record.json', 'create it first']),
     (['--report=absent.md'], ['absent.md', '--report=docs/performance.md']),
@@ -280,14 +341,14 @@ def test_precision_and_stride_reach_training_and_sampling(quick, monkeypatch):
     whole = benchmark_module.step_operations
     monkeypatch.setattr(benchmark_module, 'step_operations',
                         lambda config, shape: strides.append(config.critic_row_stride) or whole(config, shape))
-    record = benchmark({'one': TINY}, lambda line: None, device='cpu', dtype='bfloat16', compile=False, repetitions=1,
-                       critic_row_stride=2)
+    record = benchmark({'one': TINY}, ('training', 'fill', 'sampling'), lambda line: None, device='cpu',
+                       dtype='bfloat16', compile=False, repetitions=1, critic_row_stride=2)
     assert (record['shapes']['one']['dtype'], record['shapes']['one']['sampling_dtype']) == ('bfloat16', 'bfloat16')
     assert rates == [torch.bfloat16] * 3 and strides == [1, 1, 1, 2]
 
 
 def test_automatic_precision_is_that_of_sampling(quick):
     """On a CPU sampling runs in float32 whatever training takes, unless a precision is asked for."""
-    record = benchmark({'one': TINY}, lambda line: None, device='cpu', dtype='auto', compile=False, repetitions=1,
-                       critic_row_stride=1)
+    record = benchmark({'one': TINY}, ('fill',), lambda line: None, device='cpu', dtype='auto', compile=False,
+                       repetitions=1, critic_row_stride=1)
     assert record['shapes']['one']['sampling_dtype'] == 'float32'

@@ -23,6 +23,7 @@ from core.checkpoint import (Checkpoint, CheckpointKind, build_model, check_resu
                              load_checkpoint, load_weights, main, model_config_from_dict, model_config_to_dict,
                              save_checkpoint, verify_checkpoint)
 from core.errors import UserError
+from core.files import TEMPORARY_SUFFIX
 from model import GPT, GPTConfig, ModelMode
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +122,7 @@ def test_kill_while_saving_keeps_the_previous_file(saved: Path) -> None:
     process.stdout.close()
     assert saved.read_bytes() == before
     assert load_checkpoint(saved).iteration == 7
-    assert len(list(saved.parent.glob(f'*{room.TEMPORARY_SUFFIX}'))) == 1  # the run folder removes it at its start
+    assert len(list(saved.parent.glob(f'*{TEMPORARY_SUFFIX}'))) == 1  # the run folder removes it at its start
 
 
 @pytest.mark.parametrize('failing_write', [0, 1, 20, -1])
@@ -232,8 +233,8 @@ def test_order_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         original = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *given, name=name, original=original: (calls.append(name),
                                                                                     original(*given))[1])
-    verify = room.verify_checkpoint
-    monkeypatch.setattr(room, 'verify_checkpoint', lambda path: (calls.append('verify'), verify(path))[1])
+    verify = room._compare_checksums
+    monkeypatch.setattr(room, '_compare_checksums', lambda path: (calls.append('verify'), verify(path))[1])
     save_checkpoint(tmp_path / 'c.pt', checkpoint_of(GPT(SMALL)).to_payload())
     assert calls == ['fsync', 'verify', 'replace', 'fsync']
 
@@ -490,6 +491,11 @@ def test_resuming_lists_differences(saved: Path) -> None:
     checkpoint = load_checkpoint(saved)
     same = model_config_to_dict(HEADS)
     assert check_resume(checkpoint, same, 'v' * 64, 'd' * 64) == []
+    older = replace(checkpoint, model_config={name: value for name, value in checkpoint.model_config.items()
+                                              if name not in ('sampler_n_embd', 'sampler_zero_hidden')})
+    assert check_resume(older, same, 'v' * 64, 'd' * 64) == [] and build_model(older).sampler_head is not None
+    with pytest.raises(UserError, match='sampler_zero_hidden: False in the checkpoint, True now'):
+        check_resume(older, same | {'sampler_zero_hidden': True}, 'v' * 64, 'd' * 64)
     assert check_resume(checkpoint, same | {'dropout': 0.5}, 'v' * 64, 'd' * 64) == [
         'resuming with another dropout: 0.0 in the checkpoint, 0.5 now']
     for force in (False, True):

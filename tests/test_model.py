@@ -83,10 +83,12 @@ def test_a_cached_causal_model_reads_the_same(position_encoding):
     assert torch.allclose(torch.cat(parts, dim=1), model.encode(tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize('context, output, residual', [(1, 'own', True), (2, 'own', False), (1, 'shared_detached', True)])
-def test_tables_give_what_the_whole_matrix_gives(context, output, residual):
+@pytest.mark.parametrize('context, output, residual, changes', [
+    (1, 'own', True, {}), (2, 'own', False, {'sampler_n_embd': 12}), (1, 'shared_detached', True, {}),
+    (2, 'own', True, {'sampler_zero_hidden': True, 'sampler_n_embd': 6})])
+def test_tables_give_what_the_whole_matrix_gives(context, output, residual, changes):
     model = awake(GPT(toy_config(add_sampler_head=True, sampler_context=context, sampler_output=output,
-                                 sampler_residual=residual)))
+                                 sampler_residual=residual, **changes)))
     head, embedding = model.sampler_head, model.neighbour_embedding()
     hidden = torch.randn(5, 8)
     neighbours = torch.randint(-1, 3, (5, 2 * context))
@@ -98,6 +100,35 @@ def test_tables_give_what_the_whole_matrix_gives(context, output, residual):
         shown = neighbours[:, slot] >= 0
         projection = projection + tables[slot][neighbours[:, slot].clamp(min=0)] * shown[:, None]
     assert torch.allclose(head.from_projection(projection, trunk_logits, model.lm_head.weight), whole, atol=1e-5)
+
+
+def test_a_head_with_zero_hidden_sees_its_neighbours_alone():
+    """Hidden state and trunk logits change nothing, a neighbour does, and training moves the hidden slot nowhere."""
+    model = awake(GPT(toy_config(add_sampler_head=True, sampler_zero_hidden=True)))
+    head, neighbours = model.sampler_head, torch.tensor([[0, 1], [2, -1]])
+
+    def logits(hidden, beside):
+        sampler_input = prepare_sampler_inputs(hidden, beside, model.neighbour_embedding())
+        return head(sampler_input, model.lm_head(hidden), model.lm_head.weight)
+
+    base, moved = logits(torch.randn(2, 8), neighbours), logits(torch.randn(2, 8), neighbours)
+    assert base.equal(moved) and not base.allclose(logits(torch.randn(2, 8), neighbours.flip(1)))
+    assert head.hidden_projection(torch.randn(3, 8)).equal(head.input.bias.expand(3, 8))
+    base.sum().backward()
+    slots = head.input.weight.grad.view(8, 3, 8)
+    assert (slots[:, 1] == 0).all() and (slots[:, 0] != 0).any() and head.output_head.weight.grad.any()
+    assert GPT(toy_config(add_sampler_head=True, sampler_zero_hidden=True)).sampler_head.output_head.weight.any()
+
+
+def test_the_width_of_the_head_is_an_option():
+    plain, narrow = (GPT(toy_config(add_sampler_head=True, **changes)) for changes in ({}, {'sampler_n_embd': 5}))
+    assert plain.sampler_head.input.weight.shape == (8, 24) and plain.sampler_head.output_head.weight.shape == (7, 8)
+    assert narrow.sampler_head.input.weight.shape == (5, 24) and narrow.sampler_head.hidden.weight.shape == (5, 5)
+    assert narrow.sampler_head.output_head.weight.shape == (7, 5)
+    with pytest.raises(ValueError, match='sampler_n_embd is 0'):
+        toy_config(add_sampler_head=True, sampler_n_embd=0)
+    with pytest.raises(ValueError, match='sampler_n_embd is 5.*shared_detached'):
+        toy_config(add_sampler_head=True, sampler_n_embd=5, sampler_output='shared_detached')
 
 
 def test_slots_stand_where_they_should():
@@ -142,6 +173,15 @@ def test_the_count_of_operations_is_that_of_the_matrices():
     model(TOKENS[:1])
     counted += 2 * 2 * config.n_layer * 4 * 4 * config.n_embd  # scores and their product with the values
     assert counted == 4 * model.operations_per_token()
+
+
+@pytest.mark.parametrize('width, blind', [(None, False), (5, False), (5, True)])
+def test_the_sampler_heads_operations_are_those_of_its_matrices(width, blind):
+    model = GPT(toy_config(add_sampler_head=True, sampler_context=2, sampler_n_embd=width, sampler_zero_hidden=blind))
+    head = model.sampler_head
+    one_slot = head.input.weight.numel() // 5  # the other four are neighbours, read from tables
+    own = (0 if blind else one_slot) + head.hidden.weight.numel() + head.output_head.weight.numel()
+    assert model.sampler_operations_per_token() == 2 * own
 
 
 def test_rotary_scores_depend_on_distance_only():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 COMMANDS = [line for block in re.findall(r'```sh\n(.*?)```', README, re.S) for line in block.strip().splitlines()]
 SMALL = {
-    'train.py': ('--n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --batch_size=4 --max_iters=6 --warmup_iters=1 '
+    'train.py': ('--n_layer=1 --n_head=2 --n_embd=16 --block_size=64 --batch_size=4 --max_iters=6 --warmup_iters=1 '
                  '--start_sampler_iteration=1 --start_critic_iteration=2 --end_critic_iteration=4 --eval_interval=3 '
                  '--eval_iters=1 --sample_length=16 --compile=False --device=cpu').split(),
     'sample.py': ['--num_samples=1', '--device=cpu'],
@@ -26,17 +27,24 @@ def test_the_readme_names_the_main_commands():
     assert COMMANDS[:3] == main and 'pip install -r requirements.txt && pytest' in COMMANDS
 
 
-def test_every_command_runs_with_small_settings(tmp_path, small_corpus):
+def run_here(words, monkeypatch):
+    """The exit status of `python words ...` in this process, which has torch already."""
+    monkeypatch.setattr(sys, 'argv', words)
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(words[0], run_name='__main__')
+    return done.value.code
+
+
+def test_every_command_runs_with_small_settings(tmp_path, small_corpus, monkeypatch):
     """In the README's order, in one folder, on a made-up corpus in place of the plays."""
-    text = ''.join(small_corpus.vocabulary.decode(small_corpus.tokens('train')[:4000].tolist())) + '\nTo be, or not to be '
-    (tmp_path / 'my.txt').write_text(text + 'Once upon a time ' * 30)
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    text = small_corpus.vocabulary.decode(small_corpus.tokens('train')[:4000].tolist())
+    (tmp_path / 'my.txt').write_text(text + '\nTo be, or not to be ' + 'Once upon a time ' * 30)
     for name in ('config', 'core', 'model.py', 'sample_utils.py', 'configurator.py', 'train.py', 'sample.py'):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'data' / 'custom').mkdir(parents=True)
     prepare = (ROOT / 'data' / 'custom' / 'prepare.py').read_text()
     (tmp_path / 'data' / 'custom' / 'prepare.py').write_text(prepare)
-    subprocess.run([sys.executable, 'data/custom/prepare.py', 'my.txt'], cwd=tmp_path, check=True, env=environment)
+    assert run_here(['data/custom/prepare.py', 'my.txt'], monkeypatch) == 0
     for command in COMMANDS:
         if command.startswith('pip'):
             continue
@@ -45,12 +53,14 @@ def test_every_command_runs_with_small_settings(tmp_path, small_corpus):
         extra = SMALL.get(script, [])
         if script == 'train.py' and '--dataset=custom' not in words:
             extra = [*extra, '--dataset=custom']
-        if words[0] == 'torchrun':
-            words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', *words[1:]]
         if '--iterations' not in command and script == 'sample.py':
             extra = [*extra, '--iterations=4']
-        words = [sys.executable if word == 'python' else word for word in words]
-        result = subprocess.run([*words, *extra], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+        if words[0] == 'python':
+            assert run_here([*words[1:], *extra], monkeypatch) == 0, command
+            continue
+        assert words[0] == 'torchrun', command
+        result = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', *words[1:], *extra],
+                                env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=180)
         assert result.returncode == 0, f'{command}\n{result.stdout[-1500:]}\n{result.stderr[-1500:]}'
 
 

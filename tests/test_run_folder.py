@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.checkpoint import TEMPORARY_SUFFIX, Checkpoint, load_checkpoint
+from core.checkpoint import Checkpoint, load_checkpoint
 from core.errors import UserError
+from core.files import TEMPORARY_SUFFIX
 from core.run_folder import RunFolder, environment, latest_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -20,13 +20,16 @@ REMASKING = ('start_ratio', 'end_ratio', 'schedule_type', 'masking_ratios', 'sch
 
 class PolicyRow(NamedTuple):
     """make: builds the policy from its options by name ('remask' alone from levels); options: of sample.py; calls: the
-    trunk calls per block of n masked positions; summary: one line; needs_critic: it cannot do without."""
+    trunk calls per block of n masked positions; summary: one line; needs_critic: it cannot do without; deterministic:
+    it chooses positions from revealed tokens and probabilities only (a random order by keys that know no token), never
+    masks again and takes `iterations` trunk calls, so a text has an exact likelihood under it."""
 
     make: Callable[..., Policy]
     options: tuple[str, ...]
     calls: str
     summary: str
     needs_critic: bool = False
+    deterministic: bool = False
 
 
 _REMDM = ('iterations', 'idle_cache')
@@ -37,13 +40,17 @@ POLICIES: dict[str, PolicyRow] = {
                       'ancestral: each position by chance, as time says (Sahoo et al. 2024)'),
     'first_hitting': PolicyRow(ancestral.first_hitting, (), 'n',
                                'one random position per call, exact in continuous time (Zheng et al. 2024)'),
-    'random': PolicyRow(ordered.random, ('iterations',), 'min(iterations, n)', 'equal shares in random order'),
+    'random': PolicyRow(ordered.random, ('iterations',), 'min(iterations, n)', 'equal shares in random order',
+                        deterministic=True),
     'llada': PolicyRow(ordered.llada, ('iterations',), 'min(iterations, n)',
                        'equal shares, most probable draws first (Nie et al. 2025)'),
+    'top_probability': PolicyRow(ordered.top_probability, ('iterations',), 'min(iterations, n)',
+                                 'equal shares, highest maximum probability first (Kim et al. 2025)',
+                                 deterministic=True),
     'margin': PolicyRow(ordered.margin, ('iterations',), 'min(iterations, n)',
-                        'equal shares, largest top-1 margin first (Kim et al. 2025)'),
+                        'equal shares, largest top-1 margin first (Kim et al. 2025)', deterministic=True),
     'entropy': PolicyRow(ordered.entropy, ('iterations',), 'min(iterations, n)',
-                         'equal shares, lowest entropy first (Dream, Ye et al. 2025)'),
+                         'equal shares, lowest entropy first (Dream, Ye et al. 2025)', deterministic=True),
     'maskgit': PolicyRow(ordered.maskgit, ('iterations', 'choice_temperature'), 'min(iterations, n)',
                          'cosine shares, most probable draws first, annealed noise (Chang et al. 2022)'),
     'remdm_cap': PolicyRow(ancestral.remdm_cap, (*_REMDM, 'remdm_eta'), 'at most iterations',
@@ -68,6 +75,8 @@ POLICIES: dict[str, PolicyRow] = {
                               'cosine shares, what the critic trusts stays (Lezama et al. 2022)', needs_critic=True),
     'dilated': PolicyRow(ordered.dilated, (), 'ceil(log2 n)',
                          'groups at halving distances, never adjacent (DUS, Luxembourg et al. 2025)'),
+    'strided': PolicyRow(ordered.strided, ('iterations',), 'min(iterations, n)',
+                         'equal groups of every K-th position, never adjacent (after DUS)', deterministic=True),
     'left_to_right': PolicyRow(ordered.left_to_right, ('iterations',), 'min(iterations, n)',
-                               'equal shares from left to right'),
+                               'equal shares from left to right', deterministic=True),
 }

@@ -23,25 +23,41 @@ class Prediction:
     """What the network says about tokens [B, T]: one trunk call, made when it is first asked for.
 
     model: read through its `lm_head` and `config` alone; encode makes the trunk call and counts it; open: bool [B, T],
-    the masked positions in question, and logits are computed for no others.
+    the masked positions in question, and logits are computed for no others. Nothing is computed twice: what a policy
+    asked for is kept for this step.
     """
 
     def __init__(self, model: GPT, encode: Callable[[Tensor], Tensor], tokens: Tensor, open: Tensor,
                  rule: DrawRule, generator: RowRandom) -> None:
         self._model, self._encode, self._tokens, self._open = model, encode, tokens, open
         self._rule, self._generator = rule, generator
+        self._candidates: Fill | None = None
 
     @cached_property
     def hidden_states(self) -> Tensor:
         """[B, T, D]."""
         return self._encode(self._tokens)
 
-    @cached_property
+    @property
     def candidates(self) -> Fill:
         """A token drawn for every open position, each without the others, from the step's own random numbers: if a
         position is then revealed without the sampler head, this is the token that it gets."""
+        if self._candidates is None:
+            self._candidates = self._draw(self._open)
+        return self._candidates
+
+    def reveal(self, positions: Tensor) -> Fill:
+        """The open `positions` bool [B, T] filled, each without the others; with its candidate where there is one."""
+        made = self._candidates
+        if made is None:
+            return self._draw(positions)
+        return Fill(torch.where(positions, made.tokens, self._tokens),
+                    torch.where(positions, made.log_probabilities, 0.0),
+                    torch.where(positions, made.confidence, 0.0), positions, None)
+
+    def _draw(self, positions: Tensor) -> Fill:
         return independent_fill(self._model, self._tokens, self.hidden_states, self._rule, self._generator,
-                                positions=self._open)
+                                positions=positions)
 
     def measure(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """float64 [B, T]: `of` maps log-probabilities [N, V] (temperature 1, nothing cut) of the open positions to

@@ -37,6 +37,12 @@ def llada(*, iterations: int) -> Policy:
     return _best_first(iterations, lambda view: view.prediction.candidates.confidence)
 
 
+def top_probability(*, iterations: int) -> Policy:
+    """Highest maximum probability first (an order of Kim et al. 2025): the k positions of largest p(first token). Like
+    `llada` with the most probable token in place of a drawn one, so the order depends on no draw."""
+    return _best_first(iterations, lambda view: view.prediction.measure(lambda found: found.amax(-1)))
+
+
 def margin(*, iterations: int) -> Policy:
     """Top probability margin (Kim et al. 2025): the k positions of largest p(first token) - p(second token)."""
     def gap(log_probabilities: Tensor) -> Tensor:
@@ -70,6 +76,24 @@ def maskgit(*, iterations: int, choice_temperature: float) -> Policy:
         stay = torch.maximum(torch.minimum(stay, masked - 1), steps - 1 - view.step).clamp(min=0)
         noise = choice_temperature * (1 - ratio) * gumbel(view.keys())
         return view.highest(view.prediction.candidates.confidence + noise, view.masked, masked - stay)
+
+    return Policy(lambda most: min(iterations, most), reveal)
+
+
+def strided(*, iterations: int) -> Policy:
+    """Dilated groups for any number of trunk calls (after DUS, Luxembourg et al. 2025): of K = min(iterations, n)
+    groups, group r holds the positions whose rank is r modulo K, so no two of a group are adjacent where K >= 2.
+
+    Groups come in the order of the bit-reversed r (van der Corput): each lies far from those before it, and for K = 2,
+    4, 8 ... the revealed positions halve their distances as those of `dilated` do.
+    """
+    def reveal(view: PolicyView) -> Tensor:
+        rank = (~view.protected).cumsum(1) - 1  # [B, T], among the positions to fill
+        groups = view.size.clamp(min=1, max=iterations)  # [B, 1]
+        number = torch.arange(min(iterations, view.tokens.size(1)), device=rank.device)  # [K]
+        reversed_bits = sum((number >> bit & 1) / 2 ** (bit + 1) for bit in range(view.tokens.size(1).bit_length()))
+        turn = torch.where(number < groups, reversed_bits, 1.0).argsort(1).argsort(1)  # [B, K], 1 lies behind all
+        return view.masked & (turn.gather(1, rank % groups) == view.step)
 
     return Policy(lambda most: min(iterations, most), reveal)
 

@@ -15,8 +15,8 @@ def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], 
                   intelligent: bool) -> Policy:
     """Fill everything, then remask by schedule: `levels` gives one remasking each, and one prediction follows the last.
 
-    Guidance in this order of preference: the critic, self-confidence (1 - the probability that a token had when it was
-    drawn, one scale for old and new tokens), none.
+    Guidance in this order of preference: the view's critic (an external remasking model, else the critic head),
+    self-confidence (1 - the probability that a token had when it was drawn, one scale for old and new tokens), none.
     """
     def remask(view: PolicyView) -> Tensor:
         wrongness = None
@@ -31,7 +31,8 @@ def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], 
 
 
 def _path_planning(iterations: int, planner_eta: float, with_critic: bool) -> Policy:
-    """Path planning (P2, Peng et al. 2025): after step i the floor(n kappa) best of n tokens stay, kappa = (i + 1) / K.
+    """Path planning (P2, Peng et al. 2025): after step i the floor(n (1 - kappa)) worst of n tokens are masked again,
+    kappa = (i + 1) / K; rounded down as in the authors' program, so that something stays from the first step on.
 
     A new token's score is its log-probability under the denoiser, an old one's is eta times the planner's: eta 0 never
     takes an old token back, above 1 old tokens are taken back more readily than new ones.
@@ -42,8 +43,8 @@ def _path_planning(iterations: int, planner_eta: float, with_critic: bool) -> Po
             right = (1 - view.critic().double()).clamp(min=1e-300).log()
             score = torch.where(view.settled, right, score)
         score = torch.where(view.settled, planner_eta * score, score)
-        stay = (view.size * (view.step + 1)).div(iterations, rounding_mode='floor')
-        return view.highest(-score, ~view.protected, view.size - stay)
+        count = view.size * (iterations - 1 - view.step) // iterations
+        return view.highest(-score, ~view.protected, count)
 
     return Policy(lambda most: iterations, lambda view: None, remask)
 

@@ -1,0 +1,218 @@
+"""Samples of many settings and their quality: which policy, how many trunk calls, what temperature.
+
+A setting is written by `write` (the loop of sample.py, core/generation.py) and measured by core/quality.py, beside
+controls of the same number and length. Since a lower temperature alone improves the bits under a reference model, the
+settings of one policy and budget are compared at equal trigram entropy: temperature is swept and every figure
+interpolated to the entropy that real text of the same size has.
+
+Letters: B rows of a batch, L tokens of a text.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.data import Corpus, Vocabulary
+from core.errors import UserError
+from core.evaluator import fixed_windows
+from core.generation import GenerationSettings, Network, generate, score_confidence
+from core.policies import POLICIES, Policy
+from core.prompt import lay_out_prompt
+from core.quality import Reference
+from core.randomness import keyed
+from core.runtime import Runtime
+from core.sampling_options import build_policy
+from core.timing import TimingAccumulator
+from model import GPT
+from sample_utils import DrawRule
+
+CONFIDENCE_GROUPS = 8  # network calls of a self-confidence, as in sample.py
+TRIALS = 9  # most trials of a dial for one number of trunk calls
+POLICY_DEFAULTS = {  # of the policies' options, those of sample.py
+    'iterations': 50, 'start_ratio': 0.95, 'end_ratio': 0.05, 'schedule_type': 'linear', 'masking_ratios': None,
+    'schedule_mode': 'ratio', 'start_threshold': 0.1, 'end_threshold': 0.9, 'intelligent_remasking': True,
+    'randomness_strength': 0.4, 'idle_cache': True, 'choice_temperature': 4.5, 'remdm_eta': None, 'loop_on': 0.55,
+    'loop_off': 0.05, 'loop_alpha': 0.9, 'planner_eta': 1.0, 'entropy_bound': 0.1, 'confidence_threshold': 0.9,
+    'parallel_factor': 1.0, 'selection_noise': 0.5,
+}
+DIALS: dict[str, tuple[str, Callable[[float], float]]] = {  # an adaptive policy's option, by x in [0, 1]: less, faster
+    'entropy_bounded': ('entropy_bound', lambda x: 10 ** (3 - 6 * x)),
+    'fast_dllm_threshold': ('confidence_threshold', lambda x: x ** 3),
+    'fast_dllm_factor': ('parallel_factor', lambda x: 10 ** (3 - 6 * x)),
+}
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Writer:
+    """A model and what all its settings have in common. sampler_head and critic: whether they serve; allowed bool [V];
+    samples texts of `length` tokens in batches of at most batch_size; the text with index i depends on seed and i."""
+
+    model: GPT
+    vocabulary: Vocabulary
+    runtime: Runtime
+    allowed: Tensor
+    sampler_head: bool
+    critic: bool
+    samples: int
+    length: int
+    batch_size: int
+    seed: int
+
+
+class Written(NamedTuple):
+    """What a setting made. trunk_calls and network_calls per batch, one call serving all its rows: the mean over the
+    batches; seconds of all batches, without scoring; self_confidence in nats per token, mean over the texts."""
+
+    texts: list[str]
+    trunk_calls: float
+    network_calls: float
+    seconds: float
+    self_confidence: float
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    """A policy with sample.py's defaults but for `options`."""
+    return build_policy(SimpleNamespace(**{**POLICY_DEFAULTS, **options, 'sampling_policy': name}))
+
+
+def write(writer: Writer, policy: Policy | None, temperature: float) -> Written:
+    """Texts from nothing, as `policy` says; a causal model's left to right, with no policy."""
+    model, vocabulary, device = writer.model, writer.vocabulary, writer.runtime.device
+    autocast = None if writer.runtime.dtype is torch.float32 else writer.runtime.dtype
+    network = Network(model, TimingAccumulator(device), autocast)
+    newline = vocabulary.encode('\n')[0] if vocabulary.kind == 'bpe' or '\n' in vocabulary.tokens else 0
+    settings = GenerationSettings('diffusion' if policy else 'standard', DrawRule(writer.allowed, temperature), policy,
+                                  use_sampler_head=writer.sampler_head, use_critic=writer.critic, start_token=newline)
+    texts, confidence, seconds = [], 0.0, 0.0
+    firsts = range(0, writer.samples, writer.batch_size)
+    for first in firsts:
+        generator = keyed(writer.seed, 0, first, min(writer.batch_size, writer.samples - first), device)
+        layout = lay_out_prompt([], writer.length, vocabulary.mask_token_id, generator)
+        writer.runtime.synchronize()
+        start = time.perf_counter()
+        made = generate(network, layout, settings, generator)
+        writer.runtime.synchronize()
+        seconds += time.perf_counter() - start
+        scored = score_confidence(network, made.tokens, layout.protected, writer.allowed, generator, CONFIDENCE_GROUPS)
+        confidence += float((scored.total / scored.count.clamp(min=1)).sum())
+        texts += [vocabulary.decode(row) for row in made.tokens.tolist()]
+    return Written(texts, network.trunk_calls / len(firsts), network.network_calls / len(firsts), seconds,
+                   confidence / writer.samples)
+
+
+# Budgets ------------------------------------------------------------------------------------------------------------
+
+class Budgeted(NamedTuple):
+    """written at `options`, those that came nearest to the wanted trunk calls."""
+
+    options: dict[str, Any]
+    written: Written
+
+
+def nearest_setting(calls: Callable[[float], float], wanted: float, most: float, known: dict[float, float]) -> float:
+    """The x in [0, 1] of those tried whose calls(x) come nearest to `wanted`; calls grow with x, from 1 to `most`.
+
+    known: calls of earlier trials, to which the new ones are added. By turns the middle of what lies around `wanted` is
+    tried and the place where a line through the logarithms of both ends has it, until one is within a sixteenth.
+    """
+    def distance(x: float) -> float:
+        return abs(known[x] - wanted)
+
+    for trial in range(TRIALS):
+        if known and min(map(distance, known)) <= wanted // 16:
+            break
+        ends = {0.0: 1.0, 1.0: most, **known}
+        low = max(x for x in ends if ends[x] < wanted or x == 0)
+        high = min(x for x in ends if (ends[x] > wanted or x == 1) and x > low)
+        rise = math.log(max(ends[high], ends[low]) / ends[low])
+        share = math.log(max(wanted, ends[low]) / ends[low]) / rise if trial % 2 == 0 and rise > 0 else 0.5
+        x = low + (high - low) * min(0.9, max(0.1, share))
+        known[x] = calls(x)
+    return min(known, key=lambda x: (distance(x), x))
+
+
+class Budget:
+    """Settings of one writer by policy, trunk calls and temperature; trials of a dial serve every budget."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self._trials: dict[tuple[str, float], dict[float, Written]] = {}
+
+    def write(self, name: str, calls: int | None, temperature: float) -> Budgeted:
+        """Write at `calls` trunk calls where the policy has `iterations` or a dial; None: as it stands."""
+        if name not in DIALS or calls is None:
+            options = {} if calls is None else {'iterations': calls}
+            return Budgeted(options, write(self.writer, make_policy(name, **options), temperature))
+        option, value = DIALS[name]
+        trials = self._trials.setdefault((name, temperature), {})
+
+        def try_out(x: float) -> float:
+            trials[x] = write(self.writer, make_policy(name, **{option: value(x)}), temperature)
+            return trials[x].trunk_calls
+
+        x = nearest_setting(try_out, calls, self.writer.length, {x: one.trunk_calls for x, one in trials.items()})
+        return Budgeted({option: value(x)}, trials[x])
+
+
+def budgets_of(name: str, trunk_calls: Sequence[int]) -> list[int | None]:
+    """The budgets that make a difference to a policy: [None] where nothing says how many calls it makes."""
+    return list(trunk_calls) if 'iterations' in POLICIES[name].options or name in DIALS else [None]
+
+
+# Controls -----------------------------------------------------------------------------------------------------------
+
+def held_out_texts(corpus: Corpus, split: str, samples: int, length: int) -> list[str]:
+    """Real text: `samples` windows of `length` tokens spread over a split."""
+    return [corpus.vocabulary.decode(row) for row in
+            fixed_windows(corpus.tokens(split, length), samples, length).tolist()]
+
+
+def shuffled_characters(texts: Sequence[str], seed: int) -> list[str]:
+    """The characters of each text in random order: right frequencies, no spelling."""
+    generator = np.random.default_rng(seed)
+    return [''.join(generator.permutation(list(text))) for text in texts]
+
+
+def shuffled_words(texts: Sequence[str], seed: int) -> list[str]:
+    """The words of each text in random order, white space where it was: spelling without grammar."""
+    generator, found = np.random.default_rng(seed), []
+    for text in texts:
+        pieces = re.split(r'(\s+)', text)  # words at even places
+        pieces[::2] = generator.permutation(pieces[::2]).tolist()
+        found.append(''.join(pieces))
+    return found
+
+
+def load_causal(path: Path, runtime: Runtime, cure: str) -> tuple[Reference, dict[str, object]]:
+    """A causal checkpoint with its vocabulary, and the options that it was trained with."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint.kind != CheckpointKind.CAUSAL:
+        raise UserError(f'{path} is a checkpoint of kind {checkpoint.kind!r}, but a causal one is needed; make it '
+                        f'with: {cure}')
+    model = build_model(checkpoint, runtime.device).eval().requires_grad_(False)
+    return Reference(model, Vocabulary.from_meta(checkpoint.vocabulary)), checkpoint.config
+
+
+# Equal entropy ------------------------------------------------------------------------------------------------------
+
+def at_entropy(points: Sequence[tuple[float, float]], target: float) -> float | None:
+    """The figure at `target` from points (entropy, figure), linear between neighbours in order of entropy.
+
+    None where no two points have the target between them: nothing is extrapolated.
+    """
+    entropies, figures = np.array(sorted(points), dtype=np.float64).reshape(-1, 2).T
+    if not len(entropies) or not entropies[0] <= target <= entropies[-1]:
+        return None
+    return float(np.interp(target, entropies, figures))

@@ -1,0 +1,175 @@
+"""What evaluate.py does: check the options, load checkpoint and corpus, compute what the cache lacks, tell it.
+
+`config` is evaluate.py's flat dataclass of options everywhere here.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from core.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.data import Vocabulary, ensure_corpus
+from core.errors import UserError, raise_problems
+from core.evaluation import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache, checkpoint_hash
+from core.evaluator import validate
+from core.expressions import closest
+from core.likelihood import LIKELIHOOD
+from core.quality_run import QUALITY_MEASURES
+from core.runtime import DTYPES, Runtime, resolve_device
+from core.schedule import started_heads
+from sample_utils import allowed_ids
+
+NELBO_WINDOWS = 512
+
+
+# Measures -----------------------------------------------------------------------------------------------------------
+
+def nelbo_cells(evaluation: Evaluation) -> list[Cell]:
+    """The NELBO of a diffusion checkpoint, the exact negative log-likelihood of a causal one."""
+    config = evaluation.config
+    windows = config.windows or NELBO_WINDOWS
+
+    def compute() -> Result:
+        found = validate(evaluation.model, evaluation.corpus, evaluation.runtime, evaluation.allowed, windows=windows,
+                         batch_size=config.batch_size, split=config.split)
+        return {'kind': evaluation.checkpoint.kind, 'nats': found.value, 'standard_error': found.standard_error,
+                'bits': found.bits, 'unit': found.unit, 'seconds': found.seconds}
+
+    return [Cell(evaluation.settings(windows=windows), compute)]
+
+
+MEASURES: dict[str, Measure] = {
+    'nelbo': Measure(nelbo_cells, ('split', 'kind', 'nats', 'standard_error', 'bits', 'unit', 'windows', 'seconds'),
+                     'upper bound on the negative log-likelihood, nats per token (causal: the likelihood itself)'),
+    'likelihood': LIKELIHOOD,
+    **QUALITY_MEASURES,
+}
+
+
+def measure_help() -> str:
+    """One line per measure for --help."""
+    return '\n'.join(['measures:', *(f'  {name:<12} {measure.summary}' for name, measure in MEASURES.items())])
+
+
+# The run ------------------------------------------------------------------------------------------------------------
+
+def run_evaluation(config: Any, explicit: Mapping[str, str],
+                   say: Callable[[str], None] = print) -> dict[str, list[Result]]:
+    """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
+    raise_problems(option_problems(config))
+    evaluation = load_evaluation(config, explicit, say)
+    cache, found = ResultCache(evaluation.out_dir / CACHE_NAME), {}
+    torch.set_flush_denormal(evaluation.runtime.device.type == 'cpu')  # numbers near zero cost a hundred times as much
+    try:
+        for name in MEASURES if config.measure == 'all' else (config.measure,):
+            measure = MEASURES[name]
+            try:
+                cells = measure.cells(evaluation)
+            except UserError as error:
+                if config.measure != 'all':
+                    raise
+                say(f'{name} is left out: {error}')
+                continue
+            found[name] = compute_cells(evaluation, cache, name, cells)
+            rows = found[name] if measure.arrange is None else measure.arrange(found[name])
+            for line in table(name, measure.columns, rows):
+                say(line)
+            if measure.finish is not None:
+                measure.finish(evaluation, found[name])
+    finally:
+        torch.set_flush_denormal(False)
+    say(f'results are kept in {cache.path}')
+    return found
+
+
+def option_problems(config: Any) -> list[str]:
+    """What is wrong with the options before any file is read."""
+    problems = []
+    if config.measure not in (*MEASURES, 'all'):
+        nearest = closest(config.measure, (*MEASURES, 'all'))
+        problems.append(f'measure is {config.measure!r}, but must be one of {", ".join(MEASURES)}, all'
+                        + (f"; did you mean '{nearest}'?" if nearest else ''))
+    if config.windows is not None and config.windows < 2:
+        problems.append(f'windows is {config.windows}, but a standard error needs at least 2')
+    if config.batch_size < 1:
+        problems.append(f'batch_size is {config.batch_size}, but must be at least 1')
+    if config.report is not None and config.measure not in ('policies', 'all'):
+        problems.append(f'report was given, but measure={config.measure} writes no page; take measure=policies or '
+                        f'leave report out')
+    return problems
+
+
+def load_evaluation(config: Any, explicit: Mapping[str, str], say: Callable[[str], None]) -> Evaluation:
+    """The checkpoint and its corpus as the options name them; UserError where they do not fit each other."""
+    device = torch.device(resolve_device(config.device))
+    if config.dtype == 'float16' and device.type == 'cpu':
+        raise UserError("dtype is 'float16', but a CPU has no fast float16; take float32 or bfloat16")
+    out_dir = Path(config.out_dir)
+    path = out_dir / config.checkpoint_name
+    checkpoint = load_checkpoint(path)
+    if checkpoint.kind not in (CheckpointKind.UNMASKING, CheckpointKind.CAUSAL):
+        raise UserError(f'{path} is a checkpoint of kind {checkpoint.kind!r}, which gives text no probability; give '
+                        f'--checkpoint_name=... of a language model')
+    vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
+    name = config.dataset or checkpoint.config.get('dataset')
+    if type(name) is not str:
+        raise UserError(f'{path} does not say which corpus it was trained on; name one with --dataset=...')
+    corpus = ensure_corpus(name, say)
+    if corpus.vocabulary.hash != vocabulary.hash:
+        raise UserError(f'{path} has a vocabulary of {vocabulary.base_size} tokens, corpus {name} another one of '
+                        f'{corpus.vocabulary.base_size}; take the corpus that it was trained on (--dataset=...)')
+    if corpus.data_hash != checkpoint.data_hash:
+        say(f'corpus {name} is not the text that {path.name} was trained on (their hashes differ)')
+    model = build_model(checkpoint, device).requires_grad_(False)
+    sampler_head, _, said = started_heads(model.config, checkpoint.iteration)
+    for line in said[:1] if model.config.add_sampler_head and not sampler_head else ():
+        say(line)
+    runtime = Runtime(device, DTYPES[config.dtype], False)
+    allowed = allowed_ids(model.config.vocab_size, vocabulary.base_size, device)
+    return Evaluation(config, explicit, checkpoint, checkpoint_hash(path), model, sampler_head, vocabulary, corpus,
+                      allowed, runtime, out_dir, say)
+
+
+def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: Sequence[Cell]) -> list[Result]:
+    """Settings and result of each cell in one dict, from the cache or computed now and kept there.
+
+    A progress bar on a terminal, a line per new cell otherwise.
+    """
+    waiting = [cell for cell in cells if cache.find(evaluation.checkpoint_hash, name, cell.settings) is None]
+    if len(waiting) < len(cells):
+        evaluation.say(f'{name}: {len(cells) - len(waiting)} of {len(cells)} results are known already')
+    shown = sys.stderr.isatty()
+    with tqdm(total=sum(cell.cost for cell in waiting), desc=name, disable=not shown or not waiting,
+              bar_format='{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}') as bar:
+        for number, cell in enumerate(waiting, 1):
+            start = time.perf_counter()
+            result = cell.compute()
+            broken = [key for key, value in result.items() if isinstance(value, float) and not math.isfinite(value)]
+            if broken:
+                raise UserError(f'{name} of {evaluation.config.checkpoint_name} is no number ({", ".join(broken)}): '
+                                f'the checkpoint is damaged or its training diverged; take an earlier one')
+            cache.store(evaluation.checkpoint_hash, name, cell.settings, result)
+            bar.update(cell.cost)
+            if not shown:
+                evaluation.say(f'{name}: {number} of {len(waiting)} done, {time.perf_counter() - start:.1f}s')
+    return [{**cell.settings, **cache.find(evaluation.checkpoint_hash, name, cell.settings)} for cell in cells]
+
+
+def table(name: str, columns: Sequence[str], rows: Sequence[Result]) -> list[str]:
+    """Lines of a small table: `columns` of `rows` under their names."""
+    texts = [[_shown(row.get(column)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *texts)]
+    lines = ['  '.join(text.rjust(width) for text, width in zip(line, widths)) for line in (columns, *texts)]
+    return [f'{name}:', *lines]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return '-'
+    return f'{value:.4f}' if isinstance(value, float) else str(value)

@@ -1,0 +1,109 @@
+"""Models that serve another model: the remasking model and the judge beside a generator, a generator beside a training.
+
+Each is read from a checkpoint that says its kind; what does not fit is refused in one sentence.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.batches import Corruption
+from core.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.corruption import apply_mask
+from core.data import Vocabulary
+from core.errors import UserError
+from core.kinds import GENERATORS
+from core.randomness import RowRandom
+from core.runtime import Runtime
+from core.schedule import started_heads
+from model import GPT
+from sample_utils import DrawRule, allowed_ids, predict_and_sample_tokens
+
+REMASKING_KINDS = (CheckpointKind.REMASKING, CheckpointKind.CLASSIFIER)
+HOW_TO_TRAIN = {  # a command for every kind that helps
+    CheckpointKind.REMASKING: 'python train.py config/train_char_remasking.py',
+    CheckpointKind.CLASSIFIER: 'python train.py config/train_char_remasking.py --remasking_kind=binary',
+    CheckpointKind.JUDGE: 'python train.py config/train_char_judge.py',
+    CheckpointKind.UNMASKING: 'python train.py config/train_char_diffusion_sampler.py'}
+
+
+def load_remasking_model(name: str, out_dir: Path | str, vocabulary: Vocabulary, device: torch.device) -> GPT:
+    """The remasking model of either kind in the checkpoint `name`, a file in out_dir or a path of its own."""
+    return _load(name, 'remasking_checkpoint_name', out_dir, REMASKING_KINDS, 'tells no wrong tokens', vocabulary,
+                 device)[0]
+
+
+def load_judge(name: str, out_dir: Path | str, vocabulary: Vocabulary, device: torch.device) -> GPT:
+    """The judge in the checkpoint `name`, a file in out_dir or a path of its own."""
+    return _load(name, 'judge_checkpoint_name', out_dir, (CheckpointKind.JUDGE,), 'judges no text', vocabulary,
+                 device)[0]
+
+
+def load_generator(name: str, vocabulary: Vocabulary, device: torch.device) -> tuple[GPT, bool]:
+    """The unmasking model whose errors another one learns from, and whether its sampler head had begun to train."""
+    model, iteration = _load(name, 'corruption_checkpoint', '.', (CheckpointKind.UNMASKING,), 'fills no masks',
+                             vocabulary, device)
+    return model, started_heads(model.config, iteration)[0]
+
+
+def _load(name: str, option: str, out_dir: Path | str, kinds: Sequence[CheckpointKind], complaint: str,
+          vocabulary: Vocabulary, device: torch.device) -> tuple[GPT, int]:
+    """The model without gradients, and the iteration that it is of."""
+    path = Path(out_dir) / name
+    if not path.exists():
+        path = Path(name)
+    cure = HOW_TO_TRAIN[kinds[0]]
+    if not path.exists():
+        places = f'neither in {out_dir} nor as a path' if str(out_dir) != '.' else 'no such file'
+        raise UserError(f'{option} is {name}, but there is {places}; train one with: {cure}')
+    checkpoint = load_checkpoint(path)
+    if checkpoint.kind not in kinds:
+        raise UserError(f'{option} is {name}, a checkpoint of kind {checkpoint.kind!r}, which {complaint}; give one of '
+                        f'kind {" or ".join(kinds)}, trained with: {cure}')
+    if checkpoint.vocabulary_hash != vocabulary.hash:
+        size = Vocabulary.from_meta(checkpoint.vocabulary).base_size
+        other = f'{size} tokens' if size != vocabulary.base_size else f'{size} other tokens'
+        raise UserError(f'{option} is {name}, whose vocabulary has {other}, but the text has {vocabulary.base_size}; '
+                        f'give a checkpoint that was trained on the same corpus')
+    return build_model(checkpoint, device).requires_grad_(False), checkpoint.iteration
+
+
+def require_block(model: GPT, option: str, length: int, what: str) -> None:
+    """UserError unless `model` can read `length` tokens at once; `what` says of what."""
+    if model.config.block_size < length:
+        raise UserError(f'{option} has a block_size of {model.config.block_size}, but must read {length} tokens at '
+                        f'once ({what}); shorten the text, or give a model trained with --block_size={length} or more')
+
+
+def one_shot_fill(model: GPT, use_sampler_head: bool, base_size: int,
+                  autocast: Callable[[], AbstractContextManager]) -> Callable[[Tensor, Tensor, RowRandom], Tensor]:
+    """A `Corruption.fill`: what the generator `model` writes at the masked positions of a text in one trunk call, drawn
+    at temperature 1 as inference draws. Takes and gives tensors on the CPU; the network computes where it lies."""
+    weight = model.transformer['wte'].weight
+    rule = DrawRule(allowed_ids(weight.size(0), base_size, weight.device))
+
+    def fill(tokens: Tensor, mask: Tensor, generator: RowRandom) -> Tensor:
+        masked = apply_mask(tokens, mask, model.config.mask_token_id).to(weight.device)  # [B, T]
+        rows = replace(generator, rows=generator.rows.to(weight.device))
+        with autocast():
+            return predict_and_sample_tokens(model, masked, rule, rows, use_sampler_head=use_sampler_head).tokens.cpu()
+
+    return fill
+
+
+def load_corruption(config: Any, kind: CheckpointKind, vocabulary: Vocabulary, runtime: Runtime) -> Corruption | None:
+    """How the options of train.py make text wrong; None for models that write text."""
+    if kind in GENERATORS:
+        return None
+    judge, fill = kind is CheckpointKind.JUDGE, None
+    if config.corruption_checkpoint and (judge or config.remasking_corruption == 'model'):
+        model, use_sampler_head = load_generator(config.corruption_checkpoint, vocabulary, runtime.device)
+        require_block(model, f'corruption_checkpoint={config.corruption_checkpoint}', config.block_size - judge,
+                      'the text of one row')
+        fill = one_shot_fill(model, use_sampler_head, vocabulary.base_size, runtime.autocast)
+    return Corruption(vocabulary.base_size, vocabulary.cls_token_id, config.remasking_loss_type, fill)

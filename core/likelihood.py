@@ -1,0 +1,204 @@
+"""Exact likelihood of text under deterministic reveal policies (DUEL, arXiv 2603.01367).
+
+A policy that chooses positions from revealed tokens and probabilities only makes a fixed path through every text: run
+it on the text itself, put down the true tokens where it reveals them, and add up their log-probabilities given what
+stood there before:
+
+    log p(x) = sum over steps k of log q(x at the positions of step k | x at the positions of steps 0 .. k - 1)
+
+Each factor is a distribution that sums to 1 over the tokens of its step, so p does over all texts of a length, and
+-log p is the negative log-likelihood of the very sampler that draws by that policy at temperature 1. Without the
+sampler head a factor is a product of the trunk's marginals; with it, of the head's conditionals wave by wave. The path
+is the sampler's own: its policies, its random keys and its fill, with tokens placed instead of drawn.
+
+Letters: B rows of a batch, W windows, T window length, V vocabulary, K trunk calls.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from core.checkpoint import CheckpointKind
+from core.errors import UserError, raise_problems
+from core.evaluation import Cell, Evaluation, Measure, Result
+from core.evaluator import bits_of, fixed_windows
+from core.expressions import closest
+from core.generation import Network
+from core.likelihood_plots import plot_likelihood
+from core.policies import POLICIES, Policy, PolicyView, Prediction
+from core.randomness import RowRandom, keyed
+from core.timing import TimingAccumulator
+from sample_utils import DrawRule, fill_positions
+
+Head = Literal['none', 'wave', 'left_to_right']  # who fills a step's positions: the trunk, or the head in that order
+HEADS: tuple[Head, ...] = get_args(Head)
+SCORING = tuple(name for name, row in POLICIES.items() if row.deterministic)
+POLICIES_SHOWN = 'random,left_to_right,strided'
+WINDOWS = 64
+PICTURE_NAME = 'likelihood.png'
+
+
+# The likelihood -----------------------------------------------------------------------------------------------------
+
+def log_likelihood(network: Network, tokens: Tensor, policy: Policy, head: Head, allowed: Tensor,
+                   generator: RowRandom) -> Tensor:
+    """float64 [B]: log p in nats of the texts tokens int64 [B, T] of base tokens, the softmax over allowed bool [V].
+
+    `policy` must be of a deterministic row of POLICIES; random orders follow from `generator`, one row of it per text,
+    as they do in generation, so a text's number does not depend on its batch. The trunk calls count on `network`.
+    """
+    assert policy.remask is None, 'a text has no likelihood under a policy that masks again'
+    model, mask_token_id, rule = network.model, network.model.config.mask_token_id, DrawRule(allowed)
+    current = torch.full_like(tokens, mask_token_id)  # [B, T]
+    nothing = torch.zeros_like(tokens, dtype=torch.bool)
+    found = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+    with network.precision():
+        for step in range(policy.limit(tokens.size(1))):
+            numbers = generator.at(step)
+            prediction = Prediction(model, network.encode, current, current == mask_token_id, rule, numbers)
+            view = PolicyView(step, current, nothing, mask_token_id, numbers, prediction, nothing, found, None)
+            fill = fill_positions(model, current, prediction.hidden_states, rule, numbers, truth=tokens,
+                                  positions=policy.reveal(view) & view.masked, use_sampler_head=head != 'none',
+                                  order='left_to_right' if head == 'left_to_right' else 'wave')
+            current, found = fill.tokens, found + fill.log_probabilities
+    assert current.equal(tokens), 'the policy left masks behind'
+    return found.sum(1)
+
+
+class Likelihood(NamedTuple):
+    """nats float64 [W]: -log p per token of each window; trunk_calls per window; seconds for all."""
+
+    nats: Tensor
+    trunk_calls: int
+    seconds: float
+
+
+def window_likelihoods(network: Network, windows: Tensor, policy: Policy, head: Head, allowed: Tensor, *, seed: int,
+                       batch_size: int) -> Likelihood:
+    """`Likelihood` of windows int64 [W, T]; window i has the random order of row i."""
+    start, calls, parts, device = time.perf_counter(), network.trunk_calls, [], allowed.device
+    for first in range(0, len(windows), batch_size):
+        rows = windows[first:first + batch_size].to(device)
+        parts.append(log_likelihood(network, rows, policy, head, allowed, keyed(seed, 0, first, len(rows), device)))
+    nats = -torch.cat(parts).cpu() / windows.size(1)  # waits for the device
+    return Likelihood(nats, (network.trunk_calls - calls) // len(parts), time.perf_counter() - start)
+
+
+# The measure --------------------------------------------------------------------------------------------------------
+
+def likelihood_cells(evaluation: Evaluation) -> list[Cell]:
+    """One cell for every policy, number of trunk calls and head that the options name."""
+    config, T = evaluation.config, evaluation.model.config.block_size
+    if evaluation.checkpoint.kind != CheckpointKind.UNMASKING:
+        raise UserError(f'the exact likelihood of reveal policies needs a diffusion checkpoint, but this one is '
+                        f'{evaluation.checkpoint.kind}; --measure=nelbo gives the likelihood of a causal one')
+    policies, calls = split_names(config.policies or POLICIES_SHOWN), asked_calls(config.trunk_calls, T)
+    heads = split_names(config.heads) if config.heads is not None else \
+        list(HEADS) if evaluation.sampler_head else ['none']
+    raise_problems([*policy_problems(policies), *call_problems(calls, T),
+                    *head_problems(heads, evaluation.sampler_head)])
+    count = config.windows or WINDOWS
+    windows = fixed_windows(evaluation.corpus.tokens(config.split, T), count, T)
+
+    def cell(policy: str, trunk_calls: int, head: Head) -> Cell:
+        settings = evaluation.settings(policy=policy, trunk_calls=trunk_calls, head=head, windows=count,
+                                       seed=config.seed)
+        return Cell(settings, lambda: _result(evaluation, windows, policy, trunk_calls, head), cost=trunk_calls)
+
+    return [cell(policy, int(number), head) for policy in policies for number in calls for head in heads]
+
+
+def _result(evaluation: Evaluation, windows: Tensor, policy: str, trunk_calls: int, head: Head) -> Result:
+    """One cell: the mean over windows with its standard error, and what it took."""
+    runtime, config = evaluation.runtime, evaluation.config
+    network = Network(evaluation.model, TimingAccumulator(),
+                      None if runtime.dtype is torch.float32 else runtime.dtype)
+    found = window_likelihoods(network, windows, POLICIES[policy].make(iterations=trunk_calls), head,
+                               evaluation.allowed, seed=config.seed, batch_size=config.batch_size)
+    assert found.trunk_calls == trunk_calls
+    nats = found.nats.mean().item()
+    bits, unit = bits_of(nats, evaluation.corpus, config.split)
+    return {'nats': nats, 'standard_error': (found.nats.std() / math.sqrt(len(windows))).item(), 'bits': bits,
+            'unit': unit, 'seconds': found.seconds}
+
+
+def split_names(text: str) -> list[str]:
+    """The names of a comma-separated list, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(',') if name.strip()))
+
+
+def asked_calls(trunk_calls: Sequence[float] | None, length: int) -> list[float]:
+    """The asked numbers of trunk calls, each once; by default the powers of two up to `length`, and it."""
+    powers = [2 ** power for power in range(length.bit_length())]
+    return list(dict.fromkeys(trunk_calls if trunk_calls is not None else [*powers, length]))
+
+
+def policy_problems(policies: Sequence[str]) -> list[str]:
+    """Policies that are unknown, or under which a text has no exact likelihood."""
+    problems = [] if policies else [f'policies is empty; name some of {", ".join(SCORING)}']
+    for name in policies:
+        if name not in POLICIES:
+            nearest = closest(name, SCORING)
+            problems.append(f'policies holds {name!r}, but must be of {", ".join(SCORING)}'
+                            + (f"; did you mean '{nearest}'?" if nearest else ''))
+        elif name not in SCORING:
+            problems.append(f'text has no exact likelihood at a given number of trunk calls under the policy {name}, '
+                            f'which chooses by what it draws, masks again, or decides the number itself; take '
+                            f'{", ".join(SCORING)}')
+    return problems
+
+
+def call_problems(calls: Sequence[float], length: int) -> list[str]:
+    """Numbers of trunk calls that are none."""
+    problems = [] if calls else ['trunk_calls is empty; give numbers such as [1,2,4,8]']
+    return problems + [f'trunk_calls holds {number:g}, but must hold whole numbers from 1 to the window length '
+                       f'({length}): each call reveals at least one token' for number in calls
+                       if number != int(number) or not 1 <= number <= length]
+
+
+def head_problems(heads: Sequence[str], sampler_head: bool) -> list[str]:
+    """Ways to fill that are unknown or that the checkpoint lacks."""
+    problems = [f'heads holds {name!r}, but must be of {", ".join(HEADS)}' for name in heads if name not in HEADS]
+    if not heads:
+        problems.append(f'heads is empty; name some of {", ".join(HEADS)}')
+    if not sampler_head and set(heads) & {'wave', 'left_to_right'}:
+        problems.append('the checkpoint has no trained sampler head; take --heads=none, or a checkpoint trained with '
+                        'add_sampler_head=True')
+    return problems
+
+
+def arranged(rows: Sequence[Result]) -> list[Result]:
+    """Table rows by policy and trunk calls, with nats and standard error of each head side by side."""
+    table: dict[tuple[str, int], Result] = {}
+    for row in rows:
+        line = table.setdefault((row['policy'], row['trunk_calls']), {key: row[key] for key in (
+            'policy', 'trunk_calls', 'windows', 'unit')})
+        line[row['head']] = f'{row["nats"]:.4f} ({row["standard_error"]:.4f})'
+    return list(table.values())
+
+
+def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
+    """Say what the head costs, and draw nats per token against trunk calls, one panel a policy, one line a head."""
+    if evaluation.sampler_head:
+        share = evaluation.model.sampler_operations_per_token() / evaluation.model.operations_per_token()
+        evaluation.say(f"the sampler head takes {share:.1%} of the trunk's multiply-adds per token "
+                       f'(neighbours come from a table)')
+    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for row in rows:
+        name = {'none': 'without sampler head', 'wave': 'head, wave order',
+                'left_to_right': 'head, left to right'}[row['head']]
+        panels.setdefault(row['policy'], {}).setdefault(name, []).append(
+            (row['trunk_calls'], row['nats'], row['standard_error']))
+    token = 'character' if evaluation.vocabulary.kind == 'characters' else 'token'
+    path = evaluation.out_dir / PICTURE_NAME
+    plot_likelihood(panels, path, f'trunk calls per {evaluation.model.config.block_size} {token}s', f'nats per {token}')
+    evaluation.say(f'picture written to {path}')
+
+
+LIKELIHOOD = Measure(likelihood_cells, ('policy', 'trunk_calls', *HEADS, 'windows'),
+                     'exact negative log-likelihood of reveal policies, nats per token (standard error)',
+                     finish=finish, arrange=arranged)

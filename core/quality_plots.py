@@ -1,0 +1,84 @@
+"""Pictures of sample quality. Matplotlib takes seconds to import, so it is imported where a picture is drawn."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.plots import INK, tidy
+
+PANELS = (('reference_bits', 'reference bits per character'), ('entropy_3', 'trigram entropy, nats'),
+          ('divergence_3', 'trigram divergence, nats'), ('known_words', 'share of corpus words'),
+          ('copied_span', 'longest copied span, characters'), ('repetition', 'share of repeated 4-grams'))
+AXES = (('trunk_calls', 'trunk calls'), ('network_calls', 'network calls'), ('seconds', 'seconds'))
+COLOURS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#8C6D00', '#404040')
+MARKERS = 'osD^vPX*h<'  # with the colours, since eight colours alone are hard to tell apart
+
+
+class Curve(NamedTuple):
+    """A policy's points: costs by name, and the reference bits at each; all of one length, perhaps empty."""
+
+    name: str
+    costs: dict[str, list[float]]
+    bits: list[float]
+
+
+def plot_quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], picture: Path) -> None:
+    """A row of dots with their intervals per metric, one line per text; atomic."""
+    panels = [(metric, title) for metric, title in PANELS if any(row.get(metric) is not None for row in rows)]
+    figure = _figure(2.6 * len(panels) + 1.8, 0.34 * len(rows) + 1.2)
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (metric, title) in zip(grid, panels):
+        for place, row in enumerate(rows):
+            if row.get(metric) is None:
+                continue
+            colour = COLOURS[3] if 'control' in row else COLOURS[0]
+            axes.plot(row[f'{metric}_interval'], [place, place], color=colour, linewidth=1.4, alpha=0.6)
+            axes.plot(row[metric], place, color=colour, marker='D' if 'control' in row else 'o', markersize=4.5)
+        axes.set_xlabel(title, color=INK, fontsize=9)
+        axes.set_yticks(range(len(rows)), names)
+        tidy(axes, 'both')
+    grid[0].invert_yaxis()
+    _save(figure, picture)
+
+
+def plot_curves(families: Mapping[str, Sequence[Curve]], controls: Mapping[str, float], picture: Path) -> None:
+    """Reference bits at equal entropy against each cost: a line of panels per family, the others' curves in grey."""
+    shown = {family: found for family, curves in families.items() if (found := [one for one in curves if one.bits])}
+    everyone = [curve for curves in shown.values() for curve in curves]
+    figure = _figure(12, 3.1 * max(1, len(shown)))
+    grid = figure.subplots(max(1, len(shown)), len(AXES), sharey=True, sharex='col', squeeze=False)
+    for line, (family, curves) in zip(grid, (shown or {'no curves': []}).items()):
+        for axes, (cost, title) in zip(line, AXES):
+            for curve in everyone:
+                axes.plot(curve.costs[cost], curve.bits, color='#D8D8D8', linewidth=1, marker='.', markersize=3,
+                          zorder=1)
+            for number, curve in enumerate(curves):
+                axes.plot(curve.costs[cost], curve.bits, color=COLOURS[number % len(COLOURS)], linewidth=1.4,
+                          marker=MARKERS[number % len(MARKERS)], markersize=4.5, label=curve.name, zorder=3)
+            for (name, bits), dashes in zip(controls.items(), ((5, 3), (1, 2))):
+                axes.axhline(bits, color=INK, linewidth=0.9, linestyle=(0, dashes), zorder=2,
+                             label=name if axes is line[-1] else None)
+            axes.set_xscale('log', base=2)
+            axes.xaxis.set_major_formatter('{x:g}')
+            tidy(axes, 'both')
+        line[0].set_ylabel(f'{family}\nreference bits per character', color=INK, fontsize=9)
+        line[-1].legend(frameon=False, fontsize=8, labelcolor=INK, loc='center left', bbox_to_anchor=(1.0, 0.5))
+    for axes, (_, title) in zip(grid[-1], AXES):
+        axes.set_xlabel(title, color=INK)
+    _save(figure, picture)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, picture: Path) -> None:
+    temporary = picture.with_name(f'{picture.name}.tmp')
+    figure.savefig(temporary, format='png')
+    os.replace(temporary, picture)

@@ -1,0 +1,261 @@
+"""What the samples' measures say: tables in Markdown, pictures, and the small records that docs keep.
+
+`rows` are settings and result of a cell in one dict, as core/quality_run.py makes them; a control has a name under
+'control', every other row one under 'policy'. All figures are read from rows, so a kept record makes the same page.
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.curves import at_entropy
+from core.evaluation import Evaluation, Result
+from core.files import atomic_writer
+from core.markdown import markdown_table, split_at_markers, write_between
+from core.policies import POLICIES
+from core.quality_plots import Curve, plot_curves, plot_quality
+
+REAL, CAUSAL = 'real text', 'causal model'  # the controls that others are compared with
+SAMPLE = 56  # characters of a sample in a table
+PAGE = 'docs/sampling.md'
+QUALITY_COLUMNS = ('reference_bits', 'entropy_1', 'entropy_3', 'entropy_5', 'divergence_1', 'divergence_3',
+                   'distinct_3', 'known_words', 'copied_span', 'repetition')
+COSTS = ('trunk_calls', 'network_calls', 'seconds')
+KEPT = ('control', 'policy', 'wanted_calls', 'options', 'temperature', 'trunk_calls', 'network_calls', 'seconds',
+        'self_confidence', 'reference_bits', 'entropy_3', 'known_words', 'copied_span', 'repetition', 'sample')
+COMMON = ('dataset', 'split', 'samples', 'length', 'batch_size', 'seed', 'sampler_head', 'critic', 'dtype')
+
+Row = Mapping[str, Any]
+
+
+# Words --------------------------------------------------------------------------------------------------------------
+
+def name_of(row: Row) -> str:
+    """What a row is called in a table: a control's name, or the policy with the option that set its calls."""
+    if 'control' in row:
+        return row['control']
+    return row['policy'] + ''.join(f', {option} {value:.3g}' for option, value in row['options'].items()
+                                   if option != 'iterations')
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    """A figure, or a dash where there is none; whole numbers without decimals."""
+    if value is None:
+        return '-'
+    return f'{value:.0f}' if value == int(value) and abs(value) >= 1 else f'{value:.{digits}f}'
+
+
+def one_line(text: str, most: int = SAMPLE) -> str:
+    """The start of a text as a table cell: code, a new line as a pilcrow."""
+    plain = text[:most].replace('\n', '\u00b6').replace('|', '\\|').replace('`', "'")
+    return f'`{plain}`'
+
+
+def with_interval(row: Row, name: str) -> str:
+    """'value (low - high)' of a metric."""
+    interval = row.get(f'{name}_interval')
+    return shown(row.get(name)) + ('' if interval is None else f' ({interval[0]:.3f} - {interval[1]:.3f})')
+
+
+def setting_line(rows: Sequence[Row], command: str) -> list[str]:
+    """The command that made the rows and what they have in common."""
+    row = rows[0]
+    head = 'through the sampler head' if row['sampler_head'] else 'without the sampler head'
+    return [f'    {command}', '',
+            f'{row["samples"]} texts of {row["length"]} tokens, at most {row["batch_size"]} at once, seed '
+            f'{row["seed"]}, {head}, {row["dtype"]}; held-out text is {row["split"]} of {row["dataset"]}. '
+            'Calls are those of a batch, seconds those of all texts.']
+
+
+# Policies -----------------------------------------------------------------------------------------------------------
+
+def policies_text(record: Row) -> str:
+    """The generated part of docs/sampling.md: one table per budget."""
+    rows = record['rows']
+    lines = [*setting_line([{**record['common'], **rows[0]}], record['command']), '']
+    budgets = list(dict.fromkeys(row['wanted_calls'] for row in rows if 'policy' in row))
+    for budget in sorted(budgets, key=lambda calls: (calls is None, calls)):
+        title = 'Calls that follow from the length' if budget is None else f'{budget} trunk calls'
+        lines += [f'### {title}', '', *_policies_table([row for row in rows if 'policy' in row
+                                                       and row['wanted_calls'] == budget], costs=True), '']
+    lines += ['### Controls', '', *_policies_table([row for row in rows if 'control' in row], costs=False)]
+    return '\n'.join(lines)
+
+
+def _policies_table(rows: Sequence[Row], costs: bool) -> list[str]:
+    """The rows of one budget; controls cost nothing that compares."""
+    bits = any(row.get('reference_bits') is not None for row in rows)
+    head = ['policy' if costs else 'control', *(['trunk calls', 'network calls', 'seconds'] if costs else []),
+            'self-confidence', *(['reference bits'] if bits else []), 'trigram entropy', 'corpus words', 'copied',
+            'repeated', 'sample']
+    body = []
+    for row in rows:
+        figures = [f'{row["trunk_calls"]:.0f}', f'{row["network_calls"]:.0f}', f'{row["seconds"]:.1f}'] if costs else []
+        body.append([name_of(row), *figures, shown(row.get('self_confidence'), 2),
+                     *([shown(row.get('reference_bits'), 2)] if bits else []), shown(row['entropy_3'], 2),
+                     _percent(row['known_words']), f'{row["copied_span"]:.1f}', _percent(row['repetition']),
+                     one_line(row['sample']) if row.get('sample') else '-'])
+    return markdown_table(head, body)
+
+
+def _percent(value: float | None) -> str:
+    return '-' if value is None else f'{value:.0%}'
+
+
+def report_policies(evaluation: Evaluation, rows: Sequence[Result]) -> None:
+    """With --report: the tables into the page, the record beside it."""
+    _publish(evaluation, 'policies', _record(evaluation, 'policies', rows), policies_text)
+
+
+# Quality ------------------------------------------------------------------------------------------------------------
+
+def quality_text(rows: Sequence[Row], command: str) -> str:
+    """A table of the metrics with their 95 % intervals over the texts."""
+    columns = [name for name in QUALITY_COLUMNS if any(row.get(name) is not None for row in rows)]
+    body = [[name_of(row), shown(row.get('trunk_calls')), *(with_interval(row, name) for name in columns)]
+            for row in rows]
+    return '\n'.join([*setting_line(rows, command), '',
+                      *markdown_table(['text', 'trunk calls', *(name.replace('_', ' ') for name in columns)], body)])
+
+
+def draw_quality(evaluation: Evaluation, rows: Sequence[Result]) -> None:
+    """quality.md and quality.png in the run folder."""
+    folder = evaluation.out_dir
+    _write(folder / 'quality.md', quality_text(rows, command_of(evaluation, 'quality')) + '\n')
+    plot_quality(rows, [f'{name_of(row)} {row["wanted_calls"] or ""}'.strip() if 'policy' in row else name_of(row)
+                        for row in rows], folder / 'quality.png')
+    evaluation.say(f'table and picture written to {folder / "quality.md"} and {folder / "quality.png"}')
+
+
+# Curves -------------------------------------------------------------------------------------------------------------
+
+class Equal(NamedTuple):
+    """A policy at one budget, every figure interpolated to the entropy of real text; figures None where the
+    temperatures do not reach it, and lowest and highest say how far they reach."""
+
+    policy: str
+    wanted: int | None
+    figures: dict[str, float | None]
+    lowest: float
+    highest: float
+
+
+def at_equal_entropy(rows: Sequence[Row]) -> list[Equal]:
+    """Each policy and budget at the trigram entropy of real text of the same size, temperature being the dial."""
+    target = next(row['entropy_3'] for row in rows if row.get('control') == REAL)
+    groups: dict[tuple[str, int | None], list[Row]] = {}
+    for row in rows:
+        if 'policy' in row:
+            groups.setdefault((row['policy'], row['wanted_calls']), []).append(row)
+    found = []
+    for (policy, wanted), group in groups.items():
+        entropies = [row['entropy_3'] for row in group]
+        figures = {name: at_entropy([(row['entropy_3'], row[name]) for row in group if row[name] is not None], target)
+                   for name in (*COSTS, 'temperature', 'reference_bits', 'known_words', 'copied_span', 'repetition')}
+        for end, place in (('low', 0), ('high', 1)):
+            figures[end] = at_entropy([(row['entropy_3'], row['reference_bits_interval'][place]) for row in group],
+                                      target)
+        found.append(Equal(policy, wanted, figures, min(entropies), max(entropies)))
+    return found
+
+
+def curves_text(rows: Sequence[Row], command: str) -> str:
+    """A table of every policy and budget at equal trigram entropy."""
+    real = next(row for row in rows if row.get('control') == REAL)
+    body = []
+    for equal in at_equal_entropy(rows):
+        figures = equal.figures
+        bits = '-' if figures['reference_bits'] is None else \
+            f'{figures["reference_bits"]:.3f} ({figures["low"]:.3f} - {figures["high"]:.3f})'
+        body.append([equal.policy, shown(equal.wanted), shown(figures['trunk_calls'], 1),
+                     shown(figures['network_calls'], 1), shown(figures['seconds'], 1), shown(figures['temperature'], 2),
+                     bits, _percent(figures['known_words']), shown(figures['copied_span'], 1),
+                     _percent(figures['repetition']), f'{equal.lowest:.2f} to {equal.highest:.2f}'])
+    head = ['policy', 'asked calls', 'trunk calls', 'network calls', 'seconds', 'temperature', 'reference bits',
+            'corpus words', 'copied', 'repeated', 'entropy reached']
+    lines = [*setting_line(rows, command), '',
+             f'Trigram entropy {real["entropy_3"]:.3f} nats, that of real text of this size, whose reference bits are '
+             f'{shown(real["reference_bits"])}. Temperature is interpolated to it; a dash says that no two '
+             f'temperatures have it between them.', '', *markdown_table(head, body)]
+    controls = [[name_of(row), with_interval(row, 'reference_bits'), shown(row['entropy_3'])]
+                for row in rows if 'control' in row]
+    return '\n'.join([*lines, '', *markdown_table(['control', 'reference bits', 'trigram entropy'], controls)])
+
+
+def tell_curves(evaluation: Evaluation, rows: Sequence[Result]) -> None:
+    """curves.md and curves.png in the run folder."""
+    folder = evaluation.out_dir
+    _write(folder / 'curves.md', curves_text(rows, command_of(evaluation, 'curves')) + '\n')
+    curves: dict[str, list[Equal]] = {}
+    for equal in at_equal_entropy(rows):
+        if equal.figures['reference_bits'] is not None:
+            curves.setdefault(equal.policy, []).append(equal)
+    controls = {row['control']: row['reference_bits'] for row in rows
+                if row.get('control') in (REAL, CAUSAL) and row.get('reference_bits') is not None}
+    families: dict[str, list[Curve]] = {}
+    for policy in POLICIES:
+        points = [equal.figures for equal in curves.get(policy, [])]
+        families.setdefault(POLICIES[policy].make.__module__.rsplit('.', 1)[-1], []).append(
+            Curve(policy, {cost: [point[cost] for point in points] for cost in COSTS},
+                  [point['reference_bits'] for point in points]))
+    plot_curves(families, controls, folder / 'curves.png')
+    evaluation.say(f'table and picture written to {folder / "curves.md"} and {folder / "curves.png"}')
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+def command_of(evaluation: Evaluation, measure: str) -> str:
+    """The command line that computes this measure again."""
+    given = [f'--{name}={_argument(getattr(evaluation.config, name))}' for name in evaluation.explicit
+             if name != 'measure']
+    return ' '.join(['python evaluate.py', f'--measure={measure}', *given])
+
+
+def _argument(value: object) -> str:
+    """A value as the shell takes it."""
+    if isinstance(value, list):
+        return f'"[{",".join(f"{one:g}" for one in value)}]"'
+    return shlex.quote(str(value))
+
+
+def _record(evaluation: Evaluation, measure: str, rows: Sequence[Row]) -> Result:
+    """What the docs keep of a measure: enough to write its page again."""
+    return {'measure': measure, 'command': command_of(evaluation, measure), 'checkpoint': evaluation.checkpoint_hash,
+            'common': {name: rows[0][name] for name in COMMON},
+            'rows': [{name: _rounded(row[name]) for name in KEPT if name in row} for row in rows]}
+
+
+def _rounded(value: object) -> object:
+    """Floats to six decimals: a record is read by people too."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def markers(measure: str) -> tuple[str, str]:
+    """The lines between which a page holds what evaluate.py writes of a measure."""
+    return f'<!-- evaluate.py writes {measure} from here -->', f'<!-- evaluate.py writes {measure} to here -->'
+
+
+def check_page(evaluation: Evaluation, measure: str) -> None:
+    """UserError before any work where --report names a page that has no place for this measure."""
+    if evaluation.config.report is not None:
+        split_at_markers(Path(evaluation.config.report), *markers(measure), PAGE)
+
+
+def _publish(evaluation: Evaluation, measure: str, record: Result, text: Callable[[Row], str]) -> None:
+    """The record to results/<measure>.json beside the page of --report, its text between the page's markers."""
+    if evaluation.config.report is None:
+        return
+    page = Path(evaluation.config.report)
+    write_between(page, *markers(measure), text(record), PAGE)
+    (page.parent / 'results').mkdir(exist_ok=True)
+    _write(page.parent / 'results' / f'{measure}.json', json.dumps(record, indent=1, ensure_ascii=False) + '\n')
+    evaluation.say(f'{measure} written to {page} and {page.parent / "results" / measure}.json')
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_writer(path) as file:
+        file.write(text.encode())
