@@ -39,5 +39,6 @@ if device == 'cpu':
     eval_iters = 16
     ema_decay = 0.99
 
+sampler_n_embd = 3 * n_embd  # what neighbours tell each other needs width (docs/LOG.md)
 lr_decay_iters = max_iters
 min_lr = learning_rate / 20

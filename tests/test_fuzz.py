@@ -141,8 +141,9 @@ PICKLE_PIECES = (
     b'\x81', b'b', b'\x82\x01', b'P1\n', b'Q', b'.', b'0', b'2', b'}', b']', b')', b'\x88', b'N', b'J\xff\xff\xff\x7f',
     b'K\xff', b'B\xff\xff\xff\x7f', b'\x8e' + b'\xff' * 7 + b'\x7f', b'\x8d' + b'\xff' * 8, b'\x8b\xff\xff\xff\x7f',
     b'h\x00', b'j\xff\xff\xff\xff', b'r\xff\xff\xff\x7f', b'\x94', b'e', b'u', b's', b'(', b't', b'\x85',
-    b'\x95' + b'\xff' * 8, b'\x97', b'\x96' + b'\xff' * 8, b'ctorch._utils\n_rebuild_tensor_v2\n', b'ctorch\nFloatStorage\n',
-    b'\x80\x02', b'cbuiltins\neval\n', b'ccollections\nOrderedDict\n', b'cbuiltins\nbytearray\n')
+    b'\x95' + b'\xff' * 8, b'\x97', b'\x96' + b'\xff' * 8, b'ctorch._utils\n_rebuild_tensor_v2\n',
+    b'ctorch\nFloatStorage\n', b'\x80\x02', b'cbuiltins\neval\n', b'ccollections\nOrderedDict\n',
+    b'cbuiltins\nbytearray\n')
 
 
 def meta_reader(folder: Path) -> Callable[[random.Random], None]:
