@@ -18,6 +18,7 @@ SMALL = {
                  '--start_sampler_iteration=1 --start_critic_iteration=2 --end_critic_iteration=4 --eval_interval=3 '
                  '--eval_iters=1 --sample_length=16 --compile=False --device=cpu').split(),
     'sample.py': ['--num_samples=1', '--device=cpu'],
+    'evaluate.py': ['--windows=4', '--device=cpu'],
 }
 
 
@@ -39,7 +40,8 @@ def test_every_command_runs_with_small_settings(tmp_path, small_corpus, monkeypa
     """In the README's order, in one folder, on a made-up corpus in place of the plays."""
     text = small_corpus.vocabulary.decode(small_corpus.tokens('train')[:4000].tolist())
     (tmp_path / 'my.txt').write_text(text + '\nTo be, or not to be ' + 'Once upon a time ' * 30)
-    for name in ('config', 'core', 'model.py', 'sample_utils.py', 'configurator.py', 'train.py', 'sample.py'):
+    for name in ('config', 'core', 'model.py', 'sample_utils.py', 'configurator.py', 'train.py', 'sample.py',
+                 'evaluate.py'):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'data' / 'custom').mkdir(parents=True)
     prepare = (ROOT / 'data' / 'custom' / 'prepare.py').read_text()
