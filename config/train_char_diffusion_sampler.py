@@ -1,5 +1,5 @@
 # The full recipe: a diffusion trunk, a sampler head from iteration 1000 and a critic from 3000 on.
-# Two CPU cores: shrunk in proportion, about 9 minutes, validation NELBO 1.90 nats per character (docs/results.md).
+# Two CPU cores: shrunk in proportion, about 12 minutes, validation NELBO 1.90 nats per character (docs/results.md).
 # One GPU: 6 layers, 384 channels, 6000 iterations; not measured yet.
 out_dir = 'out'
 dataset = 'shakespeare_char'
