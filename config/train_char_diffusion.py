@@ -1,4 +1,7 @@
 # Masked diffusion without heads: the trunk of train_char_diffusion_sampler.py alone.
+# Two CPU cores: shrunk in proportion, 1500 iterations of 0.23 seconds, about 6 minutes when nothing else runs and
+# compilation and validations are counted; validation NELBO 1.89 nats per character.
+# One GPU: 6 layers, 384 channels, 6000 iterations; not measured yet.
 out_dir = 'out-diffusion'
 dataset = 'shakespeare_char'
 
