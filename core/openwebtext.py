@@ -1,0 +1,226 @@
+"""The corpus `openwebtext`: more text than memory holds, streamed into GPT-2's BPE.
+
+Documents come from the package `datasets` or from text files of the user's. Each passage goes whole to one split, as
+its number says, so that nothing but a few passages at a time is in memory.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from core.corpora import Say, make_meta, read_arguments, replacing_together, summary, write_temporary
+from core.data import DOCUMENT_END, SPLITS, Vocabulary, load_corpus
+from core.errors import UserError, raise_problems
+from core.expressions import excerpt
+from core.gpt2_tokenizer import gpt2_vocabulary
+
+DATASET = 'Skylion007/openwebtext'
+REVISION = 'refs/convert/parquet'  # the whole of it as plain tables, so that no code of the data set's own is run
+DATASET_BYTES = 40 * 10**9  # of text, about; for the progress bar
+PASSAGE = 2**14  # characters; longer documents of a text file are cut into such passages
+READ = 2**17  # characters of a text file read at a time
+TOGETHER = 256  # passages that are encoded side by side
+REPORT_SECONDS = 60  # between lines of progress where there is no terminal
+_BEFORE_A_WORD = re.compile(r'(?s).+[ \n](?=\S)')
+
+
+class Passage(NamedTuple):
+    """A document or a part of one; `ends_document` asks for the token DOCUMENT_END behind it."""
+
+    text: str
+    ends_document: bool
+
+
+def split_of(number: int) -> str:
+    """The split of passage `number`: of every hundred 95 go to train, 4 to ref and 1 to val, evenly spread."""
+    if number % 100 == 50:
+        return 'val'
+    return 'ref' if number % 25 == 12 else 'train'
+
+
+# --- where passages come from ---------------------------------------------------------------------------------------
+
+def dataset_passages() -> Iterator[Passage]:
+    """The documents of OpenWebText, streamed over the network. UserError without `datasets` or a connection."""
+    otherwise = 'or give text at hand with --input FILE ...'
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError('openwebtext comes through the package datasets, which is not installed: run '
+                        f'"pip install datasets" (it then fetches tens of gigabytes), {otherwise}') from None
+    try:
+        for row in load_dataset(DATASET, revision=REVISION, split='train', streaming=True):
+            if row['text'].strip():
+                yield Passage(row['text'], True)
+    except Exception as error:  # network, server and package raise kinds of their own
+        raise UserError(f'{DATASET} cannot be read through datasets ({type(error).__name__}: {excerpt(str(error))}); '
+                        f'try again later, {otherwise}') from None
+
+
+def file_passages(paths: Sequence[Path]) -> Iterator[Passage]:
+    """The documents of UTF-8 text files, the long ones in pieces, which GPT-2's BPE encodes as it does the whole.
+
+    A document ends at each DOCUMENT_END in the text and at the end of each file. UserError for what is no plain text.
+    """
+    for path in paths:
+        rest, begun = '', False  # the document that is not complete yet, and whether a part of it has gone out
+        for block in _blocks(path):
+            *documents, rest = (rest + block).split(DOCUMENT_END)
+            for document in documents:
+                yield from _pieces(document, begun)
+                begun = False
+            while len(rest) >= 2 * PASSAGE:  # so that no DOCUMENT_END of which a part has come is near the cut
+                cut = _cut(rest)
+                yield Passage(rest[:cut], False)
+                rest, begun = rest[cut:], True
+        yield from _pieces(rest, begun)
+
+
+def _pieces(document: str, begun: bool) -> Iterator[Passage]:
+    """The passages of a document, or of its last part if it has `begun`; none of a blank document."""
+    if not begun and not document.strip():
+        return
+    while len(document) > PASSAGE:
+        cut = _cut(document)
+        yield Passage(document[:cut], False)
+        document = document[cut:]
+    yield Passage(document, True)
+
+
+def _cut(text: str) -> int:
+    """How many characters the first passage of `text` has, at most PASSAGE.
+
+    White space that ends in a blank or a newline is split before that last character: GPT-2's pattern cuts there too,
+    and what precedes it matches the same way at the end of a text. Only a word as long as a passage is cut anywhere.
+    """
+    found = _BEFORE_A_WORD.match(text, 0, PASSAGE)
+    return found.end() - 1 if found else PASSAGE
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    """The text of a file, a little at a time, with newlines for the line ends of every system."""
+    try:
+        with path.open(encoding='utf-8-sig') as file:
+            while block := file.read(READ):
+                if '\0' in block:
+                    raise UserError(f'{path} holds a zero byte, so it is no plain text: give UTF-8 text files')
+                yield block
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}): give the paths of text files') from None
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not UTF-8 (it has the byte {error.object[error.start]} where none such can be): '
+                        f'save it as UTF-8, for example with iconv -f LATIN1 -t UTF-8') from None
+
+
+def reported(passages: Iterable[Passage], total: int, say: Say) -> Iterator[Passage]:
+    """`passages` unchanged, while a bar on a terminal or a line a minute shows how many of `total` bytes are done."""
+    done, start = 0, time.monotonic()
+    said = start
+    with tqdm(total=total, unit='B', unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        for passage in passages:
+            yield passage
+            length = len(passage.text.encode('utf-8'))
+            done += length
+            bar.update(length)
+            now = time.monotonic()
+            if bar.disable and now - said >= REPORT_SECONDS:
+                said, left = now, (now - start) * max(total - done, 0) / done
+                say(f'{done / 1e9:.2f} GB of about {total / 1e9:.2f} GB encoded, about {left / 60:.0f} min left')
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class _Part:
+    """One split while it grows."""
+
+    file: BinaryIO
+    sha256: Any = field(default_factory=hashlib.sha256)
+    tokens: int = 0
+    characters: int = 0
+    utf8_bytes: int = 0
+
+    def add(self, ids: np.ndarray, text: str) -> None:
+        """Append `ids` (int [tokens], already of the file's dtype), of which `text` is the text."""
+        data = ids.tobytes()
+        self.file.write(data)
+        self.sha256.update(data)
+        self.tokens += len(ids)
+        self.characters += len(text)
+        self.utf8_bytes += len(text.encode('utf-8'))
+
+
+def write_passages(folder: Path, vocabulary: Vocabulary, passages: Iterable[Passage], source: str) -> None:
+    """Encode `passages`, spread them over the splits and write the corpus folder, whole or not at all.
+
+    `vocabulary` must have a `document_end_id`, which counts as a token without text. Memory does not grow with the
+    number of passages. UserError where a split stays empty or the folder cannot be written.
+    """
+    assert vocabulary.document_end_id is not None
+    temporary = {f'{split}.bin': folder / f'{split}.bin.{os.getpid()}.tmp' for split in SPLITS}
+    with replacing_together(folder, temporary):
+        with ExitStack() as stack:
+            parts = {split: _Part(stack.enter_context(temporary[f'{split}.bin'].open('wb'))) for split in SPLITS}
+            _encode_into(parts, vocabulary, passages)
+            for part in parts.values():
+                part.file.flush()
+                os.fsync(part.file.fileno())
+        empty = [split for split, part in parts.items() if not part.tokens]
+        if empty:
+            raise UserError(f'the text of {source} is too short: nothing is left for {", ".join(empty)}; give at least '
+                            f'a million characters, or use python data/custom/prepare.py my.txt')
+        meta = make_meta(vocabulary, source, {
+            'sizes': {split: part.tokens for split, part in parts.items()},
+            'characters': {split: part.characters for split, part in parts.items()},
+            'utf8_bytes': {split: part.utf8_bytes for split, part in parts.items()},
+            'file_hashes': {split: part.sha256.hexdigest() for split, part in parts.items()}})
+        temporary['meta.pkl'] = write_temporary(folder / 'meta.pkl', meta)
+
+
+def _encode_into(parts: dict[str, _Part], vocabulary: Vocabulary, passages: Iterable[Passage]) -> None:
+    """Encode `passages` on all cores (tiktoken lets threads run) and add them to `parts` in their order."""
+    def encode(passage: Passage) -> np.ndarray:
+        ids = vocabulary.encode_array(passage.text)
+        return (np.append(ids, vocabulary.document_end_id) if passage.ends_document else ids).astype(vocabulary.dtype)
+
+    remaining = iter(passages)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        first = 0
+        while together := list(islice(remaining, TOGETHER)):
+            for number, (passage, ids) in enumerate(zip(together, pool.map(encode, together), strict=True), first):
+                parts[split_of(number)].add(ids, passage.text)
+            first += len(together)
+
+
+# --- the command line of data/openwebtext/prepare.py ----------------------------------------------------------------
+
+def prepare_openwebtext(arguments: list[str], root: Path) -> None:
+    """`prepare.py [--input FILE ...]`: OpenWebText itself, or these text files in its place."""
+    plain, options = read_arguments(arguments, {'input': ''}, positional=len(arguments))
+    paths = [Path(name) for name in (options['input'], *plain) if name]
+    problems = [f'{path} is not there: give the paths of text files' for path in paths if not path.is_file()]
+    if plain and not options['input']:
+        problems.append(f'{" ".join(plain)} needs --input before it: --input FILE ...')
+    if sum(argument.partition('=')[0] == '--input' for argument in arguments) > 1:
+        problems.append('--input is given more than once: name all files behind one, --input FILE ...')
+    raise_problems(problems)
+    vocabulary = gpt2_vocabulary(root / 'openwebtext', print)
+    if paths:
+        passages, total = file_passages(paths), sum(path.stat().st_size for path in paths)
+        source = paths[0].name + (f' and {len(paths) - 1} more' if len(paths) > 1 else '')
+    else:
+        passages, total, source = dataset_passages(), DATASET_BYTES, DATASET
+    write_passages(root / 'openwebtext', vocabulary, reported(passages, total, print), source)
+    print(summary(load_corpus('openwebtext', root)))
