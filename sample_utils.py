@@ -282,22 +282,42 @@ def _bootstrap_rows(model: GPT, hidden_states: Tensor, rows: Tensor, rule: DrawR
     return seeds
 
 
-@torch.no_grad()
-def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: Tensor, rule: DrawRule, key: Tensor,
-                 order: Order) -> Tensor:
+def _stages(masked: Tensor, positions: Tensor, seeds: Tensor, order: Order) -> Tensor:
     """int64 [B, T]: 0 stays, 1 is drawn from `lm_head`, 2 and above by the head in that order.
 
-    A row that is to be filled completely runs in waves from its revealed tokens, or from bootstrapped ones. In a row
-    of which only a group is filled, the hidden states know every revealed token already, so the head serves only where
-    a neighbour was filled since.
+    A row that is to be filled completely runs in waves from its revealed tokens, or from bootstrapped ones (`seeds`).
+    In a row of which only a group is filled, the hidden states know every revealed token already, so the head serves
+    only where a neighbour was filled since.
     """
-    empty = masked.all(1) & positions.all(1)  # [B]
-    seeds = _bootstrap_rows(model, hidden_states, empty.nonzero().squeeze(1), rule, key)  # [B, T]
     remaining = masked & ~seeds
     waves = wave_schedule(remaining, order)
     whole = torch.where(seeds, 1, torch.where(remaining, waves + 1, 0))
     complete = (positions == masked).all(1, keepdim=True)  # [B, 1]
     return torch.where(complete, whole, group_schedule(positions, order))
+
+
+@torch.no_grad()
+def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: Tensor, rule: DrawRule, key: Tensor,
+                 order: Order) -> tuple[Tensor, list[int]]:
+    """`_stages` int64 [B, T] and how many positions each stage has, [T + 3].
+
+    The host must know these counts to end the waves, so here it waits for the device: once, and once more where rows
+    hold no revealed token.
+    """
+    empty = (masked & positions).all(1)  # [B]
+    seeds, others = torch.zeros_like(masked), ~empty[:, None]
+
+    def counted(stage: Tensor) -> Tensor:  # [T + 3]
+        zeros = torch.zeros(stage.size(1) + 3, dtype=torch.int64, device=stage.device)
+        return zeros.scatter_add(0, stage.flatten(), torch.ones_like(stage).flatten())
+
+    stage = _stages(masked & others, positions & others, seeds, order)
+    *counts, empty_rows = torch.cat((counted(stage), empty.sum(0, keepdim=True))).tolist()
+    if empty_rows:
+        rows = flat_positions(empty, empty_rows)
+        stage = _stages(masked, positions, _bootstrap_rows(model, hidden_states, rows, rule, key), order)
+        counts = counted(stage).tolist()
+    return stage, counts
 
 
 def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
@@ -309,21 +329,20 @@ def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, ru
     (None: every masked position). Each token is drawn given the hidden state and the neighbours revealed so far;
     neighbours missing or masked contribute nothing. With gradients enabled the log-probabilities keep the graph of the
     head, and of the trunk where a token came from `lm_head`. truth int64 [B, T]: these tokens are placed in place of
-    drawn ones, so that log_probabilities are their exact likelihood. The host reads the waves' sizes once per fill.
+    drawn ones, so that log_probabilities are their exact likelihood.
     """
     head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, hidden_states.shape
     context, V = head.context, model.config.vocab_size
     masked = tokens == mask_token_id
     positions = masked if positions is None else positions & masked
-    stage = _fill_stages(model, masked, positions, hidden_states, rule, generator.uniform(Purpose.BOOTSTRAP, T),
-                         order).flatten()  # [B T]
-    counts = torch.zeros(T + 3, dtype=torch.int64, device=tokens.device).scatter_add(
-        0, stage, torch.ones_like(stage)).tolist()
-    picked = stage.argsort(stable=True)[counts[0]:]  # [N], in the order of filling
+    stage, counts = _fill_stages(model, masked, positions, hidden_states, rule,
+                                 generator.uniform(Purpose.BOOTSTRAP, T), order)
+    picked = stage.flatten().argsort(stable=True)[counts[0]:]  # [N], in the order of filling
     sizes = [size for size in counts[1:] if size]
 
     tables = head.neighbour_tables(model.neighbour_embedding())  # [2C, V, W]
-    tables = tables.index_fill(1, torch.tensor([mask_token_id], device=tokens.device), 0.0).flatten(0, 1)  # [2C V, W]
+    shown = torch.arange(V, device=tokens.device)[:, None] != mask_token_id  # [V, 1]
+    tables = (tables * shown).flatten(0, 1)  # [2C V, W]
     slot = torch.arange(2 * context, device=tokens.device) * V  # [2C]
     padded = F.pad(tokens, (context, context), value=mask_token_id).flatten()  # [B (T + 2C)], a mask is no neighbour
     padded_positions = picked + 2 * context * (picked // T) + context  # [N]
@@ -370,17 +389,26 @@ def _scatter_draws(tokens: Tensor, picked: Tensor, draws: Sequence[Draws], drawn
                 zeros.index_put((picked,), values.confidence).view_as(tokens), drawn, statistics)
 
 
+def flat_positions(flags: Tensor, count: int | None) -> Tensor:
+    """int64 [N]: where flags bool [B, T] are True, as indices into flat flags. With count None the host waits for the
+    device to count them; a caller who knows how many there are says so and nobody waits."""
+    if count is None:
+        return flags.flatten().nonzero().squeeze(1)
+    return flags.flatten().nonzero_static(size=count).squeeze(1)
+
+
 def independent_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
-                     positions: Tensor | None = None, purpose: Purpose = Purpose.TOKEN,
+                     positions: Tensor | None = None, count: int | None = None, purpose: Purpose = Purpose.TOKEN,
                      truth: Tensor | None = None) -> Fill:
     """Draw every masked position, or those in positions bool [B, T], from `lm_head` alone, each without the others.
 
-    `positions` may name visible positions too: they are redrawn. Logits are computed for these positions only. truth
-    int64 [B, T]: these tokens are placed in place of drawn ones.
+    `positions` may name visible positions too: they are redrawn. Logits are computed for these positions only. count:
+    how many these are, where it is known (see `flat_positions`). truth int64 [B, T]: these tokens are placed in place
+    of drawn ones.
     """
     B, T, D = hidden_states.shape
     positions = tokens == model.config.mask_token_id if positions is None else positions
-    picked = positions.flatten().nonzero().squeeze(1)  # [N]
+    picked = flat_positions(positions, count)  # [N]
     choose, choices = _choice(generator, purpose, T, truth)
     seen = revealed_ids(tokens, model.config.vocab_size, model.config.mask_token_id) \
         if rule.repetition_penalty != 1 else None
@@ -479,15 +507,15 @@ def apply_remasking_step(protected: Tensor, wrongness: Tensor | None, level: flo
         return free & (wrongness > level)
     keys = generator.uniform(Purpose.REMASK, protected.size(1) * 2)  # [B, 2 T]
     uniform_key, tie_key = keys.chunk(2, dim=1)
-    count = _rounded(free.sum(1, keepdim=True) * level)  # [B, 1]
+    count = _rounded(free.sum(1, keepdim=True).double() * level)  # [B, 1]
     if wrongness is None:
         return highest_positions(uniform_key, tie_key, free, count)
-    guided = highest_positions(wrongness, tie_key, free, count - _rounded(count * randomness_strength))
+    guided = highest_positions(wrongness, tie_key, free, count - _rounded(count.double() * randomness_strength))
     return guided | highest_positions(uniform_key, tie_key, free & ~guided, count - guided.sum(1, keepdim=True))
 
 
 def _rounded(counts: Tensor) -> Tensor:
-    """int64, the nearest whole number; halves go up."""
+    """int64, the nearest whole number to float64 counts; halves go up."""
     return (counts + 0.5).floor().long()
 
 

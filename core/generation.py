@@ -5,8 +5,9 @@
     multinomial  every unprotected position is redrawn at each iteration from the network's own softmax
     standard     left to right; a causal model reads with a key-value cache
 
-Row i of a run with seed s gets the same random numbers whatever batch it is in. A step waits for the device only to
-learn how many positions are drawn, since logits are computed for these alone, and where a policy may stop or idle.
+Row i of a run with seed s gets the same random numbers whatever batch it is in. A step waits for the device only where
+chance or the network decides how many positions are drawn, which tells whether to stop or to idle too, and where the
+sampler head's waves must end.
 
 Letters: B rows, L sequence length, T window length (at most block_size), V vocabulary.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.policies import Policy, PolicyView, Prediction
+from core.policies import Counts, Policy, PolicyView, Prediction
 from core.prompt import Layout
 from core.randomness import Purpose, RowRandom
 from core.timing import TimingAccumulator
@@ -248,96 +249,106 @@ class _WindowRun:
         position, waves = torch.arange(T, device=tokens.device), 0
         for block in range(blocks):
             protected = self.fixed | (position // width != block)
-            most = int((~protected).sum(1).max())  # the most positions that a row has to fill
-            if most == 0:
+            sizes = (~protected).sum(1).tolist()  # how many positions each row has to fill
+            if not any(sizes):
                 continue
-            tokens, confidence, filled = self._run_block(tokens, confidence, protected, block * steps, blocks * steps,
-                                                         self.settings.policy.limit(most))
+            tokens, confidence, filled = self.run_block(tokens, confidence, protected, sizes, block * steps,
+                                                        blocks * steps)
             waves += filled
         return Generation(tokens, confidence, waves)
 
-    def _run_block(self, tokens: Tensor, confidence: Tensor, protected: Tensor, first: int, steps: int,
-                   limit: int) -> Generation:
-        """Trunk call, reveal, remask, at most `limit` times, or until no mask is left where the policy asks for that.
+    def run_block(self, tokens: Tensor, confidence: Tensor, protected: Tensor, sizes: list[int], first: int,
+                  steps: int) -> Generation:
+        """Trunk call, reveal, remask, as often as the policy says, or until no mask is left where it asks for that.
 
-        first: the number of the block's first step among the window's `steps`.
+        sizes [B]: how many positions of each row are not protected; first: the number of the block's first step among
+        the window's `steps`. `masks` is how many positions are masked, None where the host would have to ask.
         """
         policy, mask_token_id, waves = self.settings.policy, self.network.model.config.mask_token_id, 0
+        counts, masks = Counts(policy, sizes, tokens.device), sum(sizes)
         finished = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # [B, 1]
-        for step in range(limit):
-            view = self._view(step, tokens, confidence, protected, self.numbers(first + step, steps))
-            view, filled = self._reveal(view)
-            waves += filled
-            tokens, confidence = view.tokens, view.confidence
+        for step in range(counts.limit):
+            last, numbers = step == counts.limit - 1, self.numbers(first + step, steps)
+            open = (tokens == mask_token_id) & ~protected
+            prediction = Prediction(self.network.model, self.network.encode, tokens, open, masks, self.settings.rule,
+                                    numbers)
+            view, drawn, filled = self._reveal(PolicyView(
+                step, tokens, protected, mask_token_id, counts.view(step), numbers, prediction,
+                torch.zeros_like(protected), confidence, None), masks, counts.after(step))
+            tokens, confidence, waves = view.tokens, view.confidence, waves + filled
             self.tell(first + step, steps, 'predict', tokens, view.revealed, confidence)
-            if step < limit - 1 and policy.remask is not None:
+            masks = None if masks is None else masks - drawn
+            if policy.remask is not None and not last:
                 with self.network.timer.measure('remask'):
                     remasked = policy.remask(view) & ~protected & ~finished
-                    tokens = tokens.masked_fill(remasked, mask_token_id)
+                    tokens, masks = tokens.masked_fill(remasked, mask_token_id), counts.after(step)
             if policy.asks:
-                finished = finished | ~((tokens == mask_token_id) & ~protected).any(1, keepdim=True)
-                if bool(finished.all() | self.soundness.broken):
+                open = (tokens == mask_token_id) & ~protected
+                finished = finished | ~open.any(1, keepdim=True)
+                masks = int(open.sum()) if masks is None else masks
+                if masks == 0:
                     break
-            if step < limit - 1 and policy.remask is not None:
+            if policy.remask is not None and not last:
                 self.tell(first + step, steps, 'remask', tokens, remasked, confidence)
         return Generation(tokens, confidence, waves)
 
-    def _view(self, step: int, tokens: Tensor, confidence: Tensor, protected: Tensor,
-              generator: RowRandom) -> PolicyView:
-        """What the policy sees before a step's draws."""
-        network, mask_token_id = self.network, self.network.model.config.mask_token_id
-        prediction = Prediction(network.model, network.encode, tokens, (tokens == mask_token_id) & ~protected,
-                                self.settings.rule, generator)
-        return PolicyView(step, tokens, protected, mask_token_id, generator, prediction, torch.zeros_like(protected),
-                          confidence, None)
+    def _reveal(self, view: PolicyView, masks: int | None, left: int | None) -> tuple[PolicyView, int, int]:
+        """The step's draws: what the policy sees after them, how many they are, and the number of waves.
 
-    def _reveal(self, view: PolicyView) -> tuple[PolicyView, int]:
-        """The step's draws: what the policy sees after them, and the number of waves."""
+        masks: how many positions are masked, left: how many will be after the step, where the host knows that.
+        """
         network, settings = self.network, self.settings
         with network.timer.measure('reveal'):
             positions = settings.policy.reveal(view)
-            positions = view.masked if positions is None else positions & view.masked
-        if settings.policy.idles and not bool(positions.any()):  # nothing to draw, so no trunk call
+            if positions is None:
+                positions, drawn = view.masked, masks
+            else:
+                positions = positions & view.masked
+                drawn = int(positions.sum()) if left is None else masks - left
+        if settings.policy.idles and drawn == 0:  # nothing to draw, so no trunk call
             fill, waves = Fill(view.tokens, view.confidence, view.confidence, positions, None), 0
         else:
             hidden_states = view.prediction.hidden_states
             with network.timer.measure('draw'):
                 fill = sampler_wavefront_fill(network.model, view.tokens, hidden_states, settings.rule, view.generator,
                                               positions=positions) \
-                    if settings.use_sampler_head else view.prediction.reveal(positions)
+                    if settings.use_sampler_head else view.prediction.reveal(positions, drawn)
             self.soundness.look_at(fill.log_probabilities)
             waves = fill.statistics.waves if fill.statistics is not None else 0
         critic = (lambda: network.critic(fill.tokens)) if settings.use_critic else None
         return replace(view, tokens=fill.tokens, confidence=torch.where(fill.drawn, fill.confidence, view.confidence),
-                       revealed=fill.drawn, critic=critic), waves
+                       revealed=fill.drawn, critic=critic), drawn, waves
 
     def resample(self, tokens: Tensor, confidence: Tensor) -> Generation:
         """Multinomial: at every iteration all unprotected positions are redrawn, visible ones too."""
         steps = self.settings.iterations
         self.tell(0, steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
+        count = int((~self.fixed).sum())
         for step in range(steps):
-            tokens, confidence = self._predict(tokens, confidence, ~self.fixed, step, steps)
+            tokens, confidence = self._predict(tokens, confidence, ~self.fixed, count, step, steps)
         return Generation(tokens, confidence, 0)
 
     def reveal_left_to_right(self, tokens: Tensor, confidence: Tensor) -> Generation:
         """A bidirectional model from left to right: each trunk call reveals the first masked position of every row."""
         mask_token_id = self.network.model.config.mask_token_id
-        steps = int((tokens == mask_token_id).sum(1).max())
+        sizes = (tokens == mask_token_id).sum(1).tolist()
+        steps = max(sizes)
         self.tell(0, steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
         for step in range(steps):
             masked = tokens == mask_token_id
             first = masked & (masked.cumsum(1) == 1)
             # one number per position serves all steps: each position is drawn once
-            tokens, confidence = self._predict(tokens, confidence, first, step, steps, self.numbers(0, 1))
+            count = sum(size > step for size in sizes)
+            tokens, confidence = self._predict(tokens, confidence, first, count, step, steps, self.numbers(0, 1))
         return Generation(tokens, confidence, 0)
 
-    def _predict(self, tokens: Tensor, confidence: Tensor, positions: Tensor, step: int, steps: int,
+    def _predict(self, tokens: Tensor, confidence: Tensor, positions: Tensor, count: int, step: int, steps: int,
                  generator: RowRandom | None = None) -> tuple[Tensor, Tensor]:
-        """A trunk call and independent draws of `positions`; tokens and confidence afterwards."""
+        """A trunk call and independent draws of the `count` positions; tokens and confidence afterwards."""
         hidden_states = self.network.encode(tokens)
         with self.network.timer.measure('draw'):
             fill = independent_fill(self.network.model, tokens, hidden_states, self.settings.rule,
-                                    generator or self.numbers(step, steps), positions=positions)
+                                    generator or self.numbers(step, steps), positions=positions, count=count)
         self.soundness.look_at(fill.log_probabilities)
         confidence = torch.where(positions, fill.confidence, confidence)
         self.tell(step, steps, 'predict', fill.tokens, positions, confidence)

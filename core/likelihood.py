@@ -29,7 +29,7 @@ from core.evaluator import bits_of, fixed_windows
 from core.expressions import closest
 from core.generation import Network
 from core.likelihood_plots import plot_likelihood
-from core.policies import POLICIES, Policy, PolicyView, Prediction
+from core.policies import POLICIES, Counts, Policy, PolicyView, Prediction
 from core.randomness import RowRandom, keyed
 from core.timing import TimingAccumulator
 from sample_utils import DrawRule, fill_positions
@@ -57,10 +57,13 @@ def log_likelihood(network: Network, tokens: Tensor, policy: Policy, head: Head,
     nothing = torch.zeros_like(tokens, dtype=torch.bool)
     found = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
     with network.precision():
-        for step in range(policy.limit(tokens.size(1))):
+        counts, masks = Counts(policy, [tokens.size(1)] * len(tokens), tokens.device), tokens.numel()
+        for step in range(counts.limit):
             numbers = generator.at(step)
-            prediction = Prediction(model, network.encode, current, current == mask_token_id, rule, numbers)
-            view = PolicyView(step, current, nothing, mask_token_id, numbers, prediction, nothing, found, None)
+            prediction = Prediction(model, network.encode, current, current == mask_token_id, masks, rule, numbers)
+            view = PolicyView(step, current, nothing, mask_token_id, counts.view(step), numbers, prediction, nothing,
+                              found, None)
+            masks = counts.after(step)
             fill = fill_positions(model, current, prediction.hidden_states, rule, numbers, truth=tokens,
                                   positions=policy.reveal(view) & view.masked, use_sampler_head=head != 'none',
                                   order='left_to_right' if head == 'left_to_right' else 'wave')

@@ -14,9 +14,10 @@ import torch
 from conftest import awake
 from hypothesis import given, settings as hypothesis_settings, strategies
 from policy_laws import MASK, ORACLE, V, V0, T, law_of, tokens_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.generation import GenerationSettings, Network, Trace, generate, windows
+from core.generation import GenerationSettings, Network, Trace, _Soundness, _WindowRun, generate, windows
 from core.policies import POLICIES, Policy, Prediction
 from core.prompt import Layout, lay_out_prompt
 from core.randomness import RowRandom, keyed
@@ -255,12 +256,12 @@ SMALL = make_model()
 SMALL_RULE = DrawRule(allowed_ids(14, 10))
 
 
-def write(policy, length=8, rows=3, prompt=(), rule=SMALL_RULE, seed=9, first=0, **changes):
+def write(policy, length=8, rows=3, prompt=(), rule=SMALL_RULE, seed=9, first=0, watch=None, **changes):
     network = Network(SMALL, TimingAccumulator())
     generator = keyed(seed, 0, first, rows)
     layout = lay_out_prompt(prompt, length, 10, generator, 'random')
     chosen = GenerationSettings('diffusion', rule, policy, **{'use_critic': True, **changes})
-    return generate(network, layout, chosen, generator), network, layout
+    return generate(network, layout, chosen, generator, watch), network, layout
 
 
 def call_limits(name, iterations, layout, block_length):
@@ -403,11 +404,11 @@ def test_a_revealed_candidate_is_the_token_that_would_be_drawn():
     tokens = torch.tensor([[10, 2, 10, 10, 4, 10, 10, 10], [10, 10, 1, 10, 10, 7, 7, 10]])
     open = (tokens == 10) & (torch.arange(8) > 0)
     chosen, rule = open & (torch.arange(8) % 3 != 1), dataclasses.replace(SMALL_RULE, top_p=0.8, repetition_penalty=1.3)
-    fresh, asked = (Prediction(SMALL, SMALL.encode, tokens, open, rule, keyed(4, 2, 0, 2)) for _ in range(2))
+    fresh, asked = (Prediction(SMALL, SMALL.encode, tokens, open, None, rule, keyed(4, 2, 0, 2)) for _ in range(2))
     assert (asked.candidates.tokens[open] < 10).all() and (asked.candidates.tokens[~open] == tokens[~open]).all()
-    for taken, drawn in zip(asked.reveal(chosen)[:4], fresh.reveal(chosen)[:4]):
+    for taken, drawn in zip(asked.reveal(chosen, None)[:4], fresh.reveal(chosen, int(chosen.sum()))[:4]):
         torch.testing.assert_close(taken, drawn)
-    assert asked.reveal(chosen).drawn.equal(chosen)
+    assert asked.reveal(chosen, None).drawn.equal(chosen)
 
 
 class HostReads(TorchDispatchMode):
@@ -418,25 +419,66 @@ class HostReads(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        indices = arguments[1] if function is torch.ops.aten.index.Tensor else ()
         self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
                                    torch.ops.aten.equal.default)
+        self.count += any(index is not None and index.dtype == torch.bool for index in indices)
         return function(*arguments, **(options or {}))
 
 
+COUNTING = {'mdlm', 'remdm_cap', 'remdm_rescale', 'remdm_conf', 'remdm_loop',  # chance decides, and whether to idle
+            'entropy_bounded', 'fast_dllm_threshold', 'fast_dllm_factor'}  # the network decides, and when to stop
+
+
 @pytest.mark.parametrize('name', POLICIES)
-def test_a_step_waits_for_the_device_only_to_count_its_draws_and_to_decide_to_stop(name):
-    """One read a trunk call: how many positions are drawn. One more where a policy looks at the logits of all that are
-    open, and one a step where it may stop or idle. Nothing else grows with the steps."""
-    counts, calls = [], []
+def test_a_step_waits_for_the_device_only_to_decide_to_stop_or_idle(name):
+    """One read a step where chance or the network decides how many positions come, none where the policy counts."""
+    counts, steps = [], []
     for iterations, length in ((2, 4), (4, 6)):
+        trace = Trace({}, torch.zeros(1))
         policy = make(name, iterations=iterations)
+        write(policy, length, rows=1, watch=trace.add)
+        steps.append(sum(step.event == 'predict' for step in trace.steps))
         with HostReads() as reads:
-            _, network, _ = write(policy, length, rows=1)
+            write(policy, length, rows=1)
         counts.append(reads.count)
-        calls.append(network.trunk_calls)
-    looks = name in ('top_probability', 'margin', 'entropy', 'entropy_bounded')
-    assert calls[1] > calls[0]
-    assert counts[1] - counts[0] == (calls[1] - calls[0]) * (1 + looks + policy.asks) + 2 * policy.idles
+    assert steps[1] > steps[0]
+    assert counts[1] - counts[0] == (steps[1] - steps[0]) * (name in COUNTING)
+
+
+@pytest.mark.parametrize('name', POLICIES)
+@hypothesis_settings(max_examples=5, deadline=None, derandomize=True)
+@given(lengths=strategies.lists(strategies.integers(0, 8), min_size=1, max_size=4).filter(any),
+       iterations=strategies.integers(1, 9))
+def test_the_masks_left_after_each_step_are_as_many_as_the_policy_says(name, lengths, iterations):
+    policy, trace = make(name, iterations=iterations), Trace({}, torch.zeros(1))
+    assert (policy.left is None) == (name in COUNTING)
+    if policy.left is None:
+        return
+    protected = torch.arange(8) >= torch.tensor(lengths)[:, None]
+    layout = Layout(torch.where(protected, 3, 10), protected)
+    settings = GenerationSettings('diffusion', SMALL_RULE, policy, use_critic=POLICIES[name].needs_critic)
+    generate(Network(SMALL, TimingAccumulator()), layout, settings, keyed(3, 0, 0, len(lengths)), trace.add)
+    for step in range(policy.limit(max(lengths))):
+        after = [shown for shown in trace.steps if shown.event != 'start' and shown.step <= step][-1]
+        assert (after.tokens == 10).sum(1).tolist() == [policy.left(step, length) for length in lengths]
+
+
+@pytest.mark.parametrize('name', sorted(set(POLICIES) - COUNTING))
+def test_a_whole_block_runs_without_reading_the_device(name):
+    """Tensors without values: the first thing that needs one raises."""
+    policy = make(name, iterations=3)
+    with FakeTensorMode():
+        model = GPT(SMALL.config)
+        generator = RowRandom(1, 0, torch.arange(2))
+        part = _WindowRun(Network(model, TimingAccumulator()), GenerationSettings(
+            'diffusion', dataclasses.replace(SMALL_RULE, allowed=torch.ones(SMALL.config.vocab_size, dtype=torch.bool)),
+            policy, use_critic=POLICIES[name].needs_critic), torch.zeros(2, 8, dtype=torch.bool), generator, 0, 0, None,
+            _Soundness('cpu'))
+        with torch.no_grad():
+            made = part.run_block(torch.full((2, 8), 10), torch.zeros(2, 8, dtype=torch.float64), part.fixed, [8, 8], 0,
+                                  policy.limit(8))
+    assert made.tokens.shape == (2, 8)
 
 
 def test_the_loop_guards_other_blocks_and_the_prompt_from_a_careless_policy():

@@ -110,7 +110,7 @@ def test_bootstrap_positions_differ_between_rows_of_a_fully_masked_batch(model):
     assert fill.statistics.bootstrapped == 32 and len({tuple(row) for row in fill.tokens.tolist()}) == 32
     seeds = sample_utils._fill_stages(model, torch.ones(32, T).bool(), torch.ones(32, T).bool(),
                                       model.encode(torch.full((32, T), MASK)), RULE,
-                                      keyed(1, 0, 0, 32).uniform(9, T), 'wave') == 1
+                                      keyed(1, 0, 0, 32).uniform(9, T), 'wave')[0] == 1
     assert len(set(seeds.byte().argmax(1).tolist())) > 10  # the row's key decides, not the position
 
 
@@ -151,7 +151,7 @@ def test_the_fast_fill_is_the_plain_one(model, grouped):
     tokens, generator = some_tokens(seed=1), keyed(4, 2, 0, 5)
     hidden, masked = model.encode(tokens), tokens == MASK
     positions = masked & (torch.arange(T) % 5 < 3) if grouped else masked
-    stage = sample_utils._fill_stages(model, masked, positions, hidden, RULE, generator.uniform(9, T), 'wave')
+    stage = sample_utils._fill_stages(model, masked, positions, hidden, RULE, generator.uniform(9, T), 'wave')[0]
     fill = sampler_wavefront_fill(model, tokens, hidden, RULE, generator, positions=positions if grouped else None)
     expected, log_probabilities = slow_fill(model, tokens, hidden, generator.uniform(8, T), stage)
     assert fill.tokens.equal(expected)

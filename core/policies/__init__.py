@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from core.policies import adaptive, ancestral, ordered, revising
-from core.policies.interface import Policy, PolicyView, Prediction
+from core.policies.interface import Counts, Policy, PolicyView, Prediction
 from core.policies.revising import remask_policy
 
-__all__ = ['POLICIES', 'REMASKING', 'Policy', 'PolicyRow', 'PolicyView', 'Prediction', 'remask_policy']
+__all__ = ['POLICIES', 'REMASKING', 'Counts', 'Policy', 'PolicyRow', 'PolicyView', 'Prediction', 'remask_policy']
 
 REMASKING = ('start_ratio', 'end_ratio', 'schedule_type', 'masking_ratios', 'schedule_mode', 'start_threshold',
              'end_threshold', 'intelligent_remasking', 'randomness_strength')

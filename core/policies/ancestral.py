@@ -31,9 +31,9 @@ def first_hitting() -> Policy:
     this is ancestral sampling in continuous time without its idle steps. A network that reads no time needs no tau.
     """
     def reveal(view: PolicyView) -> Tensor:
-        return view.highest(view.keys(), view.masked, torch.ones_like(view.size))
+        return view.highest(view.keys(), view.masked, view.share)
 
-    return Policy(lambda most: most, reveal)
+    return Policy(lambda most: most, reveal, left=lambda step, size: max(0, size - step - 1))
 
 
 def _remdm(iterations: int, idle_cache: bool, alpha: Callable[[float], float],

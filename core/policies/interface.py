@@ -3,7 +3,7 @@
 Letters: B rows, T window length, V vocabulary with the special ids, N positions picked out of a batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.randomness import Purpose, RowRandom
 from model import GPT
-from sample_utils import DrawRule, Fill, allowed_log_probabilities, highest_positions, independent_fill
+from sample_utils import DrawRule, Fill, allowed_log_probabilities, flat_positions, highest_positions, independent_fill
 
 ROUNDING = 1e-9  # added before a count is cut to a whole number, so that a cosine of 1/2 counts as one
 _CHUNK = 1 << 24  # most logits held at once
@@ -23,13 +23,14 @@ class Prediction:
     """What the network says about tokens [B, T]: one trunk call, made when it is first asked for.
 
     model: read through its `lm_head` and `config` alone; encode makes the trunk call and counts it; open: bool [B, T],
-    the masked positions in question, and logits are computed for no others. Nothing is computed twice: what a policy
-    asked for is kept for this step.
+    the masked positions in question, and logits are computed for no others; open_count: how many these are, None where
+    the host would have to ask. Nothing is computed twice: what a policy asked for is kept for this step.
     """
 
     def __init__(self, model: GPT, encode: Callable[[Tensor], Tensor], tokens: Tensor, open: Tensor,
-                 rule: DrawRule, generator: RowRandom) -> None:
-        self._model, self._encode, self._tokens, self._open = model, encode, tokens, open
+                 open_count: int | None, rule: DrawRule, generator: RowRandom) -> None:
+        self._model, self._encode, self._tokens = model, encode, tokens
+        self._open, self._open_count = open, open_count
         self._rule, self._generator = rule, generator
         self._candidates: Fill | None = None
 
@@ -43,27 +44,28 @@ class Prediction:
         """A token drawn for every open position, each without the others, from the step's own random numbers: if a
         position is then revealed without the sampler head, this is the token that it gets."""
         if self._candidates is None:
-            self._candidates = self._draw(self._open)
+            self._candidates = self._draw(self._open, self._open_count)
         return self._candidates
 
-    def reveal(self, positions: Tensor) -> Fill:
-        """The open `positions` bool [B, T] filled, each without the others; with its candidate where there is one."""
+    def reveal(self, positions: Tensor, count: int | None) -> Fill:
+        """The open `positions` bool [B, T], `count` of them if that is known, filled, each without the others; with
+        its candidate where there is one."""
         made = self._candidates
         if made is None:
-            return self._draw(positions)
+            return self._draw(positions, count)
         return Fill(torch.where(positions, made.tokens, self._tokens),
                     torch.where(positions, made.log_probabilities, 0.0),
                     torch.where(positions, made.confidence, 0.0), positions, None)
 
-    def _draw(self, positions: Tensor) -> Fill:
+    def _draw(self, positions: Tensor, count: int | None) -> Fill:
         return independent_fill(self._model, self._tokens, self.hidden_states, self._rule, self._generator,
-                                positions=positions)
+                                positions=positions, count=count)
 
     def measure(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """float64 [B, T]: `of` maps log-probabilities [N, V] (temperature 1, nothing cut) of the open positions to
         numbers [N]; 0 elsewhere."""
         B, T, D = self.hidden_states.shape
-        picked = self._open.flatten().nonzero().squeeze(1)  # [N]
+        picked = flat_positions(self._open, self._open_count)  # [N]
         hidden = self.hidden_states.reshape(B * T, D)
         found = torch.zeros(B * T, dtype=torch.float64, device=hidden.device)
         for chunk in picked.split(max(1, _CHUNK // self._rule.allowed.numel())) if len(picked) else ():
@@ -77,7 +79,8 @@ class PolicyView:
     """What a policy sees at one step of a window, or of one block of it.
 
     step: 0, 1, ...; tokens int64 [B, T]; protected bool [B, T]: positions it must leave alone (prompt, carried context,
-    other blocks), all others were masked at step 0; mask_token_id; generator: the rows' random numbers of this step;
+    other blocks), all others were masked at step 0; mask_token_id; left int64 [B, 1]: how many masked positions each
+    row has after this step, by the policy's own `left`, None where it has none; generator: the rows' random numbers;
     prediction: the network's, of the tokens before this step's draws; revealed bool [B, T]: filled in this step (none
     yet when `reveal` is asked); confidence float64 [B, T]: each token's log-probability when it was drawn; critic: a
     call that gives the wrongness [B, T] of `tokens` and counts itself, None without a critic.
@@ -87,6 +90,7 @@ class PolicyView:
     tokens: Tensor
     protected: Tensor
     mask_token_id: int
+    left: Tensor | None
     generator: RowRandom
     prediction: Prediction
     revealed: Tensor
@@ -102,6 +106,11 @@ class PolicyView:
     def settled(self) -> Tensor:
         """bool [B, T]: its positions that were revealed before this step and still are."""
         return (self.tokens != self.mask_token_id) & ~self.protected & ~self.revealed
+
+    @property
+    def share(self) -> Tensor:
+        """int64 [B, 1]: how many of its masked positions each row reveals now, by the policy's own `left`."""
+        return self.masked.sum(1, keepdim=True) - self.left
 
     @property
     def size(self) -> Tensor:
@@ -126,25 +135,48 @@ class PolicyView:
 class Policy:
     """limit: from the most masked positions of a row to the most trunk calls; it never falls as they grow. reveal: the
     positions to fill after the trunk call, bool [B, T], None for every masked one. remask: the positions to mask again;
-    not asked after the last step. asks: the loop looks after each step which rows have no mask left; these are finished
-    and not remasked again, and when all are, the run ends. idles: the choice to reveal reads nothing of the network, so
-    the loop looks first whether there is any, and makes no trunk call where there is none."""
+    not asked after the last step. left: of step i and the n positions that a row was asked to fill, how many of them
+    are masked after that step; the host then knows every count and never waits for the device. None where chance or the
+    network decides: then the host counts, once a step. asks: a row without masks is finished and not remasked again,
+    and when all are, the run ends. idles: the choice to reveal reads nothing of the network, so where it is empty no
+    trunk call is made."""
 
     limit: Callable[[int], int]
     reveal: Callable[[PolicyView], Tensor | None]
     remask: Callable[[PolicyView], Tensor] | None = None
+    left: Callable[[int, int], int] | None = None
     asks: bool = False
     idles: bool = False
 
 
-def share_of_the_rest(view: PolicyView, iterations: int) -> Tensor:
-    """int64 [B, 1]: how many of its masked positions each row reveals now, to be done after `iterations` equal steps.
+class Counts:
+    """A policy's `left` for the rows of one block, each asked to fill sizes [B] positions: what host and device know
+    of the masks before the block begins."""
 
-    The rest divided by the steps left, rounded up: n positions in K steps come as n // K each, one more in the first
-    n % K; with more steps than positions one each.
-    """
-    left = max(1, iterations - view.step)
-    return (view.masked.sum(1, keepdim=True) + left - 1) // left
+    def __init__(self, policy: Policy, sizes: Sequence[int], device: torch.device | str) -> None:
+        self.limit = policy.limit(max(sizes))
+        self._totals = self._left = None
+        if policy.left is not None:
+            of_size = {size: [policy.left(step, size) for step in range(self.limit)] for size in set(sizes)}
+            self._totals = [sum(of_size[size][step] for size in sizes) for step in range(self.limit)]
+            self._left = torch.tensor([of_size[size] for size in sizes], device=device).T.unsqueeze(2)  # [limit, B, 1]
+
+    def after(self, step: int) -> int | None:
+        """How many masked positions the batch has left after `step`, None where the policy cannot say."""
+        return None if self._totals is None else self._totals[step]
+
+    def view(self, step: int) -> Tensor | None:
+        """`PolicyView.left` of this step."""
+        return None if self._left is None else self._left[step]
+
+
+def equal_shares(iterations: int) -> Callable[[int, int], int]:
+    """A policy's `left` where n positions come in `iterations` equal shares: n // iterations each, one more in the first
+    n % iterations steps; with more steps than positions one each."""
+    def left(step: int, size: int) -> int:
+        return size - (step + 1) * (size // iterations) - min(step + 1, size % iterations)
+
+    return left
 
 
 def gumbel(uniform: Tensor) -> Tensor:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from core.policies.interface import ROUNDING, Policy, PolicyView, gumbel, share_of_the_rest
+from core.policies.interface import ROUNDING, Policy, PolicyView, equal_shares, gumbel
 
 
 def _best_first(iterations: int, score: Callable[[PolicyView], Tensor]) -> Policy:
     """Reveal an equal share of the positions at each step, those of highest score [B, T] first."""
     def reveal(view: PolicyView) -> Tensor:
-        return view.highest(score(view), view.masked, share_of_the_rest(view, iterations))
+        return view.highest(score(view), view.masked, view.share)
 
-    return Policy(lambda most: min(iterations, most), reveal)
+    return Policy(lambda most: min(iterations, most), reveal, left=equal_shares(iterations))
 
 
 def random(*, iterations: int) -> Policy:
@@ -26,9 +26,9 @@ def random(*, iterations: int) -> Policy:
 def left_to_right(*, iterations: int) -> Policy:
     """The first k = n / iterations masked positions of each row."""
     def reveal(view: PolicyView) -> Tensor:
-        return view.masked & (view.masked.cumsum(1) <= share_of_the_rest(view, iterations))
+        return view.masked & (view.masked.cumsum(1) <= view.share)
 
-    return Policy(lambda most: min(iterations, most), reveal)
+    return Policy(lambda most: min(iterations, most), reveal, left=equal_shares(iterations))
 
 
 def llada(*, iterations: int) -> Policy:
@@ -68,16 +68,19 @@ def maskgit(*, iterations: int, choice_temperature: float) -> Policy:
     Revealed are the highest log p + c (1 - r) g, where p is the probability of the token drawn there, g Gumbel noise
     and c the choice temperature. Each of the K = min(iterations, n) steps reveals at least one position.
     """
-    def reveal(view: PolicyView) -> Tensor:
-        steps = view.size.clamp(max=iterations)  # [B, 1]
-        ratio = (view.step + 1) / steps.clamp(min=1).double()
-        masked = view.masked.sum(1, keepdim=True)
-        stay = (view.size * (math.pi / 2 * ratio.clamp(max=1.0)).cos() + ROUNDING).floor().long()
-        stay = torch.maximum(torch.minimum(stay, masked - 1), steps - 1 - view.step).clamp(min=0)
-        noise = choice_temperature * (1 - ratio) * gumbel(view.keys())
-        return view.highest(view.prediction.candidates.confidence + noise, view.masked, masked - stay)
+    def left(step: int, size: int) -> int:
+        steps, stay = min(iterations, size), size
+        for turn in range(min(step + 1, steps)):
+            wanted = math.floor(size * math.cos(math.pi / 2 * (turn + 1) / steps) + ROUNDING)
+            stay = max(min(wanted, stay - 1), steps - 1 - turn)
+        return stay if step < steps else 0
 
-    return Policy(lambda most: min(iterations, most), reveal)
+    def reveal(view: PolicyView) -> Tensor:
+        ratio = (view.step + 1) / view.size.clamp(min=1, max=iterations).double()  # [B, 1]
+        noise = choice_temperature * (1 - ratio) * gumbel(view.keys())
+        return view.highest(view.prediction.candidates.confidence + noise, view.masked, view.share)
+
+    return Policy(lambda most: min(iterations, most), reveal, left=left)
 
 
 def strided(*, iterations: int) -> Policy:
@@ -87,6 +90,11 @@ def strided(*, iterations: int) -> Policy:
     Groups come in the order of the bit-reversed r (van der Corput): each lies far from those before it, and for K = 2,
     4, 8 ... the revealed positions halve their distances as those of `dilated` do.
     """
+    def left(step: int, size: int) -> int:
+        groups = min(iterations, size)
+        order = sorted(range(groups), key=lambda number: f'{number:b}'[::-1].ljust(groups.bit_length(), '0'))
+        return size - sum(len(range(group, size, groups)) for group in order[:step + 1])
+
     def reveal(view: PolicyView) -> Tensor:
         rank = (~view.protected).cumsum(1) - 1  # [B, T], among the positions to fill
         groups = view.size.clamp(min=1, max=iterations)  # [B, 1]
@@ -95,7 +103,7 @@ def strided(*, iterations: int) -> Policy:
         turn = torch.where(number < groups, reversed_bits, 1.0).argsort(1).argsort(1)  # [B, K], 1 lies behind all
         return view.masked & (turn.gather(1, rank % groups) == view.step)
 
-    return Policy(lambda most: min(iterations, most), reveal)
+    return Policy(lambda most: min(iterations, most), reveal, left=left)
 
 
 def dilated() -> Policy:
@@ -107,10 +115,13 @@ def dilated() -> Policy:
     def rounds(most: int) -> int:
         return max(1, (most - 1).bit_length())
 
+    def left(step: int, size: int) -> int:
+        return size - len(range(0, size, 2 ** max(0, rounds(size) - 1 - step)))
+
     def reveal(view: PolicyView) -> Tensor:
         rank = (~view.protected).cumsum(1) - 1  # [B, T], among the positions to fill
         total = sum((view.size > 2 ** power).long() for power in range(view.tokens.size(1).bit_length())).clamp(min=1)
         stride = 2 ** (total - 1 - view.step).clamp(min=0)  # [B, 1]
         return view.masked & (rank % stride == 0)
 
-    return Policy(rounds, reveal)
+    return Policy(rounds, reveal, left=left)

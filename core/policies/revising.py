@@ -27,7 +27,11 @@ def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], 
         return apply_remasking_step(view.protected, wrongness, levels[view.step], view.generator, mode=mode,
                                     randomness_strength=randomness_strength)
 
-    return Policy(lambda most: len(levels) + 1, lambda view: None, remask, asks=True)
+    def left(step: int, size: int) -> int:
+        counts = [math.floor(size * level + 0.5) for level in levels[:step + 1]]
+        return counts[-1] if step < len(levels) and all(counts) else 0  # a row once without masks is finished
+
+    return Policy(lambda most: len(levels) + 1, lambda view: None, remask, left if mode == 'ratio' else None, asks=True)
 
 
 def _path_planning(iterations: int, planner_eta: float, with_critic: bool) -> Policy:
@@ -43,10 +47,10 @@ def _path_planning(iterations: int, planner_eta: float, with_critic: bool) -> Po
             right = (1 - view.critic().double()).clamp(min=1e-300).log()
             score = torch.where(view.settled, right, score)
         score = torch.where(view.settled, planner_eta * score, score)
-        count = view.size * (iterations - 1 - view.step) // iterations
-        return view.highest(-score, ~view.protected, count)
+        return view.highest(-score, ~view.protected, view.left)
 
-    return Policy(lambda most: iterations, lambda view: None, remask)
+    return Policy(lambda most: iterations, lambda view: None, remask,
+                  left=lambda step, size: size * (iterations - 1 - step) // iterations)
 
 
 def p2_self(*, iterations: int, planner_eta: float) -> Policy:
@@ -63,10 +67,11 @@ def p2_critic(*, iterations: int, planner_eta: float) -> Policy:
 def token_critic(*, iterations: int, selection_noise: float) -> Policy:
     """Token-Critic (Lezama et al. 2022): after step i the ceil(n cos(pi r / 2)) most wrong of n tokens are masked
     again, r = (i + 1) / K; wrong is the critic's probability + noise c (1 - r) u, u uniform on (-1/2, 1/2)."""
-    def remask(view: PolicyView) -> Tensor:
-        ratio = (view.step + 1) / iterations
-        noise = selection_noise * (1 - ratio) * (view.remasking_keys() - 0.5)
-        count = (view.size.double() * math.cos(math.pi / 2 * ratio) - ROUNDING).ceil().long()
-        return view.highest(view.critic() + noise, ~view.protected, count)
+    def left(step: int, size: int) -> int:
+        return max(0, math.ceil(size * math.cos(math.pi / 2 * (step + 1) / iterations) - ROUNDING))
 
-    return Policy(lambda most: iterations, lambda view: None, remask)
+    def remask(view: PolicyView) -> Tensor:
+        noise = selection_noise * (1 - (view.step + 1) / iterations) * (view.remasking_keys() - 0.5)
+        return view.highest(view.critic() + noise, ~view.protected, view.left)
+
+    return Policy(lambda most: iterations, lambda view: None, remask, left=left)
