@@ -37,7 +37,11 @@ def gpt2_vocabulary(folder: Path, say: Say) -> Vocabulary:
 def fetch_merges(kept: Path, say: Say) -> bytes:
     """The content of vocab.bpe: the file `kept` if its SHA-256 is right, else fetched and kept there."""
     if kept.is_file():
-        data = kept.read_bytes()
+        try:
+            data = kept.read_bytes()
+        except OSError as error:
+            raise UserError(f'cannot read {kept} ({error.strerror}); make it readable, or delete it and it is fetched '
+                            f'again (SHA-256 {MERGES_SHA256})') from None
         if hashlib.sha256(data).hexdigest() == MERGES_SHA256:
             return data
         say(f'{kept} is damaged (its SHA-256 is not {MERGES_SHA256}) and is fetched again')

