@@ -3,7 +3,9 @@
     python bench.py                                    both shapes
     python bench.py --shapes=small --repetitions=9     one of them, with more rounds
     python bench.py --groups=policies                  one table only
+    python bench.py --baseline                         with the yardsticks' rows in training and sampling
     python bench.py --json=docs/results/performance.json --report=docs/performance.md
+    python bench.py --compare before.json after.json   what --json wrote twice: how many times as fast each row became
     python bench.py --help                             every option
 
 docs/performance.md says what each figure means.
@@ -24,6 +26,7 @@ class BenchConfig:
     shapes: str = option('small,large', 'which of them, with a comma between')
     groups: str = option('training,fill,sampling,policies', 'what to measure, with a comma between')
     repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 where they take long')
+    baseline: bool = option(False, "measure the yardsticks beside: an eager float32 GPT's step, a cached causal decode")
     critic_row_stride: int = option(4, 'stage 3 trains the critic on every n-th row; 4 as in the full recipe')
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
@@ -36,6 +39,11 @@ class BenchConfig:
 
 def main(arguments: list[str]) -> None:
     """Read the options and measure."""
+    if any(argument.partition('=')[0] == '--compare' for argument in arguments):
+        from core.benchmark_compare import run_comparison
+
+        return run_comparison(arguments, print)
+    arguments = ['--baseline=True' if argument == '--baseline' else argument for argument in arguments]
     configuration = configure(BenchConfig, arguments, usage=__doc__)
     from core.benchmark_report import run_benchmark  # after the options, so that a typo is answered at once
     from core.runtime import resolve_device

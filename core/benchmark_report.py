@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.benchmark import (FILL_ROWS, FORMAT, GROUPS, POLICY_ROWS, PREDICTIONS, SHAPES, VERSION, Say, Shape,
-                            benchmark)
+from core.benchmark import COPY, FORMAT, GROUPS, VERSION, Say, benchmark
+from core.benchmark_cases import SHAPES, Shape
+from core.benchmark_sampling import FILL_ROWS, POLICY_ROWS, PREDICTIONS
 from core.errors import UserError, raise_problems
 from core.files import atomic_writer
 from core.markdown import markdown_table, split_at_markers, write_between
@@ -15,10 +16,13 @@ from core.markdown import markdown_table, split_at_markers, write_between
 BEGIN, END = '<!-- bench.py writes from here -->', '<!-- bench.py writes to here -->'
 PAGE = 'docs/performance.md'
 CASES = {  # what a case is called in a table
+    'baseline': 'baseline: eager float32 causal step',
     'causal': 'causal step of the same trunk', 'stage 1': 'stage 1: diffusion, main loss only',
     'stage 2': 'stage 2: and the sampler head', 'stage 3': 'stage 3: and the critic on {rows}',
     'trunk call': f'trunk call, {FILL_ROWS} rows', 'wavefront fill': f'wavefront fill of {FILL_ROWS} fully masked rows',
 }
+TITLES = {'training': 'training step', 'fill': 'part of a prediction', 'sampling': 'sampling',
+          'decode': 'sampling beside the yardstick'}  # of the tables of cases
 
 
 # Figures ------------------------------------------------------------------------------------------------------------
@@ -60,7 +64,30 @@ def rate_share(group: Mapping[str, Any], name: str) -> Spread:
     """Achieved operations per second of a case as a share of the matrix rate of the same round."""
     case = group['cases'][name]
     return Spread.of([case['operations'] / seconds / rate
-                      for seconds, rate in zip(case['seconds'], group['rate'], strict=True)])
+                      for seconds, rate in zip(case['seconds'], group['rates'][case['dtype']], strict=True)])
+
+
+def floors(group: Mapping[str, Any], name: str) -> tuple[float, float | None]:
+    """The least seconds of a call of a case at the median rates: of its matrix products, and of the bytes beside them
+    (None where these are not counted). One comes after the other, so the floor is their sum."""
+    case, rates = group['cases'][name], group['rates']
+    return (case['operations'] / statistics.median(rates[case['dtype']]),
+            None if case['bytes'] is None else case['bytes'] / statistics.median(rates[COPY]))
+
+
+def gap(group: Mapping[str, Any], name: str) -> Spread:
+    """Measured seconds of a case over its floor at the rates of the same round."""
+    case, rates = group['cases'][name], group['rates']
+    floor = [case['operations'] / rate for rate in rates[case['dtype']]]
+    if case['bytes'] is not None:
+        floor = [one + case['bytes'] / rate for one, rate in zip(floor, rates[COPY], strict=True)]
+    return Spread.of([seconds / least for seconds, least in zip(case['seconds'], floor, strict=True)])
+
+
+def fastest(group: Mapping[str, Any], prefix: str) -> str:
+    """The name of the case that begins with `prefix` and takes the least time in the median."""
+    return min((name for name in group['cases'] if name.startswith(prefix)),
+               key=lambda name: statistics.median(group['cases'][name]['seconds']))
 
 
 def overhead(run: Mapping[str, Any]) -> Spread:
@@ -78,6 +105,9 @@ def ratios(entry: Mapping[str, Any]) -> dict[str, tuple[Spread, Callable[[float]
                   'stage 3 / stage 1': (ratio(training, 'stage 3', 'stage 1'), _times),
                   'sampler head, share of a stage 2 step': (added_share(training, 'stage 2', 'stage 1'), _percent),
                   'critic, share of a stage 3 step': (added_share(training, 'stage 3', 'stage 2'), _percent)}
+        if 'baseline' in training['cases']:
+            found |= {f'tokens/s of the {step} step / of the baseline': (ratio(training, 'baseline', name), _times)
+                      for step, name in (('causal', 'causal'), ('diffusion', 'stage 1'))}
     if fill := entry.get('fill'):
         found['wavefront fill / trunk call'] = (ratio(fill, 'wavefront fill', 'trunk call'), _times)
     if sampling := entry.get('sampling'):
@@ -86,6 +116,12 @@ def ratios(entry: Mapping[str, Any]) -> dict[str, tuple[Spread, Callable[[float]
             if method == 'diffusion':
                 found[f'tokens/s of diffusion / of standard, {batch}'] = (
                     ratio(sampling, f'standard, {batch}', name), _times)
+    if decode := entry.get('decode'):
+        for prefix in dict.fromkeys(name.rpartition(', ')[0] for name in decode['cases']):
+            method, _, batch = prefix.partition(', ')
+            if method != 'causal_decode':
+                found[f'tokens/s of {method} / of causal_decode, {batch}'] = (
+                    ratio(decode, fastest(decode, f'causal_decode, {batch}, '), fastest(decode, f'{prefix}, ')), _times)
     if policies := entry.get('policies'):
         inside = [[seconds / run['trunk_calls'] for seconds in run['trunk_seconds']]
                   for run in policies['runs'].values()]
@@ -99,17 +135,21 @@ def ratios(entry: Mapping[str, Any]) -> dict[str, tuple[Spread, Callable[[float]
 
 def report(record: Mapping[str, Any]) -> str:
     """The whole report in Markdown that also reads well on a terminal."""
-    machine = record['machine']
-    versions = machine['versions']
-    devices = ', '.join(machine['devices']) or 'no GPU'
-    lines = [f'{machine["processor"]}, {machine["processors"]} processors, {machine["threads"]} threads, {devices}; '
-             f'{"fast" if machine["fast_bfloat16"] else "no fast"} bfloat16 on the processor; load average '
-             f'{machine["load_average"]} at the start.',
-             f'{machine["platform"]}; Python {versions["python"]}, torch {versions["torch"]}, numpy '
-             f'{versions["numpy"]}; revision {machine["git_revision"] or "unknown"}.']
+    lines = machine_lines(record['machine'])
     for name, entry in record['shapes'].items():
         lines += ['', *shape_report(name, entry)]
     return '\n'.join(lines)
+
+
+def machine_lines(machine: Mapping[str, Any]) -> list[str]:
+    """The machine and the versions in words."""
+    versions = machine['versions']
+    devices = ', '.join(machine['devices']) or 'no GPU'
+    return [f'{machine["processor"]}, {machine["processors"]} processors, {machine["threads"]} threads, {devices}; '
+            f'{"fast" if machine["fast_bfloat16"] else "no fast"} bfloat16 on the processor; load average '
+            f'{machine["load_average"]} at the start.',
+            f'{machine["platform"]}; Python {versions["python"]}, torch {versions["torch"]}, numpy '
+            f'{versions["numpy"]}; revision {machine["git_revision"] or "unknown"}.']
 
 
 def shape_report(name: str, entry: Mapping[str, Any]) -> list[str]:
@@ -120,13 +160,9 @@ def shape_report(name: str, entry: Mapping[str, Any]) -> list[str]:
              f'{entry["parameters"]:,} parameters with both heads, on {entry["device"]}. Training in {entry["dtype"]}, '
              f'{"compiled" if entry["compile"] else "not compiled"}; sampling in {sampling_dtype}, not compiled, '
              f'diffusion with {PREDICTIONS} predictions.']
-    for group, title in (('training', 'training step'), ('fill', 'part of a prediction'), ('sampling', 'sampling')):
-        if group not in entry:
-            continue
-        dtype = entry['dtype'] if group == 'training' else sampling_dtype
-        rate = Spread.of(entry[group]['rate']).show(lambda one: f'{one / 1e9:.0f}')
-        lines += ['', f'{dtype} matrix rate {rate} GFLOP/s, {len(entry[group]["rate"])} interleaved rounds:', '',
-                  *_group_table(title, entry, entry[group], with_start_up=group == 'training')]
+    for group, title in TITLES.items():
+        if group in entry:
+            lines += ['', _rate_line(entry[group]), '', *_group_table(title, entry, entry[group], group == 'training')]
     if 'policies' in entry:
         lines += ['', f'{POLICY_ROWS} rows, {len(entry["policies"]["bare_seconds"])} interleaved rounds:', '',
                   *_policy_table(entry['policies'])]
@@ -135,17 +171,26 @@ def shape_report(name: str, entry: Mapping[str, Any]) -> list[str]:
     return [*lines, '', 'Within a round:', '', *markdown_table(['ratio', 'median', 'lowest', 'highest'], rows)]
 
 
+def _rate_line(group: Mapping[str, Any]) -> str:
+    words = []
+    for name, rates in group['rates'].items():
+        rate = Spread.of(rates).show(lambda one: f'{one / 1e9:.0f}')
+        words.append(f'copy rate {rate} GB/s' if name == COPY else f'{name} matrix rate {rate} GFLOP/s')
+    return f'{", ".join(words)}, {len(rates)} interleaved rounds:'
+
+
 def _group_table(title: str, entry: Mapping[str, Any], group: Mapping[str, Any], with_start_up: bool) -> list[str]:
     stride, rows = entry['critic_row_stride'], []
     judged = 'every row' if stride == 1 else f'one row in {stride}'
+    floor_heads = ['products ms', 'copies ms'] if COPY in group['rates'] else ['floor ms']
     for name, case in group['cases'].items():
-        seconds, share = Spread.of(case['seconds']), rate_share(group, name)
-        floor = case['operations'] / statistics.median(group['rate'])
-        rows.append([CASES.get(name, name).format(rows=judged), f'{1e3 * floor:.1f}', _times(1 / share.median),
+        seconds = Spread.of(case['seconds'])
+        least = [f'{1e3 * floor:.1f}' for floor in floors(group, name) if floor is not None]
+        rows.append([CASES.get(name, name).format(rows=judged), *least, _times(gap(group, name).median),
                      seconds.show(lambda one: f'{1e3 * one:.1f}'), f'{case["tokens"] / seconds.median:,.0f}',
-                     f'{case["operations"] / seconds.median / 1e9:,.0f}', share.show(_percent),
+                     f'{case["operations"] / seconds.median / 1e9:,.0f}', rate_share(group, name).show(_percent),
                      *([f'{max(0.0, case["first_seconds"] - seconds.median):.1f}'] if with_start_up else [])])
-    return markdown_table([title, 'floor ms', 'gap', 'measured ms', 'tokens/s', 'GFLOP/s', 'share of the rate',
+    return markdown_table([title, *floor_heads, 'gap', 'measured ms', 'tokens/s', 'GFLOP/s', 'share of the rate',
                            *(['start-up s'] if with_start_up else [])], rows)
 
 
@@ -178,7 +223,8 @@ def run_benchmark(config: Any, explicit: Mapping[str, str], say: Say) -> None:
     else:
         record = benchmark({name: SHAPES[name] for name in config.shapes.split(',')}, config.groups.split(','), say,
                            device=config.device, dtype=config.dtype, compile=config.compile,
-                           repetitions=config.repetitions, critic_row_stride=config.critic_row_stride)
+                           repetitions=config.repetitions, critic_row_stride=config.critic_row_stride,
+                           baseline=config.baseline)
     text = report(record)
     say('')
     say(text)
@@ -200,6 +246,9 @@ def option_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
         problems += [f'{option} names {one!r}, but there are {" and ".join(known)}; give --{option}={",".join(known)}'
                      for one in names if one not in known]
         problems += [f'{option} names {one!r} twice; leave one out' for one in known if names.count(one) > 1]
+    if config.baseline and not {'training', 'sampling'} & set(config.groups.split(',')):
+        problems.append(f'baseline adds rows to training and sampling, but groups is {config.groups!r}; name one of '
+                        f'them or leave --baseline out')
     if config.from_json is not None:
         problems += [f'{name} was given, but --from_json measures nothing; leave one of them out'
                      for name in explicit if name not in ('from_json', 'report')]
@@ -221,10 +270,22 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(f'cannot read {path}: {error.strerror}; make it with bench.py --json={path}') from None
     except ValueError:
         raise UserError(f'{path} is not JSON; make it with bench.py --json={path}') from None
-    if not isinstance(record, dict) or (record.get('format'), record.get('version')) != (FORMAT, VERSION):
+    if not isinstance(record, dict) or record.get('format') != FORMAT or record.get('version') not in (1, VERSION):
         raise UserError(f'{path} is not a record of this bench.py (version {VERSION}); make it anew with bench.py '
                         f'--json={path}')
-    return record
+    return _brought_up(record) if record['version'] == 1 else record
+
+
+def _brought_up(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 1, which had one rate a group and counted no bytes, as one of version 2."""
+    shapes = {}
+    for name, entry in record['shapes'].items():
+        shapes[name] = dict(entry)
+        for group in TITLES.keys() & entry.keys():
+            dtype = entry['dtype' if group == 'training' else 'sampling_dtype']
+            cases = {one: {**case, 'dtype': dtype, 'bytes': None} for one, case in entry[group]['cases'].items()}
+            shapes[name][group] = {'rates': {dtype: entry[group]['rate']}, 'cases': cases}
+    return {**record, 'version': VERSION, 'shapes': shapes}
 
 
 def write_report(path: Path, text: str) -> None:

@@ -17,7 +17,8 @@ from unittest import mock
 
 import torch
 
-from core.benchmark import SHAPES, training_cases
+from core.benchmark_cases import SHAPES
+from core.benchmark_training import training_cases
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.errors import run_script
 from core.randomness import RowRandom

@@ -8,23 +8,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import core.benchmark as benchmark_module
+import core.benchmark_training as benchmark_training
 from bench import main
+from core.baseline import Baseline
 from core.batches import BATCH_MAKERS
-from core.benchmark import (BASE_SIZE, GROUPS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, Case, Shape, another_round,
-                            benchmark, fill_operations, measure_in_turns, measure_policies, model_config, policy_runs,
-                            sampling_cases, step_operations)
-from core.benchmark_report import (BEGIN, END, added_share, overhead, rate_share, ratio, ratios, read_record, report,
-                                   write_report)
+from core.benchmark import COPY, GROUPS, another_round, benchmark, measure_in_turns, measure_policies
+from core.benchmark_cases import BASE_SIZE, Case, Shape, model_config
+from core.benchmark_report import (BEGIN, END, added_share, fastest, floors, gap, overhead, rate_share, ratio,
+                                   ratios, read_record, report, write_report)
+from core.benchmark_sampling import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
+                                     fill_operations, policy_runs, sampling_cases)
+from core.benchmark_training import baseline_bytes, step_bytes, step_operations
 from core.errors import UserError
 from core.generation import Generation, Network
 from core.objective import Objective
 from core.policies import POLICIES
 from core.randomness import RowRandom, keyed
+from core.runtime import Runtime
 from core.schedule import Stage
 from core.timing import TimingAccumulator
+from core.training_step import TrainingState
 from conftest import toy_plan
 from model import GPT
 from sample_utils import DrawRule, allowed_ids, sampler_wavefront_fill
@@ -53,18 +61,19 @@ def test_cases_take_turns_and_the_first_call_counts_apart(monkeypatch):
             order.append(name)
             numbers.append(number)
             clock.now += next(durations)
-        return Case(run, operations=10.0, tokens=7)
+        return Case(run, 10.0, 7, torch.bfloat16, 5.0)
 
     def rate():
         order.append('rate')
         return 3.0
 
-    found = measure_in_turns({'a': case('a', [9.0, 1.0, 2.0, 3.0]), 'b': case('b', [5.0, 0.5, 0.75, 1.0])}, rate,
-                             lambda: None, lambda line: None, repetitions=2, warm_ups=2)
+    cases = {'a': case('a', [9.0, 1.0, 2.0, 3.0]), 'b': case('b', [5.0, 0.5, 0.75, 1.0])}
+    found = measure_in_turns(cases, {'x': rate}, lambda: None, lambda line: None, repetitions=2, warm_ups=2)
     assert order == ['a', 'a', 'b', 'b', 'rate', 'a', 'b', 'rate', 'a', 'b']
     assert len(set(numbers)) == len(numbers), 'no two calls do the same'
-    assert found['rate'] == [3.0, 3.0]
-    assert found['cases']['a'] == {'seconds': [2.0, 3.0], 'first_seconds': 9.0, 'operations': 10.0, 'tokens': 7}
+    assert found['rates'] == {'x': [3.0, 3.0]}
+    assert found['cases']['a'] == {'seconds': [2.0, 3.0], 'first_seconds': 9.0, 'operations': 10.0, 'tokens': 7,
+                                   'dtype': 'bfloat16', 'bytes': 5.0}
     assert found['cases']['b']['seconds'] == [0.75, 1.0]
 
 
@@ -75,8 +84,8 @@ def test_a_quick_call_is_made_several_times_and_its_time_is_per_call(monkeypatch
         calls.append(number)
         clock.now += 0.125
 
-    found = measure_in_turns({'a': Case(run, 1.0, 1)}, lambda: 1.0, lambda: None, lambda line: None, repetitions=3,
-                             warm_ups=1)
+    found = measure_in_turns({'a': Case(run, 1.0, 1, torch.float32)}, {}, lambda: None, lambda line: None,
+                             repetitions=3, warm_ups=1)
     assert len(calls) == 1 + 3 * 4  # 0.4 s take four calls
     assert found['cases']['a']['seconds'] == [0.125] * 3
 
@@ -89,7 +98,7 @@ def test_every_time_is_read_with_the_device_at_rest(monkeypatch):
         clock.now += sum(queued)
         queued.clear()
 
-    found = measure_in_turns({'a': Case(lambda _: queued.append(2.0), 1.0, 1)}, lambda: 1.0, synchronize,
+    found = measure_in_turns({'a': Case(lambda _: queued.append(2.0), 1.0, 1, torch.float32)}, {}, synchronize,
                              lambda line: None, repetitions=1, warm_ups=1)
     assert found['cases']['a']['seconds'] == [2.0]
 
@@ -104,8 +113,9 @@ def test_number_of_rounds(repetitions, done, seconds, expected):
 # Figures
 
 def group(rate=(1.0, 1.0, 1.0), **seconds):
-    return {'rate': list(rate), 'cases': {name: {'seconds': list(values), 'first_seconds': 9.0, 'operations': 2.0,
-                                                 'tokens': 4} for name, values in seconds.items()}}
+    return {'rates': {'float32': list(rate), COPY: [1.0, 4.0, 16.0]}, 'cases': {
+        name: {'seconds': list(values), 'first_seconds': 9.0, 'operations': 2.0, 'tokens': 4, 'dtype': 'float32',
+               'bytes': None} for name, values in seconds.items()}}
 
 
 def test_ratios_are_taken_within_a_round():
@@ -118,14 +128,38 @@ def test_share_of_the_rate_uses_the_rate_of_its_round():
     assert rate_share(group(rate=[1.0, 4.0, 10.0], a=[4.0, 1.0, 1.0]), 'a') == (0.5, 0.2, 0.5)
 
 
+def test_floors_take_the_median_rates_and_each_case_its_own_precision():
+    measured = group(rate=[1.0, 2.0, 8.0], a=[1.0] * 3, b=[1.0] * 3)
+    measured['rates']['bfloat16'] = [16.0, 20.0, 40.0]
+    measured['cases']['b'].update(dtype='bfloat16', bytes=6.0)
+    assert floors(measured, 'a') == (1.0, None)
+    assert floors(measured, 'b') == (0.1, 1.5)
+    assert rate_share(measured, 'b') == (0.1, 0.05, 0.125)
+    # rounds: 2 / 16 + 6 / 1, 2 / 20 + 6 / 4 and 2 / 40 + 6 / 16; and 2 over the rate alone
+    assert gap(measured, 'b') == pytest.approx((1 / 1.6, 1 / 6.125, 1 / 0.425))
+    assert gap(measured, 'a') == (1.0, 0.5, 4.0)
+
+
 def test_each_ratio_compares_what_its_name_says():
     entry = {'training': group(causal=[1.0] * 3, **{'stage 1': [2.0] * 3, 'stage 2': [2.5] * 3, 'stage 3': [5.0] * 3}),
              'fill': group(**{'trunk call': [4.0] * 3, 'wavefront fill': [1.0] * 3}),
-             'sampling': group(**{'diffusion, batch 1': [2.0] * 3, 'standard, batch 1': [8.0] * 3})}
+             'sampling': group(**{'diffusion, batch 1': [2.0] * 3, 'standard, batch 1': [8.0] * 3}),
+             'decode': group(**{'causal_decode, batch 1, float32': [6.0] * 3,
+                                'diffusion K=4, batch 1, float32': [2.0] * 3,
+                                'causal_decode, batch 1, bfloat16': [8.0] * 3,
+                                'diffusion K=4, batch 1, bfloat16': [1.0, 1.5, 9.0],
+                                'causal_decode, batch 16, float32': [50.0] * 3,
+                                'diffusion K=4, batch 16, float32': [25.0] * 3})}
+    assert fastest(entry['decode'], 'causal_decode, batch 1, ') == 'causal_decode, batch 1, float32'
+    entry['training']['cases']['baseline'] = {'seconds': [6.0] * 3}
     assert {name: write(one.median) for name, (one, write) in ratios(entry).items()} == {
         'diffusion step / causal step': '2.000', 'stage 2 / stage 1': '1.250', 'stage 3 / stage 1': '2.500',
         'sampler head, share of a stage 2 step': '20.0%', 'critic, share of a stage 3 step': '50.0%',
-        'wavefront fill / trunk call': '0.250', 'tokens/s of diffusion / of standard, batch 1': '4.000'}
+        'wavefront fill / trunk call': '0.250', 'tokens/s of diffusion / of standard, batch 1': '4.000',
+        'tokens/s of the causal step / of the baseline': '6.000',
+        'tokens/s of the diffusion step / of the baseline': '3.000',
+        'tokens/s of diffusion K=4 / of causal_decode, batch 1': '4.000',
+        'tokens/s of diffusion K=4 / of causal_decode, batch 16': '2.000'}
 
 
 def test_overhead_is_the_time_outside_the_network_per_round():
@@ -218,19 +252,83 @@ def test_fill_operations_are_needed_and_nearly_all():
     assert 0.8 * ours < counter.get_total_flops() < 1.6 * ours  # bootstrap reads all logits and spares the head its row
 
 
+# Bytes, against what the optimizers keep and what an eager step moves
+
+class Moved(TorchDispatchMode):
+    """Adds up the bytes that operations other than matrix products and views read and write."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        if not function.is_view and not any(word in str(function) for word in ('mm', '_unsafe_view', 'attention')):
+            self.bytes += sum(one.numel() * one.itemsize for one in tree_leaves((arguments, result))
+                              if isinstance(one, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize('heads', [{}, {'add_sampler_head': True}, {'attention_type': 'causal'}])
+def test_every_value_that_the_optimizer_keeps_is_read_and_written_and_gradients_read_twice(heads):
+    config = model_config(TINY, **heads)
+    state = TrainingState(GPT(config), allowed_ids(config.vocab_size, BASE_SIZE), Runtime(torch.device('cpu'),
+                          torch.float32, False), toy_plan(), 'unmasking', **benchmark_training.TRAINING)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in state.optimizers:
+        optimizer.step()
+    kept = [*state.model.parameters(), *state.averaged.parameters(),
+            *(value for optimizer in state.optimizers for held in optimizer.state.values()
+              for value in held.values() if value.ndim > 0)]
+    values = 2 * sum(one.numel() for one in kept) + 2 * state.model.parameter_count()
+    assert step_bytes(config, dataclasses.replace(TINY, batch_size=0), torch.bfloat16) == 4 * values
+
+
+def test_a_fused_step_moves_less_than_the_eager_baseline_but_not_much_less():
+    model = Baseline(TINY.block_size, 67, 2, 2, 32)
+    tokens = torch.randint(60, (TINY.batch_size, TINY.block_size))
+    shape = Shape(2, 2, 32, TINY.block_size, TINY.batch_size)
+    weights = sum(one.numel() for one in model.parameters())
+    with Moved() as moved:
+        model(tokens, tokens)[1].backward()
+    activations = baseline_bytes(model, shape) - baseline_bytes(model, dataclasses.replace(shape, batch_size=0))
+    # beside the activations an eager step adds up and fills the gradients of the embeddings
+    assert 0.4 * (moved.bytes - 24 * weights) < activations < moved.bytes
+    assert baseline_bytes(model, dataclasses.replace(shape, batch_size=0)) == 4 * 8 * weights
+
+
+def test_bytes_grow_with_what_a_step_does():
+    def activations(dtype=torch.float32, batch_size=4, **heads):
+        full, none = (dataclasses.replace(TINY, batch_size=size) for size in (batch_size, 1))
+        return (step_bytes(model_config(TINY, **heads), full, dtype)
+                - step_bytes(model_config(TINY, **heads), none, dtype)) / (batch_size - 1)
+
+    per_row = 16 * (1 * 46 * 16)  # positions, and the layer's passes of 16 channels each
+    assert activations() == 4 * (per_row + 16 * 3 * 67 / 2)
+    assert activations(attention_type='causal') == 4 * (per_row + 16 * 3 * 67)
+    assert activations(torch.bfloat16) == activations() / 2 == activations(batch_size=8) / 2
+    head = 8 * (6 * 16 + 10 * 16 + 3 * 67)  # masked positions; the gathered slots, two norms, logits
+    assert activations(add_sampler_head=True) == activations() + 4 * head
+    judged = activations(add_sampler_head=True, add_critic_head=True)
+    assert judged == activations(add_sampler_head=True) + 4 * per_row
+
+
 # End to end
 
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(benchmark_module, 'SHORTEST', 0.0)
-    monkeypatch.setattr(benchmark_module, 'TOKENS', 1000)
-    monkeypatch.setattr(benchmark_module, 'SHAPES', {'small': TINY, 'large': TINY})
+    monkeypatch.setattr(benchmark_module, 'COPIED', 2 ** 16)
+    monkeypatch.setattr(benchmark_training, 'TOKENS', 1000)
     monkeypatch.setattr('core.benchmark_report.SHAPES', {'small': TINY, 'large': TINY})
     monkeypatch.setattr(benchmark_module, 'measure_matrix_rate', lambda device, dtype: 1e9)
 
 
 def test_sampling_cases_write_every_token():
-    for name, case in sampling_cases(TINY, torch.device('cpu'), None).items():
+    cases = sampling_cases(TINY, torch.device('cpu'), None) | decode_cases(TINY, torch.device('cpu'),
+                                                                            [None, torch.bfloat16])
+    assert len(cases) == 4 + 12
+    for name, case in cases.items():
+        assert (case.dtype is torch.bfloat16) == name.endswith('bfloat16'), name
         written = case.run(3)
         assert isinstance(written, Generation) and written.tokens.numel() == case.tokens, name
         assert (written.tokens < BASE_SIZE).all(), name
@@ -246,7 +344,10 @@ def test_record_report_and_files(quick, tmp_path, monkeypatch, capsys):
     record = read_record(tmp_path / 'record.json')
     entry, = record['shapes'].values()
     assert set(GROUPS) < set(entry)
-    assert [len(entry[one]['rate']) for one in ('training', 'fill', 'sampling')] == [2, 2, 2]
+    assert {one: {name: len(rates) for name, rates in entry[one]['rates'].items()}
+            for one in ('training', 'fill', 'sampling')} == {
+                'training': {'float32': 2, COPY: 2}, 'fill': {'float32': 2}, 'sampling': {'float32': 2}}
+    assert 'decode' not in entry, 'a yardstick is measured only where it is asked for'
     assert list(entry['training']['cases']) == ['causal', 'stage 1', 'stage 2', 'stage 3']
     assert all(len(case['seconds']) == 2 and min(case['seconds']) > 0 and case['operations'] > 0 and case['tokens'] > 0
                for one in ('training', 'fill', 'sampling') for case in entry[one]['cases'].values())
@@ -258,6 +359,58 @@ def test_record_report_and_files(quick, tmp_path, monkeypatch, capsys):
     assert text in printed and 'small training: round 2 done' in printed
     main(['--from_json=record.json', '--report=page.md'])
     assert page.read_text() == f'before\n{BEGIN}\n\n{text}\n\n{END}\nafter\n'
+
+
+def test_yardsticks_are_measured_beside_on_demand_however_long_they_take(quick, tmp_path, monkeypatch, capsys):
+    for name, value in (('FEWEST', 1), ('USUAL', 2), ('PATIENCE', 0.0)):
+        monkeypatch.setattr(benchmark_module, name, value)
+    main(['--shapes=small', '--groups=training,sampling', '--baseline', '--device=cpu', '--compile=False',
+          f'--json={tmp_path}/record.json'])
+    entry, = read_record(tmp_path / 'record.json')['shapes'].values()
+    assert list(entry['training']['cases'])[:2] == ['baseline', 'causal']
+    assert {name: {len(case['seconds']) for case in entry[name]['cases'].values()}
+            for name in ('training', 'sampling', 'decode')} == {'training': {2}, 'sampling': {1}, 'decode': {2}}
+    baseline, causal = (entry['training']['cases'][name] for name in ('baseline', 'causal'))
+    assert baseline['dtype'] == 'float32' and baseline['operations'] == causal['operations']
+    assert baseline['bytes'] < causal['bytes'] and baseline['tokens'] == causal['tokens'] == TINY.tokens
+    shown = {name for name in ratios(entry) if 'baseline' in name or 'causal_decode' in name}
+    assert len(shown) == 2 + 2 * len(DECODE_PREDICTIONS)
+    printed = capsys.readouterr().out
+    assert all(f'| {name}' in printed for name in shown) and '| baseline: eager float32 causal step' in printed
+
+
+@pytest.mark.parametrize('dtype, fast, expected', [
+    ('auto', True, [None, torch.bfloat16]), ('auto', False, [None]), ('bfloat16', False, [torch.bfloat16]),
+    ('float32', True, [None])])
+def test_each_side_of_the_sampling_yardstick_tries_what_may_be_fast(dtype, fast, expected, monkeypatch):
+    monkeypatch.setattr(benchmark_module, 'has_fast_bfloat16', lambda device: fast)
+    assert benchmark_module.decode_precisions(dtype, torch.device('cpu')) == expected
+
+
+def test_the_copy_rate_counts_bytes_read_and_written(monkeypatch):
+    clock = Clock(monkeypatch)
+    copy = torch.Tensor.copy_
+
+    def slow(target, source):
+        clock.now += 0.125
+        return copy(target, source)
+
+    monkeypatch.setattr(benchmark_module, 'COPIED', 4096)
+    monkeypatch.setattr(torch.Tensor, 'copy_', slow)
+    assert benchmark_module.measure_copy_rate(torch.device('cpu')) == 2 * 4096 / 0.125
+
+
+def test_a_record_of_the_first_version_is_read_as_one_of_the_second(tmp_path):
+    path = tmp_path / 'old.json'
+    case = {'seconds': [1.0], 'first_seconds': 2.0, 'operations': 6.0, 'tokens': 4}
+    path.write_text(json.dumps({'format': 'masked-diffusion-benchmark', 'version': 1, 'machine': {}, 'shapes': {'one': {
+        'dtype': 'bfloat16', 'sampling_dtype': 'float32', 'training': {'rate': [3.0], 'cases': {'causal': case}},
+        'fill': {'rate': [2.0], 'cases': {'trunk call': case}}, 'policies': {'runs': {}}}}}))
+    record = read_record(path)
+    entry = record['shapes']['one']
+    assert record['version'] == 2 and entry['policies'] == {'runs': {}}
+    assert floors(entry['training'], 'causal') == (2.0, None) and floors(entry['fill'], 'trunk call') == (3.0, None)
+    assert entry['training']['rates'] == {'bfloat16': [3.0]} and entry['fill']['rates'] == {'float32': [2.0]}
 
 
 def test_a_group_alone_is_measured_and_shown(quick, tmp_path, capsys):
@@ -274,20 +427,29 @@ def test_a_group_alone_is_measured_and_shown(quick, tmp_path, capsys):
 
 def test_report_shows_medians_and_floors():
     def cases(*names):
-        return {'rate': [1e9, 2e9, 4e9], 'cases': {name: {
-            'seconds': [0.5, 0.25, 1.0], 'first_seconds': 6.5, 'operations': 1e8, 'tokens': 1000} for name in names}}
+        return {'rates': {'bfloat16': [1e9, 2e9, 4e9]}, 'cases': {name: {
+            'seconds': [0.5, 0.25, 1.0], 'first_seconds': 6.5, 'operations': 1e8, 'tokens': 1000, 'dtype': 'bfloat16',
+            'bytes': None} for name in names}}
 
     entry = {'shape': vars(TINY), 'device': 'cpu', 'dtype': 'bfloat16', 'sampling_dtype': 'float32', 'compile': True,
              'critic_row_stride': 4, 'parameters': 5, 'training': cases('causal', 'stage 1', 'stage 2', 'stage 3'),
              'fill': cases('trunk call', 'wavefront fill'),
              'sampling': cases('diffusion, batch 1', 'standard, batch 1')}
+    entry['training']['rates'][COPY] = [5e9, 1e9, 1e9]
+    for case in entry['training']['cases'].values():
+        case['bytes'] = 2e8
     machine = {'versions': {'python': '3', 'torch': '2', 'numpy': '1'}, 'processor': 'P', 'processors': 2, 'threads': 2,
                'devices': [], 'fast_bfloat16': False, 'load_average': 0.0, 'platform': 'X', 'git_revision': None}
     lines = report({'machine': machine, 'shapes': {'tiny': entry}}).splitlines()
     causal = [cell.strip() for line in lines if line.startswith('| causal') for cell in line.strip('|').split('|')]
-    # floor 1e8 / 2e9; shares 0.2, 0.2 and 0.025; 1000 tokens and 1e8 operations in half a second; 6.5 - 0.5
-    assert causal[1:] == ['50.0', '5.000', '500.0 (250.0 - 1000.0)', '2,000', '0', '20.0% (2.5% - 20.0%)', '6.0']
+    # floors 1e8 / 2e9 and 2e8 / 1e9; gaps 0.5 / 0.14, 0.25 / 0.25 and 1 / 0.225; shares 0.2, 0.2 and 0.025; 1000 tokens
+    # and 1e8 operations in half a second; 6.5 - 0.5
+    assert causal[1:] == ['50.0', '200.0', '3.571', '500.0 (250.0 - 1000.0)', '2,000', '0', '20.0% (2.5% - 20.0%)',
+                          '6.0']
+    trunk = [cell.strip() for line in lines if line.startswith('| trunk') for cell in line.strip('|').split('|')]
+    assert trunk[1:3] == ['50.0', '5.000']
     assert 'bfloat16 matrix rate 2 (1 - 4) GFLOP/s, 3 interleaved rounds:' in lines
+    assert 'bfloat16 matrix rate 2 (1 - 4) GFLOP/s, copy rate 1 (1 - 5) GB/s, 3 interleaved rounds:' in lines
     widths = {len(line) for line in lines if line.startswith('|')}
     assert len(widths) == 4  # four tables, each in columns
 
@@ -315,6 +477,16 @@ def test_written_page_follows_the_written_record():
     (['--from_json=other.json'], ['other.json', 'not a record', 'anew']),
     (['--from_json=other.json', '--repetitions=3'], ['repetitions', '--from_json measures nothing']),
     (['--repetition=3'], ['repetitions']),
+    (['--baseline', '--groups=fill,policies'], ['baseline adds rows to training and sampling', "'fill,policies'"]),
+    (['--baseline', '--from_json=other.json'], ['baseline', '--from_json measures nothing']),
+    (['--compare'], ['two records', 'bench.py --compare before.json after.json']),
+    (['--compare', 'other.json'], ['two records']),
+    (['--compare=other.json', 'other.json', 'other.json'], ['two records']),
+    (['--shapes=small', '--compare', 'other.json', 'other.json'], ['stands alone']),
+    (['--compare', 'other.json', '--shapes=small'], ['stands alone']),
+    (['--compare', 'absent.json', 'other.json'], ['absent.json', 'cannot read']),
+    (['--compare', 'other.json', 'other.json'], ['other.json', 'not a record']),
+    (['--compare', 'unmarked.md', 'other.json'], ['unmarked.md', 'not JSON']),
 ])
 def test_wrong_input_is_named_before_anything_is_measured(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -338,8 +510,8 @@ def test_precision_and_stride_reach_training_and_sampling(quick, monkeypatch):
     rates = []
     monkeypatch.setattr(benchmark_module, 'measure_matrix_rate', lambda device, dtype: rates.append(dtype) or 1e9)
     strides = []
-    whole = benchmark_module.step_operations
-    monkeypatch.setattr(benchmark_module, 'step_operations',
+    whole = benchmark_training.step_operations
+    monkeypatch.setattr(benchmark_training, 'step_operations',
                         lambda config, shape: strides.append(config.critic_row_stride) or whole(config, shape))
     record = benchmark({'one': TINY}, ('training', 'fill', 'sampling'), lambda line: None, device='cpu',
                        dtype='bfloat16', compile=False, repetitions=1, critic_row_stride=2)

@@ -1,0 +1,168 @@
+"""Rows of a benchmark that sample: parts of a prediction, whole texts, the yardstick, and a run of every policy.
+
+The model is untrained: time depends on shapes only.
+
+Letters: B rows, T sequence length, V vocabulary, D width, W width of the sampler head.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.benchmark_cases import BASE_SIZE, Case, Shape, base_vocabulary, model_config, short_name
+from core.generation import GenerationSettings, Method, Network, generate
+from core.policies import POLICIES, Policy, remask_policy
+from core.prompt import Layout
+from core.randomness import RowRandom
+from core.timing import TimingAccumulator
+from model import GPT, GPTConfig
+from sample_utils import DrawRule, linear_remasking_schedule, sampler_wavefront_fill
+
+FILL_ROWS = 16
+SAMPLING_ROWS = (1, 16)
+PREDICTIONS = 16
+DECODE_PREDICTIONS = (4, 8)  # against the yardstick of sampling
+TEMPERATURE = 0.8
+POLICY_ROWS = 16
+POLICY_CALLS = 3  # trunk calls of a policy's run, as far as it lets that be said
+WITH_HEAD = ('remask', 'random')  # shown with the sampler head too: whole rows, and groups of positions
+
+
+def fill_cases(shape: Shape, device: torch.device, autocast: torch.dtype | None) -> dict[str, Case]:
+    """One trunk call on fully masked rows, and the wavefront fill of all of them from its hidden states."""
+    network = sampling_network(model_config(shape, add_sampler_head=True), device, autocast)
+    model, tokens = network.model, _masked(FILL_ROWS, shape, device)
+    rows, rule = torch.arange(FILL_ROWS, device=device), DrawRule(base_vocabulary(device), TEMPERATURE)
+    with network.precision():
+        hidden_states = network.encode(tokens)  # [B, T, D]
+
+    def trunk(_: int) -> None:
+        with network.precision():
+            network.encode(tokens)
+
+    def fill(number: int) -> None:
+        with network.precision():
+            sampler_wavefront_fill(model, tokens, hidden_states, rule, RowRandom(number, 0, rows))
+
+    dtype = autocast or torch.float32
+    return {'trunk call': Case(trunk, tokens.numel() * model.operations_per_token(), tokens.numel(), dtype),
+            'wavefront fill': Case(fill, tokens.numel() * fill_operations(model.config), tokens.numel(), dtype)}
+
+
+def sampling_cases(shape: Shape, device: torch.device, autocast: torch.dtype | None) -> dict[str, Case]:
+    """Whole texts: by diffusion with the sampler head, guided by self-confidence, and left to right by a causal model
+    of the same trunk with its key-value cache."""
+    diffusion, causal = _both_networks(shape, device, autocast)
+    cases = {}
+    for rows in SAMPLING_ROWS:
+        cases[f'diffusion, batch {rows}'] = _diffusion_case(diffusion, shape, rows, PREDICTIONS)
+        cases[f'standard, batch {rows}'] = _causal_case(causal, shape, rows)
+    return cases
+
+
+def decode_cases(shape: Shape, device: torch.device, autocasts: Sequence[torch.dtype | None]) -> dict[str, Case]:
+    """The yardstick of sampling, the causal model with its key-value cache, and diffusion with the sampler head at few
+    trunk calls: whole texts, in each of the precisions `autocasts` (None: float32)."""
+    networks = {short_name(autocast or torch.float32): _both_networks(shape, device, autocast)
+                for autocast in autocasts}
+    cases = {}
+    for rows in SAMPLING_ROWS:
+        for dtype, (diffusion, causal) in networks.items():
+            cases[f'causal_decode, batch {rows}, {dtype}'] = _causal_case(causal, shape, rows)
+            for predictions in DECODE_PREDICTIONS:
+                cases[f'diffusion K={predictions}, batch {rows}, {dtype}'] = _diffusion_case(diffusion, shape, rows,
+                                                                                           predictions)
+    return cases
+
+
+def _both_networks(shape: Shape, device: torch.device, autocast: torch.dtype | None) -> tuple[Network, Network]:
+    """Of diffusion with the sampler head, and causal."""
+    return (sampling_network(model_config(shape, add_sampler_head=True), device, autocast),
+            sampling_network(model_config(shape, attention_type='causal'), device, autocast))
+
+
+def _diffusion_case(network: Network, shape: Shape, rows: int, predictions: int) -> Case:
+    """`rows` texts of a block in `predictions` trunk calls, each filling every mask through the sampler head."""
+    levels = linear_remasking_schedule(predictions - 1, 0.95, 0.05)
+    operations = predictions * network.model.operations_per_token() + \
+        (1 + sum(levels)) * fill_operations(network.model.config)
+    return _text_case(network, 'diffusion', shape, rows, operations,
+                      policy=remask_policy(levels, 'ratio', 0.4, True), use_sampler_head=True)
+
+
+def _causal_case(network: Network, shape: Shape, rows: int) -> Case:
+    """`rows` texts of a block, a token of each at a trunk call."""
+    return _text_case(network, 'standard', shape, rows, network.model.operations_per_token())
+
+
+def _text_case(network: Network, method: Method, shape: Shape, rows: int, operations: float, **given: Any) -> Case:
+    """operations: of a token."""
+    device = network.model.lm_head.weight.device
+    settings = GenerationSettings(method, DrawRule(base_vocabulary(device), TEMPERATURE), **given)
+    written = rows * shape.block_size
+    return Case(_sampling_run(network, settings, _masked(rows, shape, device)), written * operations, written,
+                network.autocast or torch.float32)
+
+
+def _sampling_run(network: Network, settings: GenerationSettings, tokens: Tensor) -> Callable[[int], object]:
+    layout = Layout(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+    rows = torch.arange(len(tokens), device=tokens.device)
+    return lambda number: generate(network, layout, settings, RowRandom(number, 0, rows))
+
+
+def sampling_network(config: GPTConfig, device: torch.device, autocast: torch.dtype | None) -> Network:
+    """An untrained model in a network that counts and times its calls, in precision `autocast` (None: float32)."""
+    return Network(GPT(config).to(device).eval().requires_grad_(False), TimingAccumulator(device), autocast)
+
+
+def _masked(rows: int, shape: Shape, device: torch.device) -> Tensor:
+    """int64 [rows, T], nothing but masks."""
+    return torch.full((rows, shape.block_size), BASE_SIZE, device=device)
+
+
+# Policies -----------------------------------------------------------------------------------------------------------
+
+class PolicyRun(NamedTuple):
+    """A policy at work on `POLICY_ROWS` rows of tokens int64 [rows, T], some or all of them masks."""
+
+    policy: Policy
+    tokens: Tensor
+    use_sampler_head: bool
+    use_critic: bool
+
+
+def policy_runs(shape: Shape) -> dict[str, PolicyRun]:
+    """Every policy without the sampler head, and those `WITH_HEAD` with it, for about `POLICY_CALLS` trunk calls.
+
+    Where the number of positions decides the calls, so many are masked. An untrained model finds all tokens about
+    equally probable, which says where the adaptive policies' bounds lie; that by threshold reveals half of what is
+    masked at each call, so it takes some calls more.
+    """
+    T, calls = shape.block_size, POLICY_CALLS
+    group = math.ceil(T / calls)  # positions a call
+    options = {'iterations': calls, 'idle_cache': True, 'choice_temperature': 4.5, 'remdm_eta': None, 'loop_on': 0.55,
+               'loop_off': 0.05, 'loop_alpha': 0.9, 'planner_eta': 1.0, 'selection_noise': 0.5,
+               'entropy_bound': (group - 0.5) * math.log(BASE_SIZE), 'parallel_factor': group + 1.0,
+               'confidence_threshold': 1 / BASE_SIZE}
+    masks = {'first_hitting': calls, 'dilated': 2 ** calls}
+    found = {}
+    for name, row in POLICIES.items():
+        policy = remask_policy(linear_remasking_schedule(calls - 1, 0.95, 0.05), 'ratio', 0.4, True) \
+            if name == 'remask' else row.make(**{option: options[option] for option in row.options})
+        tokens = torch.zeros(POLICY_ROWS, T, dtype=torch.int64)
+        tokens[:, :masks.get(name, T)] = BASE_SIZE
+        found[name] = PolicyRun(policy, tokens, False, row.needs_critic)
+        if name in WITH_HEAD:
+            found[f'{name} with sampler head'] = found[name]._replace(use_sampler_head=True)
+    return found
+
+
+# Operations ---------------------------------------------------------------------------------------------------------
+
+def fill_operations(config: GPTConfig) -> int:
+    """Operations that the sampler head and `lm_head` need per position drawn in a wavefront fill."""
+    D, V, W = config.n_embd, config.vocab_size, config.sampler_n_embd or config.n_embd
+    return 2 * (D * W + W * W + W * V + D * V)

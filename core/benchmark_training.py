@@ -1,0 +1,128 @@
+"""Rows of a benchmark that train: a step of each kind, the yardstick's too, and what a step cannot do without.
+
+The model is untrained and the corpus is random: time depends on shapes only.
+
+Letters: B rows, T sequence length, V vocabulary, D width, C sampler_context, W width of the sampler head.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from core.baseline import Baseline, BaselineTraining
+from core.batches import BatchPlan
+from core.benchmark_cases import BASE_SIZE, VOCABULARY_SIZE, Case, Shape, base_vocabulary, model_config
+from core.benchmark_sampling import fill_operations
+from core.optimizer import is_matrix
+from core.runtime import Runtime
+from core.training_step import TrainingState, training_step
+from model import GPT, GPTConfig
+
+TOKENS = 1_000_000  # of the made-up corpus
+TRAINING = {'optimizer': 'muon', 'learning_rate': 1e-3, 'weight_decay': 0.05, 'betas': (0.9, 0.99), 'grad_clip': 1.0,
+            'ema_decay': 0.995}
+
+
+def training_cases(shape: Shape, runtime: Runtime, critic_row_stride: int) -> dict[str, Case]:
+    """One training step of each kind, on models of their own: causal, stage 1 (main loss, no heads), stage 2 (with the
+    sampler head) and stage 3 (with the critic too)."""
+    sampler = {'add_sampler_head': True}
+    critic = {**sampler, 'add_critic_head': True, 'critic_row_stride': critic_row_stride}
+    configs = {'causal': model_config(shape, attention_type='causal'), 'stage 1': model_config(shape),
+               'stage 2': model_config(shape, **sampler), 'stage 3': model_config(shape, **critic)}
+    return {name: Case(_training_run(config, shape, runtime), step_operations(config, shape), shape.tokens,
+                       runtime.dtype, step_bytes(config, shape, runtime.dtype))
+            for name, config in configs.items()}
+
+
+def _training_run(config: GPTConfig, shape: Shape, runtime: Runtime) -> Callable[[int], object]:
+    plan = BatchPlan(tokens=_corpus(), seed=1, block_size=shape.block_size, batch_size=shape.batch_size, micro_steps=1,
+                     rank=0, world_size=1, mask_token_id=BASE_SIZE, loss_weighting='elbo',
+                     sampler_context=config.sampler_context if config.add_sampler_head else 0,
+                     critic_row_stride=config.critic_row_stride, critic_scope=config.critic_target_scope)
+    kind = 'causal' if config.attention_type == 'causal' else 'unmasking'
+    model = GPT(config).to(runtime.device)
+    state = TrainingState(model, base_vocabulary(runtime.device), runtime, plan, kind, **TRAINING)
+    return lambda iteration: training_step(state, iteration, TRAINING['learning_rate'])
+
+
+def baseline_case(shape: Shape, device: torch.device) -> Case:
+    """A training step of the yardstick (core/baseline.py) of the same shape: causal, eager, float32."""
+    model = Baseline(shape.block_size, VOCABULARY_SIZE, shape.n_layer, shape.n_head, shape.n_embd).to(device)
+    training = BaselineTraining(model, _corpus(), shape.batch_size, shape.block_size)
+    operations = step_operations(model_config(shape, attention_type='causal'), shape)
+    return Case(lambda _: training.step(), operations, shape.tokens, torch.float32, baseline_bytes(model, shape))
+
+
+def _corpus() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, BASE_SIZE, TOKENS, dtype=np.uint16)
+
+
+# Operations ---------------------------------------------------------------------------------------------------------
+
+def step_operations(config: GPTConfig, shape: Shape) -> float:
+    """Operations of a training step's matrix products: three trunk calls' worth (forward, and twice that backward) and
+    the heads. The optimizer's own products are left out; half the positions count as masked.
+
+    A causal step counts like a bidirectional one, as is usual.
+    """
+    with torch.device('meta'):
+        trunk = GPT(config).operations_per_token()
+    D, V, masked = config.n_embd, config.vocab_size, shape.tokens / 2
+    operations = 3.0 * trunk * shape.tokens
+    if config.add_sampler_head:  # its input is detached, so the first matrix has one product less to take back
+        first, rest = (2 * config.sampler_context + 1) * D * D, D * D + D * V
+        operations += masked * 2 * (2 * first + 3 * rest)
+    if config.add_critic_head:  # the filled-in text is read by the trunk once more, on a share of the rows
+        share = math.ceil(shape.batch_size / config.critic_row_stride) / shape.batch_size
+        operations += share * (masked * fill_operations(config) + 3.0 * trunk * shape.tokens)
+    return operations
+
+
+# Bytes --------------------------------------------------------------------------------------------------------------
+#
+# Between two matrix products stands one fused pass: it reads what the products before it wrote, writes what those after
+# it read, and its backward pass reads the gradients of what it wrote and what it had read, and writes the gradients of
+# that. What a product itself moves belongs to the matrix rate. Values per position and layer, in units of the width:
+
+NORM = (2 + 2) + (3 + 1)  # forward reads the stream and what a product adds to it, writes the new stream and its norm;
+# backward reads the gradients of both and the stream, and writes one gradient, which the two that were added share
+ROTATION = (2 + 2) + (4 + 2)  # queries and keys, normalised and rotated together
+ACTIVATION = (4 + 4) + (8 + 4)  # of the four times wider part
+LOSS = 1 + (1 + 1)  # logits, in units of the vocabulary: read; read again, and their gradient written
+HEAD = 2 * ((1 + 1) + (2 + 1))  # the sampler head's two activations with their norms, in units of its width
+
+# The optimizer, in float32 values per weight: the gradient is read for its norm and once more for the update, which
+# reads and writes the weight, the moments and the average of the weights.
+GRADIENT, MOMENT, WEIGHT = 1 + 1, 1 + 1, 1 + 1
+
+
+def step_bytes(config: GPTConfig, shape: Shape, dtype: torch.dtype) -> float:
+    """Bytes that a training step cannot do without moving beside its matrix products, activations in `dtype`.
+
+    Muon keeps one moment and AdamW two; an average of the weights comes with both. Half the positions count as masked;
+    of stage 3 the trunk's second reading counts, its drawing does not.
+    """
+    D, V, W = config.n_embd, config.vocab_size, config.sampler_n_embd or config.n_embd
+    trunk = float(shape.tokens * config.n_layer * (2 * NORM + ROTATION + ACTIVATION) * D)
+    predicted = shape.tokens if config.attention_type == 'causal' else shape.tokens / 2
+    values = trunk + predicted * LOSS * V
+    if config.add_sampler_head:  # its input is gathered: read and written once
+        values += predicted * (2 * (2 * config.sampler_context + 1) * D + HEAD * W + LOSS * V)
+    if config.add_critic_head:
+        values += math.ceil(shape.batch_size / config.critic_row_stride) / shape.batch_size * trunk
+    with torch.device('meta'):
+        weights = {name: weight for name, weight in GPT(config).named_parameters()}
+    moments = sum(weight.numel() * (MOMENT if is_matrix(name, weight) else 2 * MOMENT)
+                  for name, weight in weights.items())
+    held = sum(weight.numel() for weight in weights.values()) * (GRADIENT + 2 * WEIGHT) + moments
+    return values * dtype.itemsize + held * torch.float32.itemsize
+
+
+def baseline_bytes(model: Baseline, shape: Shape) -> float:
+    """As `step_bytes` for the yardstick: no rotation, AdamW throughout, no average of the weights."""
+    values = shape.tokens * (shape.n_layer * (2 * NORM + ACTIVATION) * shape.n_embd + LOSS * VOCABULARY_SIZE)
+    weights = sum(weight.numel() for weight in model.parameters())
+    return float(torch.float32.itemsize * (values + weights * (GRADIENT + 2 * MOMENT + WEIGHT)))
