@@ -5,6 +5,7 @@
     python evaluate.py --measure=likelihood --policies=random,margin --trunk_calls="[1,2,4,8]"
     python evaluate.py --measure=quality --num_samples=64 --temperature=1.0
     python evaluate.py --measure=policies --report=docs/sampling.md
+    python evaluate.py --report                                            the study of docs/results.md, written anew
     python evaluate.py --help
 
 Results are kept in evaluation.json in the run folder, so a rerun computes only what is new.
@@ -16,6 +17,7 @@ from typing import Literal
 from configurator import configure, option
 from core.errors import run_script
 from core.evaluation_run import measure_help, run_evaluation
+from core.study import PAGE
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,13 @@ class EvaluateConfig:
     dataset: str | None = option(None, "corpus; the checkpoint's own by default")
     split: Literal['val', 'train', 'ref'] = option('val', 'part of the corpus')
     measure: str = option('all', 'one of the list above, or all')
-    windows: int | None = option(None, 'windows of text; more for a smaller standard error (nelbo 512, likelihood 64)')
+    windows: int | None = option(
+        None, 'windows of text; more for a smaller standard error (nelbo 512, likelihood 64, errors 256)')
     trunk_calls: list[float] | None = option(None, "budgets; each measure has its own by default")
     policies: str | None = option(None, 'sampling policies, separated by commas; each measure has its own by default')
     heads: str | None = option(None, 'none, wave, left_to_right: who fills a step; all there is by default (likelihood)')
+    remasking_checkpoint_name: str | None = option(
+        None, 'remasking model that also looks for errors (errors): file in out_dir, or path')
     # samples (measures quality, policies and curves)
     num_samples: int = option(16, 'texts per setting; more for narrower intervals')
     sequence_length: int | None = option(None, 'tokens per text; the block size by default')
@@ -40,7 +45,7 @@ class EvaluateConfig:
     temperatures: list[float] = option([0.7, 1.0, 1.4, 2.0], 'of curves, which go through them to equal entropy')
     reference_checkpoint: str = option('out-reference/ckpt_best.pt', 'causal model that scores the samples')
     causal_checkpoint: str = option('out-ar/ckpt_best.pt', 'causal model whose samples are a control')
-    report: str | None = option(None, 'page whose generated part is written anew, as docs/sampling.md for policies')
+    report: str | None = option(None, 'page whose generated part is written anew: docs/results.md with no measure named')
     # the machine
     batch_size: int = option(64, 'windows or texts at once; lower it when memory runs out, the numbers stay the same')
     seed: int = option(1337, 'random orders follow from it')
@@ -49,7 +54,8 @@ class EvaluateConfig:
 
 
 def main(arguments: list[str]) -> None:
-    """Read the options and measure."""
+    """Read the options and measure; `--report` alone means the page of the study."""
+    arguments = [f'--report={PAGE}' if argument == '--report' else argument for argument in arguments]
     configuration = configure(EvaluateConfig, arguments, usage=f'{__doc__}\n{measure_help()}')
     run_evaluation(configuration.config, configuration.explicit)
 

@@ -22,7 +22,7 @@ from core.runtime import Runtime
 from model import GPT
 
 CACHE_NAME = 'evaluation.json'
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 Result = dict[str, Any]  # built-in types only, finite numbers only
 

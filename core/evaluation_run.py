@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from core.checkpoint import CheckpointKind, build_model, load_checkpoint
 from core.data import Vocabulary, ensure_corpus
+from core.error_detection import ERRORS
 from core.errors import UserError, raise_problems
 from core.evaluation import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache, checkpoint_hash
 from core.evaluator import validate
@@ -23,6 +24,8 @@ from core.likelihood import LIKELIHOOD
 from core.quality_run import QUALITY_MEASURES
 from core.runtime import DTYPES, Runtime, resolve_device
 from core.schedule import started_heads
+from core.study import write_report
+from core.study_sections import SECTIONS
 from sample_utils import allowed_ids
 
 NELBO_WINDOWS = 512
@@ -48,6 +51,7 @@ MEASURES: dict[str, Measure] = {
     'nelbo': Measure(nelbo_cells, ('split', 'kind', 'nats', 'standard_error', 'bits', 'unit', 'windows', 'seconds'),
                      'upper bound on the negative log-likelihood, nats per token (causal: the likelihood itself)'),
     'likelihood': LIKELIHOOD,
+    'errors': ERRORS,
     **QUALITY_MEASURES,
 }
 
@@ -63,6 +67,9 @@ def run_evaluation(config: Any, explicit: Mapping[str, str],
                    say: Callable[[str], None] = print) -> dict[str, list[Result]]:
     """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
     raise_problems(option_problems(config))
+    if config.report is not None and 'measure' not in explicit:
+        write_report(config, SECTIONS, lambda changed, given: measured_rows(changed, given, say), say)
+        return {}
     evaluation = load_evaluation(config, explicit, say)
     cache, found = ResultCache(evaluation.out_dir / CACHE_NAME), {}
     torch.set_flush_denormal(evaluation.runtime.device.type == 'cpu')  # numbers near zero cost a hundred times as much
@@ -88,6 +95,18 @@ def run_evaluation(config: Any, explicit: Mapping[str, str],
     return found
 
 
+def measured_rows(config: Any, explicit: Mapping[str, str], say: Callable[[str], None]) -> list[Result]:
+    """The rows of one measure of one checkpoint, from its cache as far as they are known; nothing is printed of them."""
+    say(f'{config.measure} of {config.out_dir}/{config.checkpoint_name}')
+    evaluation = load_evaluation(config, explicit, say)
+    cache = ResultCache(evaluation.out_dir / CACHE_NAME)
+    torch.set_flush_denormal(evaluation.runtime.device.type == 'cpu')
+    try:
+        return compute_cells(evaluation, cache, config.measure, MEASURES[config.measure].cells(evaluation))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def option_problems(config: Any) -> list[str]:
     """What is wrong with the options before any file is read."""
     problems = []
@@ -102,6 +121,9 @@ def option_problems(config: Any) -> list[str]:
     if config.report is not None and config.measure not in ('policies', 'all'):
         problems.append(f'report was given, but measure={config.measure} writes no page; take measure=policies or '
                         f'leave report out')
+    if config.remasking_checkpoint_name is not None and config.measure not in ('errors', 'all'):
+        problems.append(f'remasking_checkpoint_name does not apply to measure={config.measure}; take measure=errors or '
+                        f'leave it out')
     return problems
 
 

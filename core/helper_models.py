@@ -51,12 +51,16 @@ def load_generator(name: str, vocabulary: Vocabulary, device: torch.device) -> t
     return model, started_heads(model.config, iteration)[0]
 
 
+def helper_path(name: str, out_dir: Path | str) -> Path:
+    """The checkpoint `name`: in out_dir if it is there, else a path of its own."""
+    path = Path(out_dir) / name
+    return path if path.exists() else Path(name)
+
+
 def _load(name: str, option: str, out_dir: Path | str, kinds: Sequence[CheckpointKind], complaint: str,
           vocabulary: Vocabulary, device: torch.device) -> tuple[GPT, int]:
     """The model without gradients, and the iteration that it is of."""
-    path = Path(out_dir) / name
-    if not path.exists():
-        path = Path(name)
+    path = helper_path(name, out_dir)
     cure = HOW_TO_TRAIN[kinds[0]]
     if not path.exists():
         places = f'neither in {out_dir} nor as a path' if str(out_dir) != '.' else 'no such file'

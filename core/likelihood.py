@@ -17,6 +17,7 @@ Letters: B rows of a batch, W windows, T window length, V vocabulary, K trunk ca
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -126,7 +127,14 @@ def _result(evaluation: Evaluation, windows: Tensor, policy: str, trunk_calls: i
     nats = found.nats.mean().item()
     bits, unit = bits_of(nats, evaluation.corpus, config.split)
     return {'nats': nats, 'standard_error': (found.nats.std() / math.sqrt(len(windows))).item(), 'bits': bits,
-            'unit': unit, 'seconds': found.seconds}
+            'unit': unit, 'seconds': found.seconds, 'window_nats': [round(value, 5) for value in found.nats.tolist()],
+            'head_share': head_share(evaluation)}
+
+
+def head_share(evaluation: Evaluation) -> float:
+    """The head's multiply-adds per token over the trunk's, neighbours read from a table; 0 without a head."""
+    model = evaluation.model
+    return model.sampler_operations_per_token() / model.operations_per_token() if evaluation.sampler_head else 0.0
 
 
 def split_names(text: str) -> list[str]:
@@ -185,21 +193,25 @@ def arranged(rows: Sequence[Result]) -> list[Result]:
 
 
 def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
-    """Say what the head costs, and draw nats per token against trunk calls, one panel a policy, one line a head."""
+    """Say what the head costs, and draw the picture."""
     if evaluation.sampler_head:
-        share = evaluation.model.sampler_operations_per_token() / evaluation.model.operations_per_token()
-        evaluation.say(f"the sampler head takes {share:.1%} of the trunk's multiply-adds per token "
+        evaluation.say(f"the sampler head takes {head_share(evaluation):.1%} of the trunk's multiply-adds per token "
                        f'(neighbours come from a table)')
+    token = 'character' if evaluation.vocabulary.kind == 'characters' else 'token'
+    path = evaluation.out_dir / PICTURE_NAME
+    draw(rows, f'trunk calls per {evaluation.model.config.block_size} {token}s', f'nats per {token}', path)
+    evaluation.say(f'picture written to {path}')
+
+
+def draw(rows: Sequence[Result], x_label: str, y_label: str, picture: Path) -> None:
+    """Nats per token against trunk calls, one panel a policy, one line a head."""
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in rows:
         name = {'none': 'without sampler head', 'wave': 'head, wave order',
                 'left_to_right': 'head, left to right'}[row['head']]
         panels.setdefault(row['policy'], {}).setdefault(name, []).append(
             (row['trunk_calls'], row['nats'], row['standard_error']))
-    token = 'character' if evaluation.vocabulary.kind == 'characters' else 'token'
-    path = evaluation.out_dir / PICTURE_NAME
-    plot_likelihood(panels, path, f'trunk calls per {evaluation.model.config.block_size} {token}s', f'nats per {token}')
-    evaluation.say(f'picture written to {path}')
+    plot_likelihood(panels, picture, x_label, y_label)
 
 
 LIKELIHOOD = Measure(likelihood_cells, ('policy', 'trunk_calls', *HEADS, 'windows'),

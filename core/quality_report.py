@@ -6,7 +6,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +123,7 @@ def quality_text(rows: Sequence[Row], command: str) -> str:
 def draw_quality(evaluation: Evaluation, rows: Sequence[Result]) -> None:
     """quality.md and quality.png in the run folder."""
     folder = evaluation.out_dir
-    _write(folder / 'quality.md', quality_text(rows, command_of(evaluation, 'quality')) + '\n')
+    _write(folder / 'quality.md', quality_text(rows, command_of(evaluation.config, evaluation.explicit, 'quality')) + '\n')
     plot_quality(rows, [f'{name_of(row)} {row["wanted_calls"] or ""}'.strip() if 'policy' in row else name_of(row)
                         for row in rows], folder / 'quality.png')
     evaluation.say(f'table and picture written to {folder / "quality.md"} and {folder / "quality.png"}')
@@ -187,7 +187,14 @@ def curves_text(rows: Sequence[Row], command: str) -> str:
 def tell_curves(evaluation: Evaluation, rows: Sequence[Result]) -> None:
     """curves.md and curves.png in the run folder."""
     folder = evaluation.out_dir
-    _write(folder / 'curves.md', curves_text(rows, command_of(evaluation, 'curves')) + '\n')
+    command = command_of(evaluation.config, evaluation.explicit, 'curves')
+    _write(folder / 'curves.md', curves_text(rows, command) + '\n')
+    draw_curves(rows, folder / 'curves.png')
+    evaluation.say(f'table and picture written to {folder / "curves.md"} and {folder / "curves.png"}')
+
+
+def draw_curves(rows: Sequence[Row], picture: Path) -> None:
+    """Reference bits at equal entropy against every cost, a line of panels per family of policies."""
     curves: dict[str, list[Equal]] = {}
     for equal in at_equal_entropy(rows):
         if equal.figures['reference_bits'] is not None:
@@ -200,16 +207,14 @@ def tell_curves(evaluation: Evaluation, rows: Sequence[Result]) -> None:
         families.setdefault(POLICIES[policy].make.__module__.rsplit('.', 1)[-1], []).append(
             Curve(policy, {cost: [point[cost] for point in points] for cost in COSTS},
                   [point['reference_bits'] for point in points]))
-    plot_curves(families, controls, folder / 'curves.png')
-    evaluation.say(f'table and picture written to {folder / "curves.md"} and {folder / "curves.png"}')
+    plot_curves(families, controls, picture)
 
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-def command_of(evaluation: Evaluation, measure: str) -> str:
-    """The command line that computes this measure again."""
-    given = [f'--{name}={_argument(getattr(evaluation.config, name))}' for name in evaluation.explicit
-             if name != 'measure']
+def command_of(config: Any, explicit: Iterable[str], measure: str) -> str:
+    """The command line that computes this measure again, from evaluate.py's options and the names of those given."""
+    given = [f'--{name}={_argument(getattr(config, name))}' for name in explicit if name != 'measure']
     return ' '.join(['python evaluate.py', f'--measure={measure}', *given])
 
 
@@ -222,15 +227,17 @@ def _argument(value: object) -> str:
 
 def _record(evaluation: Evaluation, measure: str, rows: Sequence[Row]) -> Result:
     """What the docs keep of a measure: enough to write its page again."""
-    return {'measure': measure, 'command': command_of(evaluation, measure), 'checkpoint': evaluation.checkpoint_hash,
+    return {'measure': measure, 'command': command_of(evaluation.config, evaluation.explicit, measure), 'checkpoint': evaluation.checkpoint_hash,
             'common': {name: rows[0][name] for name in COMMON},
-            'rows': [{name: _rounded(row[name]) for name in KEPT if name in row} for row in rows]}
+            'rows': [{name: rounded(row[name]) for name in KEPT if name in row} for row in rows]}
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
     """Floats to six decimals: a record is read by people too."""
     if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
+        return {name: rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
     return round(value, 6) if isinstance(value, float) else value
 
 

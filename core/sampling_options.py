@@ -3,8 +3,10 @@
 `config` is sample.py's flat dataclass of options everywhere here, `explicit` names the options that were given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from core.expressions import closest
 from core.policies import POLICIES, REMASKING, Policy
@@ -192,12 +194,17 @@ def remasking_levels(config: Any) -> list[float]:
     return schedule(config.iterations - 1, first, last)
 
 
-def build_policy(config: Any) -> Policy:
-    """The chosen policy with its options."""
+def reads_thresholds(config: Any) -> bool:
+    """Whether the policy compares wrongness with thresholds; schedule_mode is the policy remask's alone."""
+    return config.sampling_policy == 'remask' and config.schedule_mode == 'threshold'
+
+
+def build_policy(config: Any, calibrate: Callable[[Tensor], Tensor] | None = None) -> Policy:
+    """The chosen policy with its options; calibrate: what thresholds put the critic's wrongness through."""
     row = POLICIES[config.sampling_policy]
     if config.sampling_policy == 'remask':
         return row.make(remasking_levels(config), config.schedule_mode, config.randomness_strength,
-                        config.intelligent_remasking)
+                        config.intelligent_remasking, calibrate)
     return row.make(**{name: getattr(config, name) for name in row.options})
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.animation import TerminalAnimation
+from core.calibration import find_calibration
 from core.checkpoint import build_model, load_checkpoint, model_config_from_dict
 from core.data import Vocabulary
 from core.errors import UserError, raise_problems
@@ -28,7 +29,8 @@ from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.randomness import RowRandom
 from core.replay import write_html
 from core.runtime import DTYPES, resolve_device
-from core.sampling_options import DIFFUSION, build_policy, guidance_problems, model_problems, option_problems
+from core.sampling_options import (DIFFUSION, build_policy, guidance_problems, model_problems, option_problems,
+                                   reads_thresholds)
 from core.schedule import started_heads
 from core.timing import TimingAccumulator, get_global_timer
 from model import GPT
@@ -73,8 +75,8 @@ class _Loaded:
 
 
 def _load(config: Any, explicit: Mapping[str, str]) -> _Loaded:
-    device = torch.device(resolve_device(config.device))
-    checkpoint = load_checkpoint(Path(config.out_dir) / config.checkpoint_name, device='cpu')
+    device, path = torch.device(resolve_device(config.device)), Path(config.out_dir) / config.checkpoint_name
+    checkpoint = load_checkpoint(path, device='cpu')
     model_config = model_config_from_dict(checkpoint.model_config, config.checkpoint_name)
     raise_problems(model_problems(config, explicit, model_config, checkpoint.kind))
     sampler, critic, said = started_heads(model_config, checkpoint.iteration)
@@ -91,9 +93,13 @@ def _load(config: Any, explicit: Mapping[str, str]) -> _Loaded:
         judge = load_judge(config.judge_checkpoint_name, config.out_dir, vocabulary, device)
     rule = DrawRule(allowed_ids(model_config.vocab_size, vocabulary.base_size, device), config.temperature,
                     config.top_k, config.top_p, config.repetition_penalty)
-    diffusing = config.sampling_method in DIFFUSION
+    diffusing, calibrate = config.sampling_method in DIFFUSION, None
+    if diffusing and critic and remasking_model is None and reads_thresholds(config):
+        calibration, line = find_calibration(path)
+        said.append(line)
+        calibrate = None if calibration is None else calibration.to(device).error_rate
     newline = vocabulary.encode('\n')[0] if _encodes(vocabulary, '\n') else 0
-    settings = GenerationSettings(config.sampling_method, rule, build_policy(config) if diffusing else None,
+    settings = GenerationSettings(config.sampling_method, rule, build_policy(config, calibrate) if diffusing else None,
                                   config.iterations, diffusing and sampler and config.use_sampler_head,
                                   diffusing and (critic or remasking_model is not None), newline,
                                   config.block_length)

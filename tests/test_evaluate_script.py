@@ -14,7 +14,7 @@ from core import likelihood
 from core.checkpoint import Checkpoint, build_model, load_checkpoint, model_config_to_dict, save_checkpoint
 from core.data import Vocabulary
 from core.errors import UserError, run_script
-from core.evaluation import ResultCache
+from core.evaluation import CACHE_FORMAT, ResultCache
 from core.evaluation_run import run_evaluation, table
 from core.evaluator import validate
 from core.runtime import Runtime
@@ -75,7 +75,7 @@ def test_likelihood_gives_a_table_a_picture_and_a_cache_that_grows(checkpoints, 
     assert "the sampler head takes" in said and "% of the trunk's multiply-adds" in said
     assert Path('out/likelihood.png').read_bytes().startswith(b'\x89PNG')
     kept = json.loads(Path('out/evaluation.json').read_text())
-    assert len(kept['results']) == 12 and kept['format'] == 1
+    assert len(kept['results']) == 12 and kept['format'] == CACHE_FORMAT
     computed = []
     monkeypatch.setattr(likelihood, '_result', lambda *given: computed.append(given[2:]) or {
         'nats': 1.0, 'standard_error': 0.5, 'bits': 1.4, 'unit': 'character', 'seconds': 0.1})
@@ -98,8 +98,8 @@ def test_the_cache_tells_apart_whatever_a_result_depends_on_and_refuses_damage(t
         assert cache.find(*other) is None
     ResultCache(tmp_path / 'evaluation.json').store('b', 'nelbo', {}, {'nats': 2.5})
     assert cache.find('b', 'nelbo', {}) == {'nats': 2.5} and cache.find('a', 'nelbo', {'windows': 2, 'split': 'val'})
-    for damage in (b'{"format": 1', b'[]', b'\xff', b'{"format": 2, "results": {}}',
-                   b'{"format": 1, "results": {"a": {}}}'):
+    for damage in (b'{"format": 1', b'[]', b'\xff', b'{"format": 1, "results": {}}',
+                   f'{{"format": {CACHE_FORMAT}, "results": {{"a": {{}}}}}}'.encode()):
         (tmp_path / 'evaluation.json').write_bytes(damage)
         with pytest.raises(UserError, match='evaluation.json is damaged.*move it away'):
             ResultCache(tmp_path / 'evaluation.json')

@@ -1,7 +1,7 @@
 """Policies that fill every mask at each step and take the worst tokens back, old ones too."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,16 +12,19 @@ from sample_utils import apply_remasking_step
 
 
 def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], randomness_strength: float,
-                  intelligent: bool) -> Policy:
+                  intelligent: bool, calibrate: Callable[[Tensor], Tensor] | None = None) -> Policy:
     """Fill everything, then remask by schedule: `levels` gives one remasking each, and one prediction follows the last.
 
     Guidance in this order of preference: the view's critic (an external remasking model, else the critic head),
     self-confidence (1 - the probability that a token had when it was drawn, one scale for old and new tokens), none.
+    calibrate: maps the critic's wrongness to error rates; for thresholds only, since it may make unequal ones equal.
     """
+    assert calibrate is None or mode == 'threshold'
+
     def remask(view: PolicyView) -> Tensor:
         wrongness = None
         if view.critic is not None:
-            wrongness = view.critic()
+            wrongness = view.critic() if calibrate is None else calibrate(view.critic())
         elif intelligent:
             wrongness = 1.0 - view.confidence.exp()
         return apply_remasking_step(view.protected, wrongness, levels[view.step], view.generator, mode=mode,

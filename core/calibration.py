@@ -1,0 +1,153 @@
+"""Calibration: what an observed error rate belongs to a predicted one, and the map between them.
+
+A detector gives tokens a probability of being wrong. Sorted by it and cut into bins of equal count, the tokens of a bin
+should be wrong as often as predicted (reliability table; Murphy and Winkler 1977). Where they are not, a monotone map
+corrects it: isotonic regression of the bins (Ayer et al. 1955), linear between their means. The measure `errors` of
+evaluate.py makes the critic head's and keeps it beside the checkpoint; threshold mode of sample.py reads it.
+
+Letters: N positions, K bins.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+from core.evaluation import checkpoint_hash
+from core.files import atomic_writer
+
+CALIBRATION_NAME = 'calibration.json'
+CALIBRATION_FORMAT = 1
+BINS = 20
+
+
+# Predicted against observed -----------------------------------------------------------------------------------------
+
+class Reliability(NamedTuple):
+    """Bins from low to high predictions: predicted float64 [K], mean of the bin, rising; observed float64 [K],
+    share of its positions that are wrong; count int64 [K], positive."""
+
+    predicted: Tensor
+    observed: Tensor
+    count: Tensor
+
+    def to_builtins(self) -> dict[str, list[float]]:
+        """The columns as lists."""
+        return {name: column.tolist() for name, column in self._asdict().items()}
+
+
+def reliability(predicted: Tensor, wrong: Tensor, bins: int = BINS) -> Reliability:
+    """The table of predicted float64 [N] in 0 .. 1 and wrong bool [N], N at least 1, in at most `bins` bins.
+
+    Bins hold equal counts, as far as equal predictions, which share a bin, allow (Nixon et al. 2019).
+    """
+    _, kind, counts = predicted.unique(return_inverse=True, return_counts=True)  # in ascending order
+    middle = counts.cumsum(0) - counts / 2  # rank of the middle one of equal predictions
+    place = (middle * bins / len(predicted)).long()[kind]  # [N]
+    zeros = torch.zeros(bins, dtype=torch.float64, device=predicted.device)
+    count, total, errors = (zeros.index_add(0, place, values.double()) for values in (
+        torch.ones_like(predicted), predicted, wrong))
+    held = count > 0
+    return Reliability(total[held] / count[held], errors[held] / count[held], count[held].long())
+
+
+def calibration_error(table: Reliability) -> float:
+    """Expected calibration error: the mean of |observed - predicted| over positions, by bins (Naeini et al. 2015).
+
+    Chance alone gives a perfect detector about sqrt(2 p (1 - p) K / (pi N)) of it, p the error rate.
+    """
+    gap = (table.observed - table.predicted).abs() * table.count
+    return (gap.sum() / table.count.sum()).item()
+
+
+# The map ------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Calibration:
+    """A monotone, piecewise linear map: predicted float64 [K], rising, to observed float64 [K], not falling."""
+
+    predicted: Tensor
+    observed: Tensor
+
+    def error_rate(self, predicted: Tensor) -> Tensor:
+        """float64 [...]: the error rate that belongs to probabilities `predicted` [...]; constant beyond the ends."""
+        predicted, last = predicted.double(), len(self.predicted) - 1
+        right = torch.bucketize(predicted, self.predicted).clamp(min(1, last), last)  # [...]
+        left = (right - 1).clamp(min=0)
+        span = (self.predicted[right] - self.predicted[left]).clamp(min=torch.finfo(torch.float64).tiny)
+        share = ((predicted - self.predicted[left]) / span).clamp(0, 1)
+        return torch.lerp(self.observed[left], self.observed[right], share)
+
+    def to(self, device: torch.device) -> 'Calibration':
+        """The same map on `device`."""
+        return Calibration(self.predicted.to(device), self.observed.to(device))
+
+
+def fit_calibration(table: Reliability) -> Calibration:
+    """The isotonic fit of a table by least squares, its bins weighted by count.
+
+    By the minimax formula (Robertson, Wright and Dykstra 1988, theorem 1.4.4), which gives what pooling adjacent
+    violators gives: y_k = max over i <= k of min over j >= k of the mean of bins i .. j.
+    """
+    weight, total = (_cumulative(values) for values in (table.count.double(), table.count * table.observed))
+    spans = weight[None, 1:] - weight[:-1, None]  # [K, K], first bin i, last bin j
+    means = ((total[None, 1:] - total[:-1, None]) / spans).masked_fill(spans <= 0, math.inf)
+    smallest = means.flip(1).cummin(1).values.flip(1)  # [i, k], over j >= k
+    above = torch.ones_like(means, dtype=torch.bool).triu()  # i <= k
+    observed = smallest.masked_fill(~above, -math.inf).amax(0)
+    return Calibration(table.predicted, observed.clamp(0, 1))
+
+
+def _cumulative(values: Tensor) -> Tensor:
+    """float64 [K + 1]: sums of the first 0 .. K of values [K]."""
+    return torch.cat((values.new_zeros(1), values)).double().cumsum(0)
+
+
+# Beside a checkpoint ------------------------------------------------------------------------------------------------
+
+def write_calibration(checkpoint: Path, digest: str, fitted: Mapping[str, Any]) -> Path:
+    """Keep `fitted`, whose 'map' holds the lists 'predicted' and 'observed' and whose rest says where they come from,
+    in calibration.json beside the file `checkpoint` of SHA-256 `digest`; atomic. Returns its path."""
+    path = checkpoint.parent / CALIBRATION_NAME
+    text = json.dumps({'format': CALIBRATION_FORMAT, 'checkpoint': digest, **fitted}, indent=1, allow_nan=False)
+    with atomic_writer(path) as file:
+        file.write(text.encode() + b'\n')
+    return path
+
+
+def find_calibration(checkpoint: Path) -> tuple[Calibration | None, str]:
+    """The map beside the file `checkpoint`, if there is one and it is that very checkpoint's, and one line to say about
+    it. UserError where the file is damaged."""
+    path = checkpoint.parent / CALIBRATION_NAME
+    cure = f'python evaluate.py --measure=errors --out_dir={checkpoint.parent} --checkpoint_name={checkpoint.name}'
+    if not path.exists():
+        return None, f"thresholds are the critic's own probabilities; calibrate it with: {cure}"
+    digest, calibration = _read(path)
+    if digest != checkpoint_hash(checkpoint):
+        return None, (f'{path} is ignored, for it is of another checkpoint than {checkpoint.name}, and thresholds are '
+                      f"the critic's own probabilities; make a new one with: {cure}")
+    return calibration, f'thresholds are error rates: the critic is calibrated by {path}'
+
+
+def _read(path: Path) -> tuple[str, Calibration]:
+    """SHA-256 of the checkpoint that a calibration.json is of, and its map."""
+    try:
+        stored = json.loads(path.read_bytes())
+        if stored['format'] != CALIBRATION_FORMAT:
+            raise ValueError(f'its format is not {CALIBRATION_FORMAT}')
+        predicted, observed = (torch.tensor(stored['map'][name], dtype=torch.float64)
+                               for name in ('predicted', 'observed'))
+        sound = len(predicted) and predicted.shape == observed.shape and all(
+            (column.diff() >= 0).all() and column.min() >= 0 and column.max() <= 1 for column in (predicted, observed))
+        if not sound:
+            raise ValueError('its map is no rising one of probabilities')
+        return str(stored['checkpoint']), Calibration(predicted, observed)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise UserError(f'{path} is damaged or of another program ({error}); move it away, and the critic goes '
+                        f'uncalibrated') from None

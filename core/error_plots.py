@@ -1,0 +1,53 @@
+"""Picture of how errors are found. Matplotlib takes seconds to import, so it is imported where a picture is drawn."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.plots import INK, tidy
+
+COLOURS = {  # Okabe and Ito's
+    'random': '#999999', 'self_confidence': '#0072B2', 'marginal': '#56B4E9', 'pseudo_likelihood': '#009E73',
+    'critic': '#D55E00', 'remasking': '#CC79A7'}
+
+
+def plot_errors(rows: Sequence[Mapping[str, Any]], share: float, picture: Path) -> None:
+    """AUROC against mask share by detector, with 95 % intervals; beside it the reliability diagram, observed against
+    predicted error rate, of the probabilities at mask share `share`. A PNG, atomic; rows are results of `errors`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.6), dpi=150, layout='constrained')
+    FigureCanvasAgg(figure)
+    areas, diagram = figure.subplots(1, 2)
+    for name, colour in COLOURS.items():
+        points = [row for row in rows if row['detector'] == name and row['auroc'] is not None]
+        if points:
+            _draw_areas(areas, points, name, colour)
+        for row in points:
+            if row['mask_share'] == share and 'reliability' in row:
+                table = row['reliability']
+                diagram.plot(table['predicted'], table['observed'], color=colour, linewidth=1.4, marker='o',
+                             markersize=3.5)
+    diagram.set_aspect('equal')
+    diagram.plot([0, 1], [0, 1], color='#B0B0B0', linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    for axes, x_label, y_label in ((areas, 'mask share', 'AUROC of P(wrong)'),
+                                   (diagram, f'predicted P(wrong), mask share {share}', 'observed error rate')):
+        axes.set_xlabel(x_label, color=INK)
+        axes.set_ylabel(y_label, color=INK)
+        tidy(axes, 'both')
+    if areas.lines:
+        areas.legend(frameon=False, labelcolor=INK, fontsize=8)
+    temporary = picture.with_name(f'{picture.name}.tmp')
+    figure.savefig(temporary, format='png')
+    os.replace(temporary, picture)
+
+
+def _draw_areas(axes: Any, points: Sequence[Mapping[str, Any]], name: str, colour: str) -> None:
+    """One detector's line, its intervals as a band."""
+    shares, values = ([row[key] for row in points] for key in ('mask_share', 'auroc'))
+    axes.plot(shares, values, color=colour, linewidth=1.4, marker='o', markersize=3.5, label=name.replace('_', '-'))
+    if all(row['auroc_interval'] for row in points):
+        low, high = zip(*(row['auroc_interval'] for row in points))
+        axes.fill_between(shares, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -1,0 +1,138 @@
+"""The study behind docs/results.md: which checkpoints it measures, and how a page of it is written anew.
+
+`python evaluate.py --report` goes through `SECTIONS` (core/study_sections.py). An experiment whose checkpoint is there
+is measured, through the cache beside the checkpoint, so that only what is new takes time; of one that is not there the
+kept record under docs/results/ is taken, and where there is none, the command that makes the checkpoint is said.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from core.errors import UserError
+from core.evaluation import Result
+from core.files import atomic_writer
+from core.markdown import split_at_markers, write_between
+from core.quality_report import command_of, markers, rounded
+
+PAGE = 'docs/results.md'
+METRICS_NAME = 'metrics.jsonl'
+DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal')  # of a kept row
+
+Record = dict[str, Any]  # an experiment's result, built-in types only
+Records = Mapping[str, Record]
+Evaluate = Callable[[Any, Mapping[str, str]], list[Result]]  # rows, from evaluate.py's options and those given
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checkpoint and what is measured of it.
+
+    name: unique in its section; training: the command that makes the checkpoint; checkpoint: its path; measure and
+    options: of evaluate.py, None where the training alone is reported.
+    """
+
+    name: str
+    training: str
+    checkpoint: str
+    measure: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Section(NamedTuple):
+    """name: of its markers in the page and of its record; text: Markdown from the records there are (never empty);
+    draw: pictures into a folder."""
+
+    name: str
+    experiments: Sequence[Experiment]
+    text: Callable[[Records], str]
+    draw: Callable[[Records, Path], None] | None = None
+
+
+def write_report(config: Any, sections: Sequence[Section], evaluate: Evaluate, say: Callable[[str], None]) -> None:
+    """Every section of the page `config.report`, its pictures and records beside it in results/."""
+    page = Path(config.report)
+    for section in sections:
+        split_at_markers(page, *markers(section.name), PAGE)
+    folder = page.parent / 'results'
+    folder.mkdir(exist_ok=True)
+    start, missing = time.perf_counter(), []
+    for section in sections:
+        kept, records = read_records(folder / f'{section.name}.json'), {}
+        for experiment in section.experiments:
+            if Path(experiment.checkpoint).exists():
+                records[experiment.name] = measure(experiment, config, evaluate)
+            elif experiment.name in kept:
+                records[experiment.name] = kept[experiment.name]
+            else:
+                missing.append(f'{section.name}: no result of {experiment.name}, since {experiment.checkpoint} does '
+                               f'not exist; make it with: {experiment.training}')
+                continue
+        if records:
+            _write(folder / f'{section.name}.json', json.dumps(records, indent=None, ensure_ascii=False,
+                                                               separators=(',', ':')).replace('},{', '},\n{') + '\n')
+            write_between(page, *markers(section.name), section.text(records), PAGE)
+            if section.draw is not None:
+                section.draw(records, folder)
+            say(f'{section.name}: {len(records)} of {len(section.experiments)} experiments')
+    for line in missing:
+        say(line)
+    say(f'{page} written after {time.perf_counter() - start:.0f} s')
+
+
+def measure(experiment: Experiment, config: Any, evaluate: Evaluate) -> Record:
+    """The record of an experiment whose checkpoint exists."""
+    path = Path(experiment.checkpoint)
+    record: Record = {'training': experiment.training, **training_facts(path.parent)}
+    if experiment.measure is not None:
+        options = {'out_dir': str(path.parent), 'checkpoint_name': path.name, **experiment.options}
+        changed = dataclasses.replace(config, **options, measure=experiment.measure, report=None)
+        explicit = dict.fromkeys(options, experiment.name)
+        rows = evaluate(changed, explicit)
+        record['rows'] = [{name: rounded(value) for name, value in row.items() if name not in DROPPED} for row in rows]
+        record['evaluation'] = command_of(changed, {name: where for name, where in explicit.items()
+                                                    if name != 'checkpoint_name' or path.name != 'ckpt_best.pt'},
+                                          experiment.measure)
+    return record
+
+
+def training_facts(run_folder: Path) -> Record:
+    """What metrics.jsonl says of a training: iterations, seconds without validations, milliseconds of a step (median
+    of the logged ones but the first), the validations; nothing where the file is not there."""
+    path = run_folder / METRICS_NAME
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [line for line in lines if line['kind'] == 'iteration']
+    validations = [line for line in lines if line['kind'] == 'evaluation']
+    if not steps or not validations:
+        raise UserError(f'{path} holds no iteration or no validation; the run has not ended, or the file is damaged')
+    return {'iterations': validations[-1]['iteration'], 'seconds': round(validations[-1]['train_seconds'], 1),
+            'step_ms': round(1000 * median(line['seconds'] for line in steps[1:] or steps), 1),
+            'losses': {name: rounded(value) for name, value in steps[-1].items() if name.startswith('train/')},
+            'validations': [{name.removeprefix('val/'): rounded(value) for name, value in line.items()
+                             if name == 'iteration' or name.startswith('val/')} for line in validations]}
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """The kept records of a section, none where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        records = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(records, dict) or not all(isinstance(record, dict) and 'training' in record
+                                                    for record in records.values()):
+            raise ValueError('it holds no records of experiments')
+    except ValueError as error:
+        raise UserError(f'{path} is damaged ({error}); take it from the repository again') from None
+    return records
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_writer(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,285 @@
+"""The sections of docs/results.md: the experiments of the study and what the page says of their records.
+
+All figures come from records (core/study.py), so a kept record makes the same text.
+
+Letters: K trunk calls, C neighbours that a head sees on each side.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from core.files import atomic_writer
+from core.likelihood import draw as draw_likelihood
+from core.markdown import markdown_table
+from core.quality_report import curves_text, draw_curves
+from core.study import Experiment, Record, Records, Section
+
+Row = Mapping[str, Any]
+TRAIN = 'python train.py config/train_char_diffusion.py'
+MAIN = 'python train.py config/train_char_diffusion_sampler.py'
+SEEDS = (1337, 1338, 1339)
+
+
+# Words --------------------------------------------------------------------------------------------------------------
+
+def commands(records: Records) -> list[str]:
+    """The commands of all records as a code block: trainings, then evaluations, each once."""
+    found = dict.fromkeys([*(record['training'] for record in records.values()),
+                           *(record['evaluation'] for record in records.values() if 'evaluation' in record)])
+    return [f'    {command}' for command in found]
+
+
+def figure(row: Row) -> str:
+    """'nats (standard error)' of a row."""
+    return f'{row["nats"]:.3f} ({row["standard_error"]:.3f})'
+
+
+def difference(one: Row, other: Row) -> tuple[float, float]:
+    """Mean of one's nats minus the other's over the same windows, and its standard error (paired)."""
+    values = [a - b for a, b in zip(one['window_nats'], other['window_nats'], strict=True)]
+    return mean(values), stdev(values) / math.sqrt(len(values))
+
+
+def signed(value: tuple[float, float]) -> str:
+    """'+mean (standard error)'."""
+    return f'{value[0]:+.3f} ({value[1]:.3f})'
+
+
+def by_setting(record: Record) -> dict[tuple[str, int, str], Row]:
+    """Rows of measure likelihood by policy, trunk calls and head."""
+    return {(row['policy'], row['trunk_calls'], row['head']): row for row in record['rows']}
+
+
+def calls_without(rows: Mapping[tuple[str, int, str], Row], policy: str, nats: float) -> str:
+    """The trunk calls at which the trunk alone has `nats` under a policy, interpolated in log K; '> most' beyond."""
+    points = sorted((calls, row['nats']) for (name, calls, head), row in rows.items()
+                    if name == policy and head == 'none')
+    for (calls, above), (more, below) in zip(points, points[1:]):
+        if above >= nats >= below:
+            share = (above - nats) / (above - below) if above > below else 0.0
+            return f'{calls * (more / calls) ** share:.1f}'
+    return f'> {points[-1][0]}' if nats < points[-1][1] else f'< {points[0][0]}'
+
+
+# The main command ---------------------------------------------------------------------------------------------------
+
+def main_text(records: Records) -> str:
+    """Validations and last losses of the main training."""
+    record = records['main']
+    body = [[str(line['iteration']), f'{line["nelbo"]:.4f} ({line["nelbo_standard_error"]:.4f})', f'{line["bits"]:.3f}']
+            for line in record['validations']]
+    losses = ', '.join(f'{name.removeprefix("train/loss_")} {value:.4f}' for name, value in record['losses'].items()
+                       if name.startswith('train/loss_'))
+    return '\n'.join([*commands(records), '', *markdown_table(['iteration', 'NELBO, nats per character',
+                                                               'bits per character'], body), '',
+                      f'{record["iterations"]} iterations in {record["seconds"]:.0f} s without validations, '
+                      f'{record["step_ms"]:.0f} ms a logged step (median). Last batch: {losses}.'])
+
+
+def draw_main(records: Records, folder: Path) -> None:
+    """loss.png as the training drew it, where its run folder is there."""
+    picture = Path('out/loss.png')
+    if picture.exists():
+        with atomic_writer(folder / picture.name) as file:
+            file.write(picture.read_bytes())
+
+
+# The sampler head ---------------------------------------------------------------------------------------------------
+
+HEAD_POLICIES = 'random,left_to_right,strided'
+ALL_CALLS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+
+
+def head_text(records: Records) -> str:
+    """Per policy: nats at each K without a head and with it, paired differences, and the K without it that equals."""
+    rows = by_setting(records['main'])
+    first = records['main']['rows'][0]
+    lines = [*commands(records), '', f'{first["windows"]} windows, seed {first["seed"]}; the head takes '
+             f'{first["head_share"]:.1%} of the trunk\'s multiply-adds per token.', '']
+    for policy in dict.fromkeys(policy for policy, _, _ in rows):
+        lines += [f'`{policy}`:', '', *_head_table(rows, policy), '']
+    return '\n'.join([*lines, '![Exact likelihood against trunk calls](results/likelihood.png)'])
+
+
+def _head_table(rows: Mapping[tuple[str, int, str], Row], policy: str) -> list[str]:
+    calls = sorted({K for name, K, _ in rows if name == policy})
+    body = []
+    for K in calls:
+        alone, wave, left = (rows[policy, K, head] for head in ('none', 'wave', 'left_to_right'))
+        twice = rows.get((policy, 2 * K, 'none'))
+        body.append([str(K), figure(alone), figure(wave), figure(left), signed(difference(wave, alone)),
+                     '-' if twice is None else signed(difference(wave, twice)),
+                     calls_without(rows, policy, wave['nats'])])
+    return markdown_table(['K', 'trunk alone', 'head, waves', 'head, left to right', 'waves - alone',
+                           'waves - alone at 2 K', 'K alone that equals waves'], body)
+
+
+def draw_head(records: Records, folder: Path) -> None:
+    """likelihood.png."""
+    draw_likelihood(records['main']['rows'], 'trunk calls per 128 characters', 'nats per character',
+                    folder / 'likelihood.png')
+
+
+HEAD = Section('head', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'likelihood', {
+    'policies': HEAD_POLICIES, 'trunk_calls': ALL_CALLS}),), head_text, draw_head)
+
+
+# Windows and their control ------------------------------------------------------------------------------------------
+
+WINDOW_CALLS = [1.0, 4.0, 8.0, 16.0]
+
+
+def frozen(name: str, trunk: str, context: int, blind: bool, more: str = '') -> str:
+    """The command that trains a head on a frozen trunk."""
+    return (f'{TRAIN}{more} --out_dir={name} --init_from_checkpoint={trunk}/ckpt_best.pt --freeze_transformer=True '
+            f'--add_sampler_head=True --sampler_context={context} --sampler_n_embd=384'
+            + (' --sampler_zero_hidden=True' if blind else '') + ' --max_iters=600 --eval_interval=300')
+
+
+def window_experiments(prefix: str, trunk: str, training: str, contexts: Sequence[int],
+                       more: str = '') -> tuple[Experiment, ...]:
+    """The trunk alone, then for each context a head and its blind control."""
+    options = {'policies': HEAD_POLICIES, 'trunk_calls': WINDOW_CALLS}
+    found = [Experiment('trunk alone', training, f'{trunk}/ckpt_best.pt', 'likelihood', {
+        'policies': HEAD_POLICIES, 'trunk_calls': [*WINDOW_CALLS, 128.0], 'heads': 'none'})]
+    for context in contexts:
+        for kind in ('head', 'blind'):
+            folder = f'{prefix}{kind}-{context}'
+            found.append(Experiment(f'C = {context}, {kind}', frozen(folder, trunk, context, kind == 'blind', more),
+                                    f'{folder}/ckpt_best.pt', 'likelihood', {**options, 'heads': 'left_to_right'}))
+    return tuple(found)
+
+
+def windows_text(records: Records) -> str:
+    """Per policy: nats of the trunk, of heads with C neighbours and of the same heads blind to the trunk, and what the
+    trunk adds to them."""
+    lines = [*commands(records), '']
+    policies = list(dict.fromkeys(row['policy'] for record in records.values() for row in record['rows']))
+    for policy in policies:
+        lines += [f'`{policy}`:', '', *_windows_table(records, policy), '']
+    shares = ', '.join(f'{name.removesuffix(", head")}: {record["rows"][0]["head_share"]:.1%}'
+                       for name, record in records.items() if name.endswith('head'))
+    return '\n'.join([*lines, f"Multiply-adds of the head over the trunk's: {shares}."])
+
+
+def _windows_table(records: Records, policy: str) -> list[str]:
+    found = {name: {row['trunk_calls']: row for row in record['rows'] if row['policy'] == policy}
+             for name, record in records.items()}
+    calls = sorted({K for rows in found.values() for K in rows})
+    body = [[name, *(figure(rows[K]) if K in rows else '-' for K in calls)] for name, rows in found.items()]
+    for name, rows in found.items():
+        blind = found.get(name.replace('head', 'blind'))
+        if name.endswith('head') and blind is not None:
+            body.append([f'{name} - blind', *(signed(difference(rows[K], blind[K])) if K in rows else '-'
+                                              for K in calls)])
+    return markdown_table(['', *(f'K = {K}' for K in calls)], body)
+
+
+WINDOWS = Section('windows', window_experiments('out-', 'out-diffusion', TRAIN, (1, 2, 4, 8)), windows_text)
+_BPE = ' --dataset=shakespeare_bpe'
+BPE = Section('bpe', window_experiments('out-bpe-', 'out-bpe', f'{TRAIN}{_BPE} --out_dir=out-bpe --max_iters=800 '
+                                        f'--eval_interval=400', (1, 4), _BPE), windows_text)
+
+
+# Models beside each other -------------------------------------------------------------------------------------------
+
+def models_text(records: Records) -> str:
+    """Held-out nats, bits and training seconds of each model."""
+    body = []
+    for name, record in records.items():
+        row = record['rows'][0]
+        body.append([name, 'exact' if row['kind'] == 'causal' else 'bound', figure(row),
+                     f'{row["bits"]:.3f} per {row["unit"]}', f'{record["iterations"]}', f'{record["seconds"]:.0f}'])
+    return '\n'.join([*commands(records), '', *markdown_table(
+        ['model', 'is', 'nats per token (s.e.)', 'bits', 'iterations', 'training seconds'], body)])
+
+
+MODELS = Section('models', (
+    Experiment('diffusion with both heads', MAIN, 'out/ckpt_best.pt', 'nelbo'),
+    Experiment('diffusion, trunk only', TRAIN, 'out-diffusion/ckpt_best.pt', 'nelbo'),
+    Experiment('causal, same trunk', 'python train.py config/train_char_ar.py', 'out-ar/ckpt_best.pt', 'nelbo'),
+    Experiment('reference, on ref.bin', 'python train.py config/train_char_reference.py',
+               'out-reference/ckpt_best.pt', 'nelbo')), models_text)
+
+
+# Curves -------------------------------------------------------------------------------------------------------------
+
+def curves_section(records: Records) -> str:
+    """The table of `curves` and its picture."""
+    record = records['main']
+    return '\n'.join([f'    {record["training"]}', curves_text(record['rows'], record['evaluation']), '',
+                      '![Reference bits at equal entropy against cost](results/curves.png)'])
+
+
+CURVES = Section('curves', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'curves', {
+    'num_samples': 16, 'trunk_calls': [8.0, 16.0, 32.0]}),), curves_section,
+    lambda records, folder: draw_curves(records['main']['rows'], folder / 'curves.png'))
+
+
+# Training choices ---------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    'base': ('masked_mean, averaged weights, Muon, rotary', 500, ''),
+    'elbo': ('elbo weighting', 500, ' --loss_weighting=elbo'),
+    'noema': ('no averaging of weights', 500, ' --ema_decay=0'),
+    'adamw': ('AdamW for everything', 500, ' --optimizer=adamw --learning_rate=4e-3'),
+    'absolute': ('absolute positions', 500, ' --position_encoding=absolute'),
+}
+
+
+def training_text(records: Records) -> str:
+    """Mean and spread over seeds of the NELBO of each variant, and its step time."""
+    body = []
+    for name, (words, iterations, _) in VARIANTS.items():
+        mine = [record for key, record in records.items() if key.split(' ')[0] == name]
+        if not mine:
+            continue
+        values = [record['rows'][0]['nats'] for record in mine]
+        base = [records[key]['rows'][0]['nats'] for key in (f'base {seed}' for seed in SEEDS) if key in records]
+        spread = f'{stdev(values):.3f}' if len(values) > 1 else '-'
+        body.append([words, str(len(values)), str(iterations), f'{mean(record["step_ms"] for record in mine):.0f}',
+                     f'{mean(record["seconds"] for record in mine):.0f}', f'{mean(values):.3f}', spread,
+                     f'{mean(values) - mean(base):+.3f}' if base else '-'])
+    head = ['variant', 'seeds', 'iterations', 'ms a step', 'training seconds', 'NELBO', 'spread (s.d.)', 'from the first']
+    return '\n'.join([*commands(records), '', *markdown_table(head, body)])
+
+
+def _variant(name: str, seed: int) -> Experiment:
+    _, iterations, more = VARIANTS[name]
+    folder = f'out-train-{name}-{seed}'
+    return Experiment(f'{name} {seed}', f'{TRAIN} --out_dir={folder} --seed={seed} --max_iters={iterations} '
+                      f'--eval_interval={iterations}{more}', f'{folder}/ckpt_best.pt', 'nelbo', {'windows': 1024})
+
+
+TRAINING = Section('training', tuple(_variant(name, seed) for name in VARIANTS for seed in SEEDS), training_text)
+
+
+# Tiny Shakespeare ---------------------------------------------------------------------------------------------------
+
+TINY_TRAINING = (f'{TRAIN} --dataset=tinyshakespeare_char --max_iters=700 --eval_interval=350 --eval_iters=64 '
+                 f'--out_dir=out-tiny')
+
+
+def tiny_text(records: Records) -> str:
+    """The bound and the best exact likelihood."""
+    bound = records['bound']
+    rows = sorted(records['orders']['rows'], key=lambda row: row['nats'])[:5]
+    body = [['any order (NELBO, a bound)', '-', figure(bound['rows'][0])],
+            *([row['policy'], str(row['trunk_calls']), figure(row)] for row in rows)]
+    return '\n'.join([*commands(records), '', f'{bound["iterations"]} iterations, {bound["seconds"]:.0f} s of training '
+                      f'with compilation, without validations. The bound, and the five best exact likelihoods:', '',
+                      *markdown_table(['order', 'K', 'nats per character (s.e.)'], body)])
+
+
+TINY = Section('tiny', (
+    Experiment('bound', TINY_TRAINING, 'out-tiny/ckpt_best.pt', 'nelbo', {'windows': 2048}),
+    Experiment('orders', TINY_TRAINING, 'out-tiny/ckpt_best.pt', 'likelihood', {
+        'policies': 'random,left_to_right,strided,top_probability,margin,entropy',
+        'trunk_calls': [32.0, 64.0, 128.0]})), tiny_text)
+
+
+SECTIONS = (Section('main', (Experiment('main', MAIN, 'out/ckpt_best.pt'),), main_text, draw_main), MODELS, HEAD, WINDOWS, BPE,
+            CURVES, TRAINING, TINY)
