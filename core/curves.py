@@ -57,7 +57,8 @@ DIALS: dict[str, tuple[str, Callable[[float], float]]] = {  # an adaptive policy
 @dataclass(frozen=True)
 class Writer:
     """A model and what all its settings have in common. sampler_head and critic: whether they serve; allowed bool [V];
-    samples texts of `length` tokens in batches of at most batch_size; the text with index i depends on seed and i."""
+    samples texts of `length` tokens in batches of at most batch_size; the text with index i depends on seed and i;
+    remasking_model: serves as the critic in place of the model's own head."""
 
     model: GPT
     vocabulary: Vocabulary
@@ -69,6 +70,7 @@ class Writer:
     length: int
     batch_size: int
     seed: int
+    remasking_model: GPT | None = None
 
 
 class Written(NamedTuple):
@@ -91,7 +93,7 @@ def write(writer: Writer, policy: Policy | None, temperature: float) -> Written:
     """Texts from nothing, as `policy` says; a causal model's left to right, with no policy."""
     model, vocabulary, device = writer.model, writer.vocabulary, writer.runtime.device
     autocast = None if writer.runtime.dtype is torch.float32 else writer.runtime.dtype
-    network = Network(model, TimingAccumulator(device), autocast)
+    network = Network(model, TimingAccumulator(device), autocast, remasking_model=writer.remasking_model)
     newline = vocabulary.encode('\n')[0] if vocabulary.kind == 'bpe' or '\n' in vocabulary.tokens else 0
     settings = GenerationSettings('diffusion' if policy else 'standard', DrawRule(writer.allowed, temperature), policy,
                                   use_sampler_head=writer.sampler_head, use_critic=writer.critic, start_token=newline)
@@ -144,22 +146,23 @@ def nearest_setting(calls: Callable[[float], float], wanted: float, most: float,
 
 
 class Budget:
-    """Settings of one writer by policy, trunk calls and temperature; trials of a dial serve every budget."""
+    """Settings of one writer by policy, trunk calls and temperature; trials of a dial serve every budget. options: of
+    every policy, beside those that a setting has."""
 
-    def __init__(self, writer: Writer) -> None:
-        self.writer = writer
+    def __init__(self, writer: Writer, **options: Any) -> None:
+        self.writer, self.options = writer, options
         self._trials: dict[tuple[str, float], dict[float, Written]] = {}
 
     def write(self, name: str, calls: int | None, temperature: float) -> Budgeted:
         """Write at `calls` trunk calls where the policy has `iterations` or a dial; None: as it stands."""
         if name not in DIALS or calls is None:
             options = {} if calls is None else {'iterations': calls}
-            return Budgeted(options, write(self.writer, make_policy(name, **options), temperature))
+            return Budgeted(options, write(self.writer, make_policy(name, **self.options, **options), temperature))
         option, value = DIALS[name]
         trials = self._trials.setdefault((name, temperature), {})
 
         def try_out(x: float) -> float:
-            trials[x] = write(self.writer, make_policy(name, **{option: value(x)}), temperature)
+            trials[x] = write(self.writer, make_policy(name, **self.options, **{option: value(x)}), temperature)
             return trials[x].trunk_calls
 
         x = nearest_setting(try_out, calls, self.writer.length, {x: one.trunk_calls for x, one in trials.items()})

@@ -121,9 +121,10 @@ def option_problems(config: Any) -> list[str]:
     if config.report is not None and config.measure not in ('policies', 'all'):
         problems.append(f'report was given, but measure={config.measure} writes no page; take measure=policies or '
                         f'leave report out')
-    if config.remasking_checkpoint_name is not None and config.measure not in ('errors', 'all'):
-        problems.append(f'remasking_checkpoint_name does not apply to measure={config.measure}; take measure=errors or '
-                        f'leave it out')
+    guided = config.measure in ('quality', 'curves') and 'model' in (config.guidance or '').split(',')
+    if config.remasking_checkpoint_name is not None and config.measure not in ('errors', 'all') and not guided:
+        problems.append(f'remasking_checkpoint_name does not apply to measure={config.measure}; take measure=errors, or '
+                        f'measure=quality or curves with guidance=model, or leave it out')
     return problems
 
 

@@ -36,8 +36,13 @@ def name_of(row: Row) -> str:
     """What a row is called in a table: a control's name, or the policy with the option that set its calls."""
     if 'control' in row:
         return row['control']
-    return row['policy'] + ''.join(f', {option} {value:.3g}' for option, value in row['options'].items()
+    return policy_of(row) + ''.join(f', {option} {value:.3g}' for option, value in row['options'].items()
                                    if option != 'iterations')
+
+
+def policy_of(row: Row) -> str:
+    """The policy of a row, and who guides it where that was asked for."""
+    return row['policy'] + (f' ({row["guidance"]})' if 'guidance' in row else '')
 
 
 def shown(value: float | None, digits: int = 3) -> str:
@@ -133,9 +138,10 @@ def draw_quality(evaluation: Evaluation, rows: Sequence[Result]) -> None:
 
 class Equal(NamedTuple):
     """A policy at one budget, every figure interpolated to the entropy of real text; figures None where the
-    temperatures do not reach it, and lowest and highest say how far they reach."""
+    temperatures do not reach it, and lowest and highest say how far they reach. name: the policy and its guidance."""
 
     policy: str
+    name: str
     wanted: int | None
     figures: dict[str, float | None]
     lowest: float
@@ -145,19 +151,19 @@ class Equal(NamedTuple):
 def at_equal_entropy(rows: Sequence[Row]) -> list[Equal]:
     """Each policy and budget at the trigram entropy of real text of the same size, temperature being the dial."""
     target = next(row['entropy_3'] for row in rows if row.get('control') == REAL)
-    groups: dict[tuple[str, int | None], list[Row]] = {}
+    groups: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
         if 'policy' in row:
-            groups.setdefault((row['policy'], row['wanted_calls']), []).append(row)
+            groups.setdefault((row['policy'], policy_of(row), row['wanted_calls']), []).append(row)
     found = []
-    for (policy, wanted), group in groups.items():
+    for (policy, name, wanted), group in groups.items():
         entropies = [row['entropy_3'] for row in group]
         figures = {name: at_entropy([(row['entropy_3'], row[name]) for row in group if row[name] is not None], target)
                    for name in (*COSTS, 'temperature', 'reference_bits', 'known_words', 'copied_span', 'repetition')}
         for end, place in (('low', 0), ('high', 1)):
             figures[end] = at_entropy([(row['entropy_3'], row['reference_bits_interval'][place]) for row in group],
                                       target)
-        found.append(Equal(policy, wanted, figures, min(entropies), max(entropies)))
+        found.append(Equal(policy, name, wanted, figures, min(entropies), max(entropies)))
     return found
 
 
@@ -169,7 +175,7 @@ def curves_text(rows: Sequence[Row], command: str) -> str:
         figures = equal.figures
         bits = '-' if figures['reference_bits'] is None else \
             f'{figures["reference_bits"]:.3f} ({figures["low"]:.3f} - {figures["high"]:.3f})'
-        body.append([equal.policy, shown(equal.wanted), shown(figures['trunk_calls'], 1),
+        body.append([equal.name, shown(equal.wanted), shown(figures['trunk_calls'], 1),
                      shown(figures['network_calls'], 1), shown(figures['seconds'], 1), shown(figures['temperature'], 2),
                      bits, _percent(figures['known_words']), shown(figures['copied_span'], 1),
                      _percent(figures['repetition']), f'{equal.lowest:.2f} to {equal.highest:.2f}'])
@@ -195,17 +201,16 @@ def tell_curves(evaluation: Evaluation, rows: Sequence[Result]) -> None:
 
 def draw_curves(rows: Sequence[Row], picture: Path) -> None:
     """Reference bits at equal entropy against every cost, a line of panels per family of policies."""
-    curves: dict[str, list[Equal]] = {}
+    curves: dict[tuple[str, str], list[dict[str, float | None]]] = {}
     for equal in at_equal_entropy(rows):
         if equal.figures['reference_bits'] is not None:
-            curves.setdefault(equal.policy, []).append(equal)
+            curves.setdefault((equal.policy, equal.name), []).append(equal.figures)
     controls = {row['control']: row['reference_bits'] for row in rows
                 if row.get('control') in (REAL, CAUSAL) and row.get('reference_bits') is not None}
     families: dict[str, list[Curve]] = {}
-    for policy in POLICIES:
-        points = [equal.figures for equal in curves.get(policy, [])]
+    for (policy, name), points in curves.items():
         families.setdefault(POLICIES[policy].make.__module__.rsplit('.', 1)[-1], []).append(
-            Curve(policy, {cost: [point[cost] for point in points] for cost in COSTS},
+            Curve(name, {cost: [point[cost] for point in points] for cost in COSTS},
                   [point['reference_bits'] for point in points]))
     plot_curves(families, controls, picture)
 

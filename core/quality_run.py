@@ -6,6 +6,7 @@ core/quality_report.py. Metrics stand in a result as `name`, with their 95 % int
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from core.curves import (Budget, Writer, Written, budgets_of, held_out_texts, lo
 from core.errors import UserError, raise_problems
 from core.evaluation import Cell, Evaluation, Measure, Result, checkpoint_hash
 from core.expressions import closest
+from core.helper_models import HOW_TO_TRAIN, helper_path, load_remasking_model, require_block
 from core.policies import POLICIES
 from core.quality import FEWEST_TEXTS, Yardstick, make_yardstick, measure_texts, reference_doubts
 from core.quality_report import CAUSAL, REAL, check_page, draw_quality, report_policies, tell_curves
@@ -24,6 +26,8 @@ from core.schedule import started_heads
 TRUNK_CALLS = (8, 16, 32, 64)
 REFERENCE_CURE = 'python train.py config/train_char_reference.py'
 CAUSAL_CURE = 'python train.py config/train_char_ar.py'
+REMASKING_CURE = HOW_TO_TRAIN[CheckpointKind.REMASKING]
+GUIDANCE = ('critic', 'model', 'self', 'random')  # of the policy remask: critic head, remasking model, none of either
 GREEDY_POLICY, GREEDY_CALLS = 'llada', 64
 MOST_EXPENSIVE = 64.0  # cost of a cell whose trunk calls nobody knows before
 
@@ -45,7 +49,35 @@ class Study:
                              min(config.batch_size, config.num_samples), config.seed)
         self.reference_path = self._optional('reference_checkpoint', 'no figure of reference bits', REFERENCE_CURE)
         self.causal_path = self._optional('causal_checkpoint', 'no causal control', CAUSAL_CURE)
-        self.budget = Budget(self.writer)
+        self.guidance = self._guidance(critic)
+        self.budgets = {None: Budget(self.writer)} | {name: self._guided(name) for name in self.guidance}
+
+    def _guidance(self, critic: bool) -> list[str]:
+        """--guidance: the names in it, none where it was not given."""
+        config = self.config
+        names = [] if config.guidance is None else list(dict.fromkeys(config.guidance.split(',')))
+        problems = [f'guidance names {name!r}, but must be some of {",".join(GUIDANCE)}' for name in names
+                    if name not in GUIDANCE]
+        if names and 'remask' not in (config.policies or 'remask').split(','):
+            problems.append(f'guidance is of the policy remask, but policies is {config.policies}; leave it out')
+        if 'critic' in names and not critic:
+            problems.append(f'guidance names critic, but {config.checkpoint_name} has no trained one; leave it out')
+        if 'model' in names and config.remasking_checkpoint_name is None:
+            problems.append(f'guidance names model, but no remasking model is given; give '
+                            f'--remasking_checkpoint_name=..., trained with: {REMASKING_CURE}')
+        raise_problems(problems)
+        return names
+
+    def _guided(self, name: str) -> Budget:
+        """Settings in which `name` guides the policy remask."""
+        model, config = None, self.config
+        if name == 'model':
+            model = load_remasking_model(config.remasking_checkpoint_name, config.out_dir, self.evaluation.vocabulary,
+                                         self.evaluation.runtime.device)
+            require_block(model, f'remasking_checkpoint_name={config.remasking_checkpoint_name}',
+                          min(self.writer.length, self.evaluation.model.config.block_size), 'a window of the generator')
+        writer = replace(self.writer, critic=name in ('critic', 'model'), remasking_model=model)
+        return Budget(writer, intelligent_remasking=name != 'random')
 
     def _optional(self, name: str, without: str, cure: str) -> Path | None:
         """The path that an option names; None where it is a default that is not there."""
@@ -86,14 +118,17 @@ class Study:
             sampler_head=writer.sampler_head, critic=writer.critic,
             reference=None if self.reference_path is None else checkpoint_hash(self.reference_path))
 
-    def cell(self, name: str, wanted: int | None, temperature: float) -> Cell:
-        """A policy at a number of trunk calls."""
+    def cell(self, name: str, wanted: int | None, temperature: float, guidance: str | None) -> Cell:
+        """A policy at a number of trunk calls, with the guidance that was asked for, if any was."""
         def compute() -> Result:
-            options, written = self.budget.write(name, wanted, temperature)
+            options, written = self.budgets[guidance].write(name, wanted, temperature)
             return {'options': options, **self.measured(written)}
 
-        return Cell({**self._common, 'policy': name, 'wanted_calls': wanted, 'temperature': temperature}, compute,
-                    float(wanted or MOST_EXPENSIVE))
+        settings = {**self._common, 'policy': name, 'wanted_calls': wanted, 'temperature': temperature}
+        if guidance is not None:
+            settings |= {'guidance': guidance, 'remasking': checkpoint_hash(helper_path(
+                self.config.remasking_checkpoint_name, self.config.out_dir)) if guidance == 'model' else None}
+        return Cell(settings, compute, float(wanted or MOST_EXPENSIVE))
 
     def measured(self, written: Written) -> Result:
         """Counts, seconds, metrics and the first text."""
@@ -171,7 +206,8 @@ class Study:
 
     def grid(self, usual: Sequence[str], temperatures: Sequence[float]) -> list[Cell]:
         """A cell per policy, budget and temperature."""
-        return [self.cell(name, wanted, temperature) for name in self.policies(usual)
+        return [self.cell(name, wanted, temperature, guidance) for name in self.policies(usual)
+                for guidance in (self.guidance if name == 'remask' and self.guidance else [None])
                 for wanted in budgets_of(name, self.trunk_calls) for temperature in temperatures]
 
 
@@ -214,7 +250,7 @@ def curves_cells(evaluation: Evaluation) -> list[Cell]:
     return [*study.controls(), *study.grid(tuple(POLICIES), evaluation.config.temperatures)]
 
 
-_WHO = ('control', 'policy', 'wanted_calls', 'temperature')
+_WHO = ('control', 'policy', 'guidance', 'wanted_calls', 'temperature')
 _COST = ('trunk_calls', 'network_calls', 'seconds')
 QUALITY_MEASURES = {
     'quality': Measure(quality_cells, (*_WHO, *_COST, 'reference_bits', 'entropy_3', 'divergence_3', 'distinct_3',

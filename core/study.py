@@ -46,19 +46,24 @@ class Experiment:
 
 class Section(NamedTuple):
     """name: of its markers in the page and of its record; text: Markdown from the records there are (never empty);
-    draw: pictures into a folder."""
+    draw: pictures into a folder; page: where it stands."""
 
     name: str
     experiments: Sequence[Experiment]
     text: Callable[[Records], str]
     draw: Callable[[Records, Path], None] | None = None
+    page: str = PAGE
 
 
 def write_report(config: Any, sections: Sequence[Section], evaluate: Evaluate, say: Callable[[str], None]) -> None:
     """Every section of the page `config.report`, its pictures and records beside it in results/."""
     page = Path(config.report)
+    pages = list(dict.fromkeys(section.page for section in sections))
+    sections = [section for section in sections if Path(section.page).name == page.name]
+    if not sections:
+        raise UserError(f'{page} is no page of the study; give --report={" or ".join(pages)}')
     for section in sections:
-        split_at_markers(page, *markers(section.name), PAGE)
+        split_at_markers(page, *markers(section.name), section.page)
     folder = page.parent / 'results'
     folder.mkdir(exist_ok=True)
     start, missing = time.perf_counter(), []
@@ -76,7 +81,7 @@ def write_report(config: Any, sections: Sequence[Section], evaluate: Evaluate, s
         if records:
             _write(folder / f'{section.name}.json', json.dumps(records, indent=None, ensure_ascii=False,
                                                                separators=(',', ':')).replace('},{', '},\n{') + '\n')
-            write_between(page, *markers(section.name), section.text(records), PAGE)
+            write_between(page, *markers(section.name), section.text(records), section.page)
             if section.draw is not None:
                 section.draw(records, folder)
             say(f'{section.name}: {len(records)} of {len(section.experiments)} experiments')

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from core.error_detection import DETECTORS, SHOWN_SHARE, arranged as arranged_errors
+from core.error_plots import plot_errors
 from core.files import atomic_writer
 from core.likelihood import draw as draw_likelihood
 from core.markdown import markdown_table
@@ -219,32 +221,65 @@ CURVES = Section('curves', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'curves
     lambda records, folder: draw_curves(records['main']['rows'], folder / 'curves.png'))
 
 
+# The generator's own errors -----------------------------------------------------------------------------------------
+
+def errors_text(records: Records) -> str:
+    """AUROC of each detector by mask share; at one half, how good its probabilities are."""
+    record = records['main']
+    shares = arranged_errors(record['rows'])
+    names = [name for name in DETECTORS if name in shares[0]]
+    body = [[f'{line["mask_share"]:.1f}', f'{line["error_rate"]:.3f}', *(line[name] for name in names)]
+            for line in shares]
+    lines = [*commands(records), '', f'{record["rows"][0]["windows"]} windows; AUROC with its 95 % interval.', '',
+             *markdown_table(['mask share', 'error rate', *(name.replace('_', ' ') for name in names)], body), '',
+             f'As probabilities, at mask share {SHOWN_SHARE}:', '']
+    body = [[row['detector'].replace('_', ' '), *(f'{row[name]:.3f}' for name in (
+        'auroc', 'expected_auroc', 'brier', 'calibration_error'))]
+        for row in record['rows'] if row.get('mask_share') == SHOWN_SHARE and 'brier' in row]
+    lines += markdown_table(['detector', 'AUROC', 'AUROC if exact', 'Brier score', 'calibration error'], body)
+    for row in record['rows']:
+        if 'mask_shares' in row:
+            lines += ['', f'The critic over all mask shares, on windows that its calibration was not fitted on: AUROC '
+                      f'{row["auroc"]:.3f}, calibration error {row["calibration_error"]:.3f} as it is and '
+                      f'{row["calibrated_error"]:.3f} calibrated.']
+    return '\n'.join([*lines, '', '![How well errors are found, and how calibrated](results/errors.png)'])
+
+
+ERRORS = Section('errors', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'errors'),), errors_text,
+                 lambda records, folder: plot_errors([row for row in records['main']['rows'] if 'mask_share' in row],
+                                                     SHOWN_SHARE, folder / 'errors.png'))
+
+
 # Training choices ---------------------------------------------------------------------------------------------------
 
 VARIANTS = {
     'base': ('masked_mean, averaged weights, Muon, rotary', 500, ''),
     'elbo': ('elbo weighting', 500, ' --loss_weighting=elbo'),
     'noema': ('no averaging of weights', 500, ' --ema_decay=0'),
-    'adamw': ('AdamW for everything', 500, ' --optimizer=adamw --learning_rate=4e-3'),
+    'adamw': ('AdamW for everything', 560, ' --optimizer=adamw --learning_rate=4e-3'),
     'absolute': ('absolute positions', 500, ' --position_encoding=absolute'),
 }
 
 
 def training_text(records: Records) -> str:
-    """Mean and spread over seeds of the NELBO of each variant, and its step time."""
+    """NELBO of each variant by seed, its mean and spread, and its difference from the first, seed by seed."""
+    values = {key: record['rows'][0]['nats'] for key, record in records.items()}
     body = []
     for name, (words, iterations, _) in VARIANTS.items():
-        mine = [record for key, record in records.items() if key.split(' ')[0] == name]
-        if not mine:
-            continue
-        values = [record['rows'][0]['nats'] for record in mine]
-        base = [records[key]['rows'][0]['nats'] for key in (f'base {seed}' for seed in SEEDS) if key in records]
-        spread = f'{stdev(values):.3f}' if len(values) > 1 else '-'
-        body.append([words, str(len(values)), str(iterations), f'{mean(record["step_ms"] for record in mine):.0f}',
-                     f'{mean(record["seconds"] for record in mine):.0f}', f'{mean(values):.3f}', spread,
-                     f'{mean(values) - mean(base):+.3f}' if base else '-'])
-    head = ['variant', 'seeds', 'iterations', 'ms a step', 'training seconds', 'NELBO', 'spread (s.d.)', 'from the first']
+        mine = [values[f'{name} {seed}'] for seed in SEEDS if f'{name} {seed}' in values]
+        gaps = [values[f'{name} {seed}'] - values[f'base {seed}'] for seed in SEEDS
+                if f'{name} {seed}' in values and f'base {seed}' in values]
+        body.append([words, str(iterations), ', '.join(f'{value:.3f}' for value in mine) or '-', _spread(mine),
+                     _spread(gaps, '+') if name != 'base' else '-'])
+    head = ['variant', 'iterations', 'NELBO of each seed', 'mean (s.d.)', 'from the first (s.d.)']
     return '\n'.join([*commands(records), '', *markdown_table(head, body)])
+
+
+def _spread(values: Sequence[float], sign: str = '') -> str:
+    """'mean (standard deviation)'."""
+    if not values:
+        return '-'
+    return f'{mean(values):{sign}.3f} ({stdev(values):.3f})' if len(values) > 1 else f'{values[0]:{sign}.3f}'
 
 
 def _variant(name: str, seed: int) -> Experiment:
@@ -281,5 +316,66 @@ TINY = Section('tiny', (
         'trunk_calls': [32.0, 64.0, 128.0]})), tiny_text)
 
 
+# Remasking models and judges ----------------------------------------------------------------------------------------
+
+REMASKING_PAGE = 'docs/remasking.md'
+REMASKING = 'python train.py config/train_char_remasking.py'
+JUDGE = 'python train.py config/train_char_judge.py'
+KINDS = {
+    'a-random': ('A, random', ' --remasking_loss_type=corrupted_only'),
+    'b-random': ('B, random', ' --remasking_loss_type=all_positions'),
+    'balanced-random': ('balanced, random', ''),
+    'balanced-model': ('balanced, model', ' --remasking_corruption=model'),
+    'binary-model': ('binary, balanced, model', ' --remasking_kind=binary --remasking_corruption=model'),
+}
+
+
+def _remasking(kind: str, seed: int) -> Experiment:
+    folder = f'out-remask-{kind}-{seed}'
+    return Experiment(f'{kind} {seed}', f'{REMASKING} --out_dir={folder} --seed={seed} --max_iters=600 '
+                      f'--eval_interval=300{KINDS[kind][1]}', f'{folder}/ckpt_best.pt', 'errors',
+                      {'out_dir': 'out', 'checkpoint_name': 'ckpt_best.pt',
+                       'remasking_checkpoint_name': f'{folder}/ckpt_best.pt'})
+
+
+def detection_text(records: Records) -> str:
+    """AUROC on the generator's own errors by kind of remasking model, mean and spread over seeds; what each learnt."""
+    lines = [*commands(records), '']
+    found = {kind: [record for key, record in records.items() if key.split(' ')[0] == kind] for kind in KINDS}
+    body = []
+    for kind, mine in found.items():
+        if not mine:
+            continue
+        own = [{row['mask_share']: row['auroc'] for row in record['rows']
+                if row['detector'] == 'remasking' and 'mask_share' in row} for record in mine]
+        last = [record['validations'][-1] for record in mine]
+        corrections = [line['correction_accuracy'] for line in last if 'correction_accuracy' in line]
+        body.append([KINDS[kind][0], str(len(mine)), *(_spread([one[share] for one in own]) for share in (0.1, 0.5, 0.9)),
+                     _spread([line['auroc'] for line in last]), _spread([line['accuracy_clean'] for line in last]),
+                     _spread([line['accuracy_corrupted'] for line in last]), _spread(corrections)])
+    head = ['remasking model', 'seeds', 'AUROC at mask share 0.1', 'at 0.5', 'at 0.9', 'AUROC, own corruption',
+            'accuracy, right', 'accuracy, wrong', 'correction']
+    lines += markdown_table(head, body)
+    others = {row['detector']: row['auroc'] for record in records.values() for row in record['rows']
+              if row.get('mask_share') == SHOWN_SHARE and row['detector'] != 'remasking'}
+    said = ', '.join(f'{name.replace("_", " ")} {value:.3f}' for name, value in others.items())
+    return '\n'.join([*lines, '', f'Others at mask share {SHOWN_SHARE}: {said}.'])
+
+
+def judge_text(records: Records) -> str:
+    """How often a judge ranks clean text above corrupted text."""
+    last = [record['validations'][-1] for record in records.values()]
+    body = [[name.removeprefix('judge '), *(f'{line[key]:.4f}' for key in ('loss', 'above_random', 'above_filled')),
+             f'{record["seconds"]:.0f}'] for (name, record), line in zip(records.items(), last)]
+    return '\n'.join([*commands(records), '', *markdown_table(
+        ['seed', 'squared error', 'above a tenth replaced', 'above three tenths filled', 'training seconds'], body)])
+
+
+DETECTION = Section('detection', tuple(_remasking(kind, seed) for kind in KINDS for seed in SEEDS), detection_text,
+                    page=REMASKING_PAGE)
+JUDGES = Section('judges', tuple(Experiment(
+    f'judge {seed}', f'{JUDGE} --out_dir=out-judge-{seed} --seed={seed}', f'out-judge-{seed}/ckpt_best.pt')
+    for seed in SEEDS), judge_text, page=REMASKING_PAGE)
+
 SECTIONS = (Section('main', (Experiment('main', MAIN, 'out/ckpt_best.pt'),), main_text, draw_main), MODELS, HEAD, WINDOWS, BPE,
-            CURVES, TRAINING, TINY)
+            ERRORS, CURVES, TRAINING, TINY, DETECTION, JUDGES)

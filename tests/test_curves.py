@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import model_over, save_model
+from conftest import model_over, model_that_knows, save_model
 
 from configurator import configure
 from core.checkpoint import load_checkpoint
@@ -241,6 +241,24 @@ def test_quality_with_a_reference_model(runs):
     assert 'reference bits' in Path('out/quality.md').read_text()
 
 
+def test_who_guides_the_remasking_is_compared(runs):
+    """A critic is a network call more between two predictions; a remasking model's letter is taken back again."""
+    vocabulary = runs.vocabulary
+    letter = vocabulary.decode([1])
+    save_model(Path('out/remasking.pt'), vocabulary, model_that_knows(vocabulary, letter, block_size=32), 'remasking')
+    rows = evaluate(measure='quality', policies='remask,random', guidance='critic,model,self,random',
+                    trunk_calls=[6.0], temperature=2.0, remasking_checkpoint_name='remasking.pt')['quality']
+    found = {row.get('guidance'): row for row in rows if row.get('policy') == 'remask'}
+    assert {name: row['network_calls'] for name, row in found.items()} == {
+        'critic': 11, 'model': 11, 'self': 6, 'random': 6}
+    assert len({row['self_confidence'] for row in found.values()}) == 4
+    assert [row['guidance'] for row in rows if row.get('policy') == 'random' and 'guidance' in row] == []
+    table = Path('out/quality.md').read_text()
+    assert 'remask (model)' in table and 'remask (self)' in table
+    counts = {name: row['sample'].count(letter) for name, row in found.items()}
+    assert counts['model'] <= min(counts.values())
+
+
 def test_the_reference_model_is_trained_on_ref_alone(small_corpus):
     configuration = configure(TrainConfig, [str(ROOT / 'config' / 'train_char_reference.py'), '--device=cpu'])
     config = configuration.config
@@ -268,6 +286,10 @@ def test_the_reference_model_is_trained_on_ref_alone(small_corpus):
     ({'measure': 'policies', 'trunk_calls': [1.5]}, ['1.5', 'whole']),
     ({'measure': 'quality', 'temperature': -0.5}, ['negative']),
     ({'measure': 'quality', 'sequence_length': 0}, ['sequence_length', '0']),
+    ({'measure': 'quality', 'guidance': 'oracle'}, ["'oracle'", 'critic,model,self,random']),
+    ({'measure': 'quality', 'guidance': 'model'}, ['remasking_checkpoint_name', 'config/train_char_remasking.py']),
+    ({'measure': 'quality', 'guidance': 'self', 'policies': 'llada'}, ['policy remask', 'llada']),
+    ({'measure': 'quality', 'remasking_checkpoint_name': 'x.pt'}, ['does not apply', 'guidance=model']),
     ({'measure': 'quality', 'report': 'page.md'}, ['report', 'measure=policies']),
     ({'measure': 'policies', 'report': 'page.md'}, ['page.md', 'docs/sampling.md']),
     ({'measure': 'quality', 'out_dir': 'out-ar'}, ["'causal'", 'causal_checkpoint']),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_page(folder, names):
-    page = folder / 'page.md'
+    page = folder / 'results.md'
     page.write_text('before\n\n' + '\n\n'.join('\n\n'.join(markers(name)) for name in names) + '\n\nafter\n')
     return page
 
@@ -72,6 +72,11 @@ def test_a_page_without_a_place_is_refused_before_any_work(tmp_path):
     page = make_page(tmp_path, ['other'])
     with pytest.raises(UserError, match='evaluate.py writes study from here'):
         run(page, [Section('study', (), text_of)])
+
+
+def test_another_page_is_refused_with_the_names_of_those_there_are(tmp_path):
+    with pytest.raises(UserError, match='other.md is no page of the study; give --report=docs/results.md or docs/b.md'):
+        run(tmp_path / 'other.md', [Section('a', (), text_of), Section('b', (), text_of, page='docs/b.md')])
 
 
 def test_a_damaged_record_is_refused(tmp_path):
@@ -137,8 +142,8 @@ def test_the_page_says_what_its_records_say(section):
     there without them."""
     records = read_records(ROOT / 'docs' / 'results' / f'{section.name}.json')
     begin, end = markers(section.name)
-    before, after = split_at_markers(ROOT / 'docs' / 'results.md', begin, end, 'docs/results.md')
-    page = (ROOT / 'docs' / 'results.md').read_text()
+    before, after = split_at_markers(ROOT / section.page, begin, end, section.page)
+    page = (ROOT / section.page).read_text()
     shown = page[len(before) + len(begin):len(page) - len(after) - len(end)].strip('\n')
     assert shown == (section.text(records).strip('\n') if records else '')
     names = [experiment.name for experiment in section.experiments]
