@@ -82,9 +82,9 @@ def main_text(records: Records) -> str:
 
 
 def draw_main(records: Records, folder: Path) -> None:
-    """loss.png as the training drew it, where its run folder is there."""
+    """loss.png as the training drew it, where its checkpoint is there."""
     picture = Path('out/loss.png')
-    if picture.exists():
+    if Path('out/ckpt_best.pt').exists() and picture.exists():
         with atomic_writer(folder / picture.name) as file:
             file.write(picture.read_bytes())
 
