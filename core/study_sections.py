@@ -377,5 +377,6 @@ JUDGES = Section('judges', tuple(Experiment(
     f'judge {seed}', f'{JUDGE} --out_dir=out-judge-{seed} --seed={seed}', f'out-judge-{seed}/ckpt_best.pt')
     for seed in SEEDS), judge_text, page=REMASKING_PAGE)
 
-SECTIONS = (Section('main', (Experiment('main', MAIN, 'out/ckpt_best.pt'),), main_text, draw_main), MODELS, HEAD, WINDOWS, BPE,
-            ERRORS, CURVES, TRAINING, TINY, DETECTION, JUDGES)
+MAIN_RUN = Section('main', (Experiment('main', MAIN, 'out/ckpt_best.pt'),), main_text, draw_main)
+
+SECTIONS = (MAIN_RUN, MODELS, HEAD, WINDOWS, BPE, ERRORS, TRAINING, TINY, CURVES, DETECTION, JUDGES)
