@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class ModelMode(str, Enum):
@@ -290,11 +291,14 @@ class GPT(nn.Module):
     """The trunk, what its mode predicts, and the optional heads. `seed` decides the initial weights.
 
     Heads draw their initial weights from generators of their own, so a trunk is the same with and without them.
+    Where `recompute_layers` is True, a pass with gradients keeps each layer's input only and computes the rest again
+    on the way back (Chen et al. 2016, arXiv 1604.06174), with the same dropout.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
         super().__init__()
         self.config = config
+        self.recompute_layers = False
         self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
         if config.position_encoding == 'absolute':
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
@@ -362,7 +366,11 @@ class GPT(nn.Module):
             assert attention_mask is None, 'a cache takes no padding'
             attention_mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
         for layer, block in enumerate(self.transformer['h']):
-            x = block(x, rotary, attention_mask, cache, layer)
+            if self.recompute_layers and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, attention_mask, cache, layer, use_reentrant=False,
+                               preserve_rng_state=self.config.dropout > 0)
+            else:
+                x = block(x, rotary, attention_mask, cache, layer)
         if cache is not None:
             cache.length += T
         return self.transformer['ln_f'](x)

@@ -105,6 +105,8 @@ class TrainConfig:
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option('auto', 'auto is bfloat16 where it is fast')
     compile: bool | None = option(None, 'torch.compile; None: where it pays')
+    activation_checkpointing: bool = option(
+        False, "compute each layer again on the way back and keep its input only, when memory runs out")
     backend: Literal['nccl', 'gloo'] | None = option(None, 'of several ranks; None: nccl on GPUs, gloo on CPUs')
 
 

@@ -1,22 +1,31 @@
 """The losses of one micro-step: main, sampler head and critic; or those of a remasking model or a judge.
 
 One trunk call serves all of them, the critic's filled-in text apart. Losses are sums of weighted cross-entropies whose
-weights are shares of the global batch, so the losses of micro-steps and ranks add up.
+weights are shares of the global batch, so the losses of micro-steps and ranks add up, and so do those of chunks of
+positions: with a large vocabulary the logits of one chunk at a time exist.
 
 Letters: B rows, T sequence length, V vocabulary, D width, N predicted positions, C sampler_context.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from core.batches import Batch
 from core.randomness import RowRandom
 from core.schedule import Stage
 from model import GPT, ModelMode
 from sample_utils import DrawRule, build_critic_artifacts_from_logits, prepare_sampler_inputs, wrong_from_logits
+
+# Logits, N * V, beyond which the losses go through the positions in chunks. The softmax and its gradient keep about
+# four float32 copies of them, 0.5 GiB at this limit. With less, the chunks of a vocabulary of 50,000 would hold fewer
+# positions than a trunk is wide, and adding up the gradient of the [V, D] matrix chunk by chunk would cost more passes
+# over memory than the logits themselves. Characters stay far below: 69 ids at 4,608 positions are 0.3 million.
+MOST_LOGITS = 2 ** 25
 
 
 class Losses(NamedTuple):
@@ -150,13 +159,29 @@ class Objective(nn.Module):
         hidden_states = self.model.encode(batch.inputs)  # [B, T, D]
         hidden = hidden_states.flatten(0, 1).index_select(0, batch.positions)  # [N, D]
         targets = batch.targets.flatten().index_select(0, batch.positions)  # [N]
+        embedding = self.model.neighbour_embedding() if with_sampler else None  # [V, D]
+        parts = hidden, targets, batch.main_weights, batch.mean_weights, batch.neighbours
+        chunks = math.ceil(len(hidden) / max(1, MOST_LOGITS // len(self.allowed)))
+        if chunks <= 1:
+            return *self._position_losses(*parts, embedding), hidden_states
+        found = [checkpoint(self._position_losses, *chunk, embedding, use_reentrant=False, preserve_rng_state=False)
+                 for chunk in zip(*(part.chunk(chunks) for part in parts))]
+        main, sampler = zip(*found)
+        return sum(main), sum(sampler) if with_sampler else None, hidden_states
+
+    def _position_losses(self, hidden: Tensor, targets: Tensor, main_weights: Tensor, mean_weights: Tensor,
+                         neighbours: Tensor, embedding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(main loss, sampler loss) of N positions; the latter None without embedding [V, D], the neighbours'.
+
+        hidden [N, D]; the others are fields of `Batch` at these positions. The head's logits add to the trunk's.
+        """
         logits = self.model.lm_head(hidden)  # [N, V]
-        main = weighted_cross_entropy(logits, targets, batch.main_weights, self.allowed)
-        if not with_sampler:
-            return main, None, hidden_states
-        sampler_input = prepare_sampler_inputs(hidden, batch.neighbours, self.model.neighbour_embedding())
+        main = weighted_cross_entropy(logits, targets, main_weights, self.allowed)
+        if embedding is None:
+            return main, None
+        sampler_input = prepare_sampler_inputs(hidden, neighbours, embedding)
         logits = self.model.sampler_head(sampler_input, logits, self.model.lm_head.weight)  # [N, V]
-        return main, weighted_cross_entropy(logits, targets, batch.mean_weights, self.allowed), hidden_states
+        return main, weighted_cross_entropy(logits, targets, mean_weights, self.allowed)
 
     def _critic_loss(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Binary cross-entropy of the wrongness of tokens [B, T], weighted per position: a second trunk call."""

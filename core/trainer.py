@@ -167,7 +167,8 @@ class Run:
         self.state = TrainingState(model, self.allowed, runtime, plan, self.kind, optimizer=config.optimizer,
                                    learning_rate=config.learning_rate, weight_decay=config.weight_decay,
                                    betas=(config.beta1, config.beta2), grad_clip=config.grad_clip,
-                                   ema_decay=config.ema_decay, spike_deviations=config.skip_spikes)
+                                   ema_decay=config.ema_decay, spike_deviations=config.skip_spikes,
+                                   activation_checkpointing=config.activation_checkpointing)
         self.iteration, self.best_value, self.best_is_final, self.seconds = 0, None, False, 0.0
         self.unprinted: list[float] = []  # seconds of the iterations since the last line
         self.skips_told = 0

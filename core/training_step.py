@@ -21,13 +21,14 @@ class TrainingState:
 
     def __init__(self, model: GPT, allowed: Tensor, runtime: Runtime, plan: BatchPlan, kind: str, *, optimizer: str,
                  learning_rate: float, weight_decay: float, betas: tuple[float, float], grad_clip: float,
-                 ema_decay: float, spike_deviations: float = 0.0) -> None:
+                 ema_decay: float, spike_deviations: float = 0.0, activation_checkpointing: bool = False) -> None:
         self.model, self.runtime, self.plan, self.kind = model, runtime, plan, kind
         self.grad_clip, self.ema_decay = grad_clip, ema_decay
         self.objective = Objective(model, allowed, kind)
         if runtime.compile:
             self.objective.compile_parts()
         self.averaged = deepcopy(model).eval().requires_grad_(False)
+        model.recompute_layers = activation_checkpointing
         self.optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, betas, runtime.matrix_dtype())
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype is torch.float16)
         self.guard = StepGuard(runtime.device, spike_deviations)

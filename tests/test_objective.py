@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import core.objective
 from conftest import V0, awake, toy_config, toy_plan
 from core.batches import BATCH_MAKERS, unmasking_batches
 from core.corruption import MINIMUM_TIME, low_discrepancy_times
@@ -206,6 +208,82 @@ def test_special_ids_have_no_share_of_the_softmax():
     targets, weights = torch.tensor([0, 1, 2, 0, 1]), torch.rand(5)
     assert torch.equal(weighted_cross_entropy(logits, targets, weights, ALLOWED),
                        weighted_cross_entropy(raised, targets, weights, ALLOWED))
+
+
+BASE = 60  # a vocabulary that outweighs the toy's other tensors
+
+
+def large_vocabulary(**changes):
+    """(double-precision objective over 64 ids, batch of 72 predicted positions, padding among them)."""
+    special = {name: BASE + place for place, name in
+               enumerate(('mask_token_id', 'wrong_token_id', 'pad_token_id', 'cls_token_id'))}
+    config = toy_config(vocab_size=BASE + 4, add_sampler_head=True, **special, **changes)
+    tokens = np.random.default_rng(0).integers(0, BASE, 400).astype(np.uint16)
+    batch, = unmasking_batches(toy_plan(tokens=tokens, batch_size=32, mask_token_id=BASE, sampler_context=1), 0, one)
+    assert len(batch.positions) == 72 and (batch.main_weights == 0).any()
+    return Objective(awake(GPT(config)).double(), allowed_ids(BASE + 4, BASE)), batch
+
+
+def is_logits(tensor):
+    """Whether it has a row for every id, and is not the output matrix [V, 8] the other way round."""
+    return tensor.ndim == 2 and tensor.size(1) == BASE + 4 and tensor.size(0) != 8
+
+
+def losses_and_gradients(losses_of, objective, batch):
+    """(main loss, sampler loss, every gradient of their sum, numbers of rows of the logits kept for it)."""
+    objective.zero_grad()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        main, sampler, _ = losses_of(batch, True)
+    (main + sampler).backward()
+    return (main, sampler, [parameter.grad.clone() for parameter in objective.parameters()],
+            {tensor.size(0) for tensor in kept if is_logits(tensor)})
+
+
+@pytest.mark.parametrize('output, residual, compiled, rows', [
+    ('own', True, False, 10), ('shared_detached', True, False, 10), ('shared_detached', False, False, 10),
+    ('shared_detached', True, True, 40)])
+def test_chunks_of_positions_give_the_losses_and_gradients_of_the_whole(output, residual, compiled, rows, monkeypatch):
+    """72 positions in chunks of at most `rows`, against all at once and against the formula; backward keeps no logits;
+    compiled without a break."""
+    objective, batch = large_vocabulary(sampler_output=output, sampler_residual=residual)
+    whole = losses_and_gradients(objective.trunk_and_sampler_losses, objective, batch)
+    places, truth = batch.positions, batch.targets.flatten()[batch.positions]
+    cost = -torch.log_softmax(objective.model(batch.inputs).logits[..., :BASE], -1).flatten(0, 1)[places, truth]
+    assert whole[0].item() == pytest.approx((cost * batch.main_weights).sum().item(), rel=1e-6)
+    monkeypatch.setattr(core.objective, 'MOST_LOGITS', rows * (BASE + 4) + 1)
+    chunked = objective.trunk_and_sampler_losses
+    if compiled:
+        chunked = torch.compile(chunked, fullgraph=True, dynamic=False, backend='aot_eager')
+    found = losses_and_gradients(chunked, objective, batch)
+    assert torch.allclose(whole[0], found[0], rtol=1e-6) and torch.allclose(whole[1], found[1], rtol=1e-6)
+    assert all(torch.allclose(first, second, rtol=1e-5, atol=1e-8) for first, second in zip(whole[2], found[2]))
+    assert whole[3] == {72} and not found[3]
+
+
+class LogitsSeen(TorchDispatchMode):
+    """Notes the numbers of rows of all logits that are computed, their gradients included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, torch.Tensor) and is_logits(tensor):
+                self.rows.add(tensor.size(0))
+        return found
+
+
+@pytest.mark.parametrize('limit, rows', [(core.objective.MOST_LOGITS, 72), (10 * (BASE + 4) + 1, 9), (1, 1)])
+def test_no_logits_beyond_those_of_a_chunk_are_made(limit, rows, monkeypatch):
+    """Neither forward nor backward; the chunks are of equal size, and of one position where no more are allowed."""
+    monkeypatch.setattr(core.objective, 'MOST_LOGITS', limit)
+    objective, batch = large_vocabulary(sampler_output='shared_detached')
+    with LogitsSeen() as seen:
+        losses_and_gradients(objective.trunk_and_sampler_losses, objective, batch)
+    assert seen.rows == {rows}
 
 
 def test_causal_batches_predict_the_next_token():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import model
 import train as script
 from configurator import configure
 from core.checkpoint import load_checkpoint
@@ -102,6 +103,17 @@ def test_evaluation_and_samples_do_not_touch_training(small_corpus):
     run('--out_dir=seldom', '--eval_interval=12', '--sample_length=0')
     often, seldom = load_checkpoint('often/ckpt.pt'), load_checkpoint('seldom/ckpt.pt')
     assert all(torch.equal(often.model[name], seldom.model[name]) for name in often.model)
+
+
+def test_activation_checkpointing_reaches_the_layers(small_corpus, monkeypatch):
+    """Both trunk calls of the one step have one layer each; validation and the sample compute nothing again."""
+    layers = []
+    monkeypatch.setattr(model, 'checkpoint', lambda layer, *given, **how: layers.append(layer) or layer(*given))
+    options = ['--max_iters=1', '--start_sampler_iteration=0', '--start_critic_iteration=0']
+    run(*options)
+    assert not layers
+    run(*options, '--activation_checkpointing=True')
+    assert [type(layer) for layer in layers] == [model.Block] * 2
 
 
 def test_accumulation_does_not_change_the_run(small_corpus):
