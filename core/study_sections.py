@@ -312,8 +312,7 @@ def tiny_text(records: Records) -> str:
 TINY = Section('tiny', (
     Experiment('bound', TINY_TRAINING, 'out-tiny/ckpt_best.pt', 'nelbo', {'windows': 2048}),
     Experiment('orders', TINY_TRAINING, 'out-tiny/ckpt_best.pt', 'likelihood', {
-        'policies': 'random,left_to_right,strided,top_probability,margin,entropy',
-        'trunk_calls': [32.0, 64.0, 128.0]})), tiny_text)
+        'policies': 'random,left_to_right,strided,top_probability', 'trunk_calls': [16.0, 128.0]})), tiny_text)
 
 
 # Remasking models and judges ----------------------------------------------------------------------------------------
