@@ -164,7 +164,7 @@ def windows_text(records: Records) -> str:
         lines += [f'`{policy}`:', '', *_windows_table(records, policy), '']
     shares = ', '.join(f'{name.removesuffix(", head")}: {record["rows"][0]["head_share"]:.1%}'
                        for name, record in records.items() if name.endswith('head'))
-    return '\n'.join([*lines, f"Multiply-adds of the head over the trunk's: {shares}."])
+    return '\n'.join([*lines, f"Multiply-adds of the head over the trunk's: {shares}."] if shares else lines[:-1])
 
 
 def _windows_table(records: Records, policy: str) -> list[str]:
