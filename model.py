@@ -217,7 +217,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer.
+
+    Where `recompute` is True, a pass with gradients keeps the layer's input only and computes the rest again on the way
+    back (Chen et al. 2016, arXiv 1604.06174), with the same dropout.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -225,9 +229,17 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = Norm(config.n_embd)
         self.mlp = MLP(config)
+        self.recompute = False
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
                 cache: KeyValueCache | None, layer: int) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, rotary, attention_mask, cache, layer, use_reentrant=False,
+                              preserve_rng_state=self.mlp.dropout > 0)
+        return self._compute(x, rotary, attention_mask, cache, layer)
+
+    def _compute(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
+                 cache: KeyValueCache | None, layer: int) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, attention_mask, cache, layer)
         return x + self.mlp(self.ln_2(x))
 
@@ -291,14 +303,11 @@ class GPT(nn.Module):
     """The trunk, what its mode predicts, and the optional heads. `seed` decides the initial weights.
 
     Heads draw their initial weights from generators of their own, so a trunk is the same with and without them.
-    Where `recompute_layers` is True, a pass with gradients keeps each layer's input only and computes the rest again
-    on the way back (Chen et al. 2016, arXiv 1604.06174), with the same dropout.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
         super().__init__()
         self.config = config
-        self.recompute_layers = False
         self.transformer = nn.ModuleDict({'wte': nn.Embedding(config.vocab_size, config.n_embd)})
         if config.position_encoding == 'absolute':
             self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
@@ -366,11 +375,7 @@ class GPT(nn.Module):
             assert attention_mask is None, 'a cache takes no padding'
             attention_mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
         for layer, block in enumerate(self.transformer['h']):
-            if self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, attention_mask, cache, layer, use_reentrant=False,
-                               preserve_rng_state=self.config.dropout > 0)
-            else:
-                x = block(x, rotary, attention_mask, cache, layer)
+            x = block(x, rotary, attention_mask, cache, layer)
         if cache is not None:
             cache.length += T
         return self.transformer['ln_f'](x)

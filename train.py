@@ -105,6 +105,8 @@ class TrainConfig:
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option('auto', 'auto is bfloat16 where it is fast')
     compile: bool | None = option(None, 'torch.compile; None: where it pays')
+    sharding: Literal['none', 'full'] = option(
+        'none', 'full cuts weights, gradients and optimizer over the ranks (torchrun), for models that do not fit')
     activation_checkpointing: bool = option(
         False, "compute each layer again on the way back and keep its input only, when memory runs out")
     backend: Literal['nccl', 'gloo'] | None = option(None, 'of several ranks; None: nccl on GPUs, gloo on CPUs')

@@ -27,6 +27,7 @@ from core.preview import preview
 from core.run_folder import LATEST, RunFolder, latest_checkpoint
 from core.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
 from core.schedule import all_heads_trained_from, learning_rate_at, stage_at
+from core.sharding import cut, gathered, whole, whole_weights
 from core.step_guard import MOST_IN_A_ROW
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
@@ -46,7 +47,8 @@ def train(config: Any, notes: list[str]) -> None:
     """
     problems = option_problems(config)
     try:
-        runtime = start_runtime(config.device, config.dtype, config.compile, width=config.n_embd,
+        compile = False if config.sharding == 'full' else config.compile
+        runtime = start_runtime(config.device, config.dtype, compile, width=config.n_embd,
                                 iterations=config.max_iters, backend=config.backend)
     except UserError as error:
         raise_problems([*problems, str(error)])
@@ -88,6 +90,12 @@ def option_problems(config: Any) -> list[str]:
         problems.append('init_from=resume goes on from the run folder, so init_from_checkpoint must stay None')
     if config.eval_only and config.init_from == 'scratch' and not config.init_from_checkpoint:
         problems.append('eval_only validates trained weights; add --init_from=resume or --init_from_checkpoint=...')
+    if config.sharding == 'full' and config.optimizer == 'muon':
+        problems.append('sharding is full, but optimizer=muon needs whole matrices and a rank holds a part of each; '
+                        'take --optimizer=adamw')
+    if config.sharding == 'full' and config.compile:
+        problems.append('sharding is full, but compile is True, and layers that are gathered one by one are not '
+                        'compiled; leave compile out')
     return problems + head_problems(config) + kind_problems(config)
 
 
@@ -119,10 +127,14 @@ def head_problems(config: Any) -> list[str]:
 
 def world_problems(config: Any, runtime: Runtime) -> list[str]:
     """What is wrong with sharing the work among the ranks."""
+    problems = []
+    if config.sharding == 'full' and runtime.world_size == 1:
+        problems.append('sharding is full, but one process has nobody to share with; start several with '
+                        'torchrun --nproc_per_node=2 train.py ..., or leave sharding out')
     if config.gradient_accumulation_steps % runtime.world_size:
-        return [f'gradient_accumulation_steps is {config.gradient_accumulation_steps}, but must be a multiple of the '
-                f'{runtime.world_size} ranks, which share them']
-    return []
+        problems.append(f'gradient_accumulation_steps is {config.gradient_accumulation_steps}, but must be a '
+                        f'multiple of the {runtime.world_size} ranks, which share them')
+    return problems
 
 
 def ready_corpus(name: str, runtime: Runtime, say: Callable[[str], None]) -> Corpus:
@@ -168,7 +180,8 @@ class Run:
                                    learning_rate=config.learning_rate, weight_decay=config.weight_decay,
                                    betas=(config.beta1, config.beta2), grad_clip=config.grad_clip,
                                    ema_decay=config.ema_decay, spike_deviations=config.skip_spikes,
-                                   activation_checkpointing=config.activation_checkpointing)
+                                   activation_checkpointing=config.activation_checkpointing,
+                                   sharded=config.sharding == 'full')
         self.iteration, self.best_value, self.best_is_final, self.seconds = 0, None, False, 0.0
         self.unprinted: list[float] = []  # seconds of the iterations since the last line
         self.skips_told = 0
@@ -291,9 +304,10 @@ class Run:
 
     def validate(self) -> Validation | HelperValidation:
         """Validate the averaged weights."""
-        return validate_kind(self.kind, self.state.averaged, self.corpus, self.runtime, self.allowed, self.corruption,
-                             windows=self.config.eval_iters * self.config.batch_size,
-                             batch_size=self.config.batch_size)
+        with gathered(self.state.averaged):
+            return validate_kind(self.kind, self.state.averaged, self.corpus, self.runtime, self.allowed,
+                                 self.corruption, windows=self.config.eval_iters * self.config.batch_size,
+                                 batch_size=self.config.batch_size)
 
     def evaluate(self, save: bool) -> None:
         """Validate the averaged weights, print a sample of them, and save the latest and maybe the best."""
@@ -307,10 +321,12 @@ class Run:
             raise UserError(f'validation at iteration {self.iteration} gives {found.value}: training diverged and was '
                             f'not saved; lower learning_rate ({config.learning_rate}) or grad_clip '
                             f'({config.grad_clip}) and start again, or go on from what {config.out_dir} holds')
-        if self.runtime.is_writer and self.iteration > 0 and config.sample_length > 0 and self.kind in GENERATORS:
+        if self.iteration > 0 and config.sample_length > 0 and self.kind in GENERATORS:
             trained = stage_at(self.model_config, self.iteration - 1)
-            self.logger.sample(preview(state.averaged, self.corpus.vocabulary, self.allowed, trained.sampler,
-                                       min(config.sample_length, config.block_size), config.seed))
+            with gathered(state.averaged):
+                if self.runtime.is_writer:
+                    self.logger.sample(preview(state.averaged, self.corpus.vocabulary, self.allowed, trained.sampler,
+                                               min(config.sample_length, config.block_size), config.seed))
         if save:
             self.save_best(found)
             self.save()
@@ -324,28 +340,34 @@ class Run:
             self.best_value, self.best_is_final = found.value, is_final
         elif not self.config.always_save_checkpoint:
             return
+        best = self.checkpoint(with_optimizers=False)
         if self.folder is not None:
-            self.folder.save_best(self.checkpoint(with_optimizers=False))
+            self.folder.save_best(best)
 
     def save(self) -> None:
         """Save the latest state, and a snapshot where one is due."""
+        latest = self.checkpoint(with_optimizers=True)
         if self.folder is not None:
-            self.folder.save_latest(self.checkpoint(with_optimizers=True))
-            if self.iteration % self.config.eval_interval == 0:
-                self.folder.save_snapshot(self.checkpoint(with_optimizers=False), run_label(self.config),
-                                          self.config.keep_snapshots)
+            self.folder.save_latest(latest)
+        if self.iteration % self.config.eval_interval == 0:
+            snapshot = self.checkpoint(with_optimizers=False)
+            if self.folder is not None:
+                self.folder.save_snapshot(snapshot, run_label(self.config), self.config.keep_snapshots)
 
     def checkpoint(self, with_optimizers: bool) -> Checkpoint:
-        """Everything as it is now; without optimizers it serves sampling only, and holds the averaged weights alone."""
-        state, corpus = self.state, self.corpus
-        averaged = state.averaged.state_dict()
+        """Everything as it is now; without optimizers it serves sampling only, and holds the averaged weights alone.
+
+        All ranks call this, since each may hold a part; the writer's is whole.
+        """
+        state, corpus, keep = self.state, self.corpus, self.runtime.is_writer
+        averaged = whole_weights(state.averaged, keep)
         return Checkpoint(
             kind=str(self.kind), model_config=model_config_to_dict(self.model_config),
             config=dataclasses.asdict(self.config), vocabulary=corpus.vocabulary.to_meta(),
             vocabulary_hash=corpus.vocabulary.hash, data_hash=corpus.data_hash, data_sizes=dict(corpus.sizes),
-            model=state.model.state_dict() if with_optimizers else averaged, iteration=self.iteration,
+            model=whole_weights(state.model, keep) if with_optimizers else averaged, iteration=self.iteration,
             ema=averaged if with_optimizers else None,
-            optimizers=[one.state_dict() for one in state.optimizers] if with_optimizers else [],
+            optimizers=[whole(one.state_dict(), keep) for one in state.optimizers] if with_optimizers else [],
             scaler=state.scaler.state_dict() if with_optimizers and state.scaler.is_enabled() else None,
             guard=state.guard.state_dict() if with_optimizers else None,
             best_value=self.best_value, extra={'best_is_final': self.best_is_final, 'train_seconds': self.seconds,
@@ -353,7 +375,8 @@ class Run:
 
     def resume(self, path: Path, say: Callable[[str], None]) -> None:
         """Take up the checkpoint at `path`; the run goes on exactly as if never stopped. Changed options are said."""
-        saved = load_checkpoint(path, self.runtime.device)
+        mesh = self.state.mesh
+        saved = load_checkpoint(path, self.runtime.device if mesh is None else 'cpu')
         if saved.kind != self.kind:
             raise UserError(f'{path} is of kind {saved.kind!r}, but the options describe one of kind {self.kind!r}; '
                             f'resume with the options that it was trained with')
@@ -368,9 +391,11 @@ class Run:
             raise UserError(f'{path} was trained with optimizer={before["optimizer"]}, whose state '
                             f'{now["optimizer"]} cannot use; take --optimizer={before["optimizer"]}')
         state = self.state
-        load_weights(state.model, saved.model, path)
-        load_weights(state.averaged, saved.ema, path)
-        for optimizer, values in zip(state.optimizers, saved.optimizers, strict=True):
+        model, averaged, optimizers = (one if mesh is None else cut(one, mesh)
+                                       for one in (saved.model, saved.ema, saved.optimizers))
+        load_weights(state.model, model, path)
+        load_weights(state.averaged, averaged, path)
+        for optimizer, values in zip(state.optimizers, optimizers, strict=True):
             asked = [{key: group[key] for key in ('weight_decay', 'betas') if key in group}
                      for group in optimizer.param_groups]
             optimizer.load_state_dict(values)

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from core.batches import BATCH_MAKERS, BatchPlan
 from core.objective import Losses, Objective
@@ -12,6 +13,7 @@ from core.optimizer import make_optimizers, set_learning_rate
 from core.randomness import Purpose, RowRandom
 from core.runtime import Runtime
 from core.schedule import Stage, critic_alpha, stage_at
+from core.sharding import shard
 from core.step_guard import StepGuard
 from model import GPT
 
@@ -21,14 +23,17 @@ class TrainingState:
 
     def __init__(self, model: GPT, allowed: Tensor, runtime: Runtime, plan: BatchPlan, kind: str, *, optimizer: str,
                  learning_rate: float, weight_decay: float, betas: tuple[float, float], grad_clip: float,
-                 ema_decay: float, spike_deviations: float = 0.0, activation_checkpointing: bool = False) -> None:
+                 ema_decay: float, spike_deviations: float = 0.0, activation_checkpointing: bool = False,
+                 sharded: bool = False) -> None:
         self.model, self.runtime, self.plan, self.kind = model, runtime, plan, kind
         self.grad_clip, self.ema_decay = grad_clip, ema_decay
         self.objective = Objective(model, allowed, kind)
         if runtime.compile:
             self.objective.compile_parts()
         self.averaged = deepcopy(model).eval().requires_grad_(False)
-        model.recompute_layers = activation_checkpointing
+        for block in model.transformer['h']:
+            block.recompute = activation_checkpointing
+        self.mesh = shard(self.objective, self.averaged, runtime) if sharded else None
         self.optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, betas, runtime.matrix_dtype())
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype is torch.float16)
         self.guard = StepGuard(runtime.device, spike_deviations)
@@ -43,7 +48,7 @@ class TrainingState:
         active = {'sampler_head': stage.sampler, 'critic_head': stage.critic, 'classifier': True, 'scorer': True}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(active.get(name.split('.')[0], not trunk_frozen))
-        if self.runtime.world_size > 1:
+        if self.runtime.world_size > 1 and self.mesh is None:
             self.parallel = nn.parallel.DistributedDataParallel(self.objective)
 
     def clip_gradients(self) -> tuple[Tensor, Tensor]:
@@ -56,13 +61,19 @@ class TrainingState:
             (head if name.startswith('sampler_head.') else others).append(parameter)
         limit = self.grad_clip or float('inf')
         head_norm = nn.utils.clip_grad_norm_(head, limit, foreach=True)
-        return nn.utils.clip_grad_norm_(others, limit, foreach=True), head_norm
+        norm = nn.utils.clip_grad_norm_(others, limit, foreach=True)
+        return (norm, head_norm) if self.mesh is None else tuple(_summed(one) for one in (norm, head_norm))
 
     @torch.no_grad()
     def update_average(self, iteration: int) -> None:
         """Exponential moving average of the weights; the decay grows to ema_decay, so early weights are forgotten."""
         decay = min(self.ema_decay, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+
+
+def _summed(norm: Tensor) -> Tensor:
+    """A norm of gradients that are cut over the ranks, from every rank's part."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def training_step(state: TrainingState, iteration: int, learning_rate: float) -> Losses:
@@ -86,7 +97,8 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
         batch = batch.to(runtime.device)
         generator = RowRandom(plan.seed, iteration, batch.rows)
         last = micro_step == len(batches) - 1
-        with nullcontext() if last or runtime.world_size == 1 else state.parallel.no_sync():
+        together = last or runtime.world_size == 1 or state.mesh is not None  # whole gradients would not be kept
+        with nullcontext() if together else state.parallel.no_sync():
             with runtime.autocast():
                 losses = state.parallel(batch, stage, critic_alpha(config, iteration), generator)
             state.scaler.scale(losses.total * runtime.world_size).backward()  # ranks average their gradients

@@ -115,7 +115,7 @@ def test_layers_computed_again_change_no_number(kind):
     for frozen in {'unmasking': ({}, {'freeze_transformer': True, 'start_sampler_iteration': 0})}.get(kind, ({},)):
         config = toy_config(**{**changes, 'n_layer': 2, 'dropout': 0.3, **frozen})
         plain, again = (toy_state(config, plan, kind, activation_checkpointing=wanted) for wanted in (False, True))
-        assert again.model.recompute_layers and not again.averaged.recompute_layers
+        assert again.model.transformer['h'][0].recompute and not again.averaged.transformer['h'][0].recompute
         for iteration in range(6):
             losses = [training_step(state, iteration, 1e-2) for state in (plain, again)]
             assert all(a is b is None or torch.equal(a, b) for a, b in zip(*losses))

@@ -1,0 +1,77 @@
+"""Weights, gradients, moments and averages cut over the ranks, for models that do not fit on each of them whole.
+
+FSDP2 (Zhao et al. 2023, arXiv 2304.11277; `torch.distributed.fsdp.fully_shard`): every tensor is cut along its first
+dimension, a layer's weights are gathered when it is its turn, and its gradients are averaged as they are cut.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from core.runtime import Runtime
+from model import GPT
+
+
+def shard(objective: nn.Module, averaged: GPT, runtime: Runtime) -> DeviceMesh:
+    """Cut `objective`, which holds the model, and the averaged model over all ranks, in place; returns the ranks.
+
+    Each layer is gathered by itself. All else is gathered for a whole pass: the heads and the loss read it directly.
+    """
+    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    for model in (objective.model, averaged):
+        for block in model.transformer['h']:
+            fully_shard(block, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    fully_shard(averaged, mesh=mesh)
+    register_fsdp_forward_method(averaged, 'encode')
+    averaged.set_reshard_after_forward(False)
+    return mesh
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """`model` whole on every rank, so that each may call it as often as it likes; no rank may be missing. Does nothing
+    for a model that is not cut."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+
+
+def whole(value: object, keep: bool = True) -> object:
+    """`value` (a tensor, or lists and dicts of such) with every tensor that is cut put together in the host's memory;
+    all ranks call this. A rank that does not `keep` them gets None in their places."""
+    if isinstance(value, dict):
+        return {key: whole(one, keep) for key, one in value.items()}
+    if isinstance(value, list):
+        return [whole(one, keep) for one in value]
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if keep else None
+
+
+def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The state dict of `model` as `whole` gives it; a tied matrix is one tensor under both names."""
+    found = {id(parameter): whole(parameter.detach(), keep) for parameter in model.parameters()}
+    return {name: found[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def cut(value: object, mesh: DeviceMesh) -> object:
+    """The reverse of `whole`: tensors with a dimension become this rank's part of them, everything else stays."""
+    if isinstance(value, dict):
+        return {key: cut(one, mesh) for key, one in value.items()}
+    if isinstance(value, list):
+        return [cut(one, mesh) for one in value]
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+        return value
+    return distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)  # each rank has read the same file
