@@ -8,7 +8,7 @@ of the sampler head, N positions picked out of a batch.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -87,13 +87,19 @@ def nucleus(log_probabilities: Tensor, top_p: float) -> Tensor:
 def draw_tokens(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
     """int64 [...]: exact draws by inverse distribution function, one number of `uniform` [...] in (0, 1) per draw.
 
-    The first id whose cumulative probability exceeds uniform times the total; an id of probability zero never comes
-    out, whatever the rounding. No Gumbel noise, so no lowered temperature by rounding (Zheng et al. 2024).
+    No Gumbel noise, so no lowered temperature by rounding (Zheng et al. 2024).
     """
-    probabilities = log_probabilities.detach().exp()  # [..., V]
-    cumulative = probabilities.cumsum(-1)
-    reached = (cumulative > uniform[..., None] * cumulative[..., -1:]) & (probabilities > 0)
-    return reached.byte().argmax(-1)
+    return _first_beyond(log_probabilities.detach().exp().cumsum(-1), uniform)
+
+
+def _first_beyond(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """int64 [...]: the first id whose cumulative weight [..., V] exceeds `uniform` [...] times the total.
+
+    The weight rises there, so an id of weight zero never comes out, whatever the rounding. Id 0 where weights are not
+    numbers.
+    """
+    wanted = uniform[..., None] * cumulative[..., -1:]  # [..., 1]
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).remainder_(cumulative.size(-1))
 
 
 def nucleus_sample(logits: Tensor, uniform: Tensor, allowed: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
@@ -117,32 +123,40 @@ def revealed_ids(tokens: Tensor, vocab_size: int, mask_token_id: int | None) -> 
 
 def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = None) -> Draws:
     """`Draws` of logits [N, V] under `rule` with uniform [N]; seen [N, V] is read when repetition is penalised."""
-    log_probabilities, model_log_probabilities = _under_rule(logits, rule, seen)  # [N, V]
-    return _picked(draw_tokens(log_probabilities, uniform), log_probabilities, model_log_probabilities)
+    scores, model_scores = _scores(logits, rule, seen)  # [N, V]
+    cumulative = scores.exp().cumsum(-1)
+    return _picked(_first_beyond(cumulative, uniform), scores, cumulative[:, -1:], model_scores)
 
 
 def place(logits: Tensor, rule: DrawRule, tokens: Tensor, seen: Tensor | None = None) -> Draws:
     """`Draws` with the given tokens int64 [N] in place of drawn ones, else as `draw`."""
-    return _picked(tokens, *_under_rule(logits, rule, seen))
+    scores, model_scores = _scores(logits, rule, seen)  # [N, V]
+    return _picked(tokens, scores, scores.exp().sum(-1, keepdim=True), model_scores)
 
 
-def _under_rule(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities float64 [N, V] under `rule`, and under the model itself."""
-    model_log_probabilities = allowed_log_probabilities(logits, rule.allowed)
+def _scores(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities float64 [N, V] under `rule`, and under the model itself: each up to a constant of its row that
+    makes the highest 0. The same tensor where the rule changes nothing."""
+    model_scores = logits.double().masked_fill(~rule.allowed, -math.inf)
+    model_scores = model_scores - model_scores.amax(-1, keepdim=True)
     if rule.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen, rule.repetition_penalty)
-        log_probabilities = allowed_log_probabilities(logits, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
-    elif rule.temperature != 1 or rule.top_k is not None or rule.top_p < 1:
-        log_probabilities = allowed_log_probabilities(
-            model_log_probabilities, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
-    else:
-        log_probabilities = model_log_probabilities
-    return log_probabilities, model_log_probabilities
+        scores = allowed_log_probabilities(logits, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
+        return scores - scores.amax(-1, keepdim=True), model_scores
+    if rule.top_k is not None or rule.top_p < 1 or rule.temperature == 0:
+        scores = allowed_log_probabilities(model_scores, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
+        return scores - scores.amax(-1, keepdim=True), model_scores
+    return model_scores if rule.temperature == 1 else model_scores / rule.temperature, model_scores
 
 
-def _picked(tokens: Tensor, log_probabilities: Tensor, model_log_probabilities: Tensor) -> Draws:
-    return Draws(tokens, log_probabilities.gather(-1, tokens[..., None]).squeeze(-1),
-                 model_log_probabilities.detach().gather(-1, tokens[..., None]).squeeze(-1))
+def _picked(tokens: Tensor, scores: Tensor, total: Tensor, model_scores: Tensor) -> Draws:
+    """`Draws` from what `_scores` gives [N, V]; total [N, 1]: the sum of scores.exp()."""
+    found = scores.gather(-1, tokens[:, None]) - total.log()  # [N, 1]
+    confidence = found.detach()
+    if model_scores is not scores:
+        model_scores = model_scores.detach()
+        confidence = model_scores.gather(-1, tokens[:, None]) - model_scores.exp().sum(-1, keepdim=True).log()
+    return Draws(tokens, found.squeeze(-1), confidence.squeeze(-1))
 
 
 # What the sampler head reads ----------------------------------------------------------------------------------------
@@ -344,6 +358,7 @@ def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, ru
     shown = torch.arange(V, device=tokens.device)[:, None] != mask_token_id  # [V, 1]
     tables = (tables * shown).flatten(0, 1)  # [2C V, W]
     slot = torch.arange(2 * context, device=tokens.device) * V  # [2C]
+    starts = torch.arange(len(picked), device=tokens.device) * (2 * context)  # [N], of a position's rows in a wave
     padded = F.pad(tokens, (context, context), value=mask_token_id).flatten()  # [B (T + 2C)], a mask is no neighbour
     padded_positions = picked + 2 * context * (picked // T) + context  # [N]
     neighbours = padded_positions[:, None] + _neighbour_offsets(context, tokens.device)  # [N, 2C]
@@ -351,13 +366,13 @@ def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, ru
     projection = head.hidden_projection(hidden.detach())  # [N, W]
     seen = revealed_ids(tokens, V, mask_token_id) if rule.repetition_penalty != 1 else None
     choose, choices = _choice(generator, purpose, T, truth)
-    parts = zip(*(part.split(sizes) for part in (
-        choices[picked], picked // T, padded_positions, neighbours, hidden, projection)))
+    parts = zip(_trunk_logits(model, hidden, sizes), *(part.split(sizes) for part in (
+        choices[picked], picked // T, padded_positions, neighbours, projection)))
     draws = []
-    for wave, (choice, row, position, neighbour, state, projected) in enumerate(parts):
-        logits = model.lm_head(state)  # [n, V]
+    for wave, (logits, choice, row, position, neighbour, projected) in enumerate(parts):
         if wave > 0 or counts[1] == 0:
-            beside = F.embedding_bag(padded[neighbour] + slot, tables, mode='sum')  # [n, W]
+            bags = (padded.take(neighbour) + slot).flatten()  # [n 2C], rows of tables
+            beside = F.embedding_bag(bags, tables, starts[:len(position)], mode='sum')  # [n, W]
             logits = head.from_projection(projected + beside, logits, model.lm_head.weight)
         drawn = choose(logits, rule, choice, None if seen is None else seen[row])
         padded[position] = drawn.tokens
@@ -366,6 +381,20 @@ def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, ru
         draws.append(drawn)
     waves = tuple(counts[2:counts.index(0, 2)]) if 0 in counts[2:] else tuple(counts[2:])
     return _scatter_draws(tokens, picked, draws, positions, WaveStatistics(len(waves), counts[1], waves))
+
+
+def _trunk_logits(model: GPT, hidden: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Logits [n, V] of each part of hidden [N, D], `sizes` positions long: one product for as many as `_CHUNK` holds,
+    since the trunk's logits do not wait for the wave before."""
+    most = _CHUNK // model.config.vocab_size
+    first = 0
+    while first < len(sizes):
+        last, count = first + 1, sizes[first]
+        while last < len(sizes) and count + sizes[last] <= most:
+            last, count = last + 1, count + sizes[last]
+        part, hidden = hidden[:count], hidden[count:]
+        yield from model.lm_head(part).split(sizes[first:last])
+        first = last
 
 
 def _choice(generator: RowRandom, purpose: Purpose, length: int,

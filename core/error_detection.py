@@ -44,7 +44,7 @@ from core.helper_models import helper_path, load_remasking_model, require_block
 from core.quality import FEWEST_TEXTS, Statistic, bootstrap
 from core.randomness import Purpose, RowRandom, keyed
 from core.schedule import started_heads
-from model import GPT
+from model import GPT, ModelMode
 from sample_utils import DrawRule, fill_positions, independent_fill, pseudo_log_likelihood, wrong_probabilities
 
 SHARES = tuple(tenths / 10 for tenths in range(1, 10))  # of positions masked
@@ -195,14 +195,14 @@ class ErrorStudy:
         _, critic, said = started_heads(model.config, evaluation.checkpoint.iteration)
         for line in said[-1:] if model.config.add_critic_head and not critic else ():
             evaluation.say(line)
-        remasking_model, name = None, config.remasking_checkpoint_name
+        name, self.remasking_model = config.remasking_checkpoint_name, None
         if name is not None:
-            remasking_model = load_remasking_model(name, config.out_dir, evaluation.vocabulary,
-                                                   evaluation.runtime.device)
-            require_block(remasking_model, f'remasking_checkpoint_name={name}', model.config.block_size, 'a window')
+            self.remasking_model = load_remasking_model(name, config.out_dir, evaluation.vocabulary,
+                                                        evaluation.runtime.device)
+            require_block(self.remasking_model, f'remasking_checkpoint_name={name}', model.config.block_size, 'a window')
             self.remasking_hash = checkpoint_hash(helper_path(name, config.out_dir))
         self.detectors = detectors(model, evaluation.allowed, sampler_head=evaluation.sampler_head, critic=critic,
-                                   remasking_model=remasking_model)
+                                   remasking_model=self.remasking_model)
         self._filled: dict[float, Filled] = {}
         self._scores: dict[tuple[str, float], Tensor] = {}
 
@@ -239,13 +239,30 @@ class ErrorStudy:
                     for place, numbers in self._batches(share)])
         return self._scores[name, share]
 
+    def correction_accuracy(self, share: float) -> float | None:
+        """How often a remasking model's most probable base token is the truth where a fill is wrong; None of a binary
+        model, which has no tokens, and where nothing is wrong."""
+        texts, runtime, model = self.filled(share), self.evaluation.runtime, self.remasking_model
+        if model.config.mode is ModelMode.TOKEN_CLASSIFIER or not texts.wrong.any():
+            return None
+        right = 0
+        with torch.no_grad(), runtime.autocast():
+            for place, _ in self._batches(share):
+                logits = model(texts.tokens[place].to(runtime.device)).logits  # [B, T, V]
+                guess = logits.masked_fill(~self.evaluation.allowed, -torch.inf).argmax(-1).cpu()  # [B, T]
+                right += (guess == self._truth[place])[texts.wrong[place]].sum().item()
+        return right / texts.wrong.sum().item()
+
     def cell(self, name: str, share: float) -> Cell:
         """A detector at a mask share."""
         def compute() -> Result:
             texts, start = self.filled(share), time.perf_counter()
             scores = self.scores(name, share)
             seconds = time.perf_counter() - start
-            return {**measured(scores, texts.wrong, texts.filled, name != 'random'), 'seconds': seconds}
+            found = {**measured(scores, texts.wrong, texts.filled, name != 'random'), 'seconds': seconds}
+            if name == 'remasking':
+                found['correction_accuracy'] = self.correction_accuracy(share)
+            return found
 
         cost = GROUPS if name == 'pseudo_likelihood' else 1
         return Cell(self._settings(name, mask_share=share), compute, float(cost))

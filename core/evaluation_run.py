@@ -25,7 +25,8 @@ from core.quality_run import QUALITY_MEASURES
 from core.runtime import DTYPES, Runtime, resolve_device
 from core.schedule import started_heads
 from core.study import write_report
-from core.study_sections import SECTIONS
+from core.study_remasking import SECTIONS as REMASKING_SECTIONS
+from core.study_sections import SECTIONS as RESULT_SECTIONS
 from sample_utils import allowed_ids
 
 NELBO_WINDOWS = 512
@@ -68,7 +69,7 @@ def run_evaluation(config: Any, explicit: Mapping[str, str],
     """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
     raise_problems(option_problems(config))
     if config.report is not None and 'measure' not in explicit:
-        write_report(config, SECTIONS, lambda changed, given: measured_rows(changed, given, say), say)
+        write_report(config, (*RESULT_SECTIONS, *REMASKING_SECTIONS), lambda changed, given: measured_rows(changed, given, say), say)
         return {}
     evaluation = load_evaluation(config, explicit, say)
     cache, found = ResultCache(evaluation.out_dir / CACHE_NAME), {}

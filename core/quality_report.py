@@ -26,6 +26,8 @@ COSTS = ('trunk_calls', 'network_calls', 'seconds')
 KEPT = ('control', 'policy', 'wanted_calls', 'options', 'temperature', 'trunk_calls', 'network_calls', 'seconds',
         'self_confidence', 'reference_bits', 'entropy_3', 'known_words', 'copied_span', 'repetition', 'sample')
 COMMON = ('dataset', 'split', 'samples', 'length', 'batch_size', 'seed', 'sampler_head', 'critic', 'dtype')
+CURVE_COLUMNS = (*COMMON, *(name for name in KEPT if name not in ('self_confidence', 'sample')), 'guidance',
+                 'reference_bits_interval')
 
 Row = Mapping[str, Any]
 

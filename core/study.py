@@ -18,11 +18,11 @@ from core.errors import UserError
 from core.evaluation import Result
 from core.files import atomic_writer
 from core.markdown import split_at_markers, write_between
-from core.quality_report import command_of, markers, rounded
+from core.quality_report import CURVE_COLUMNS, command_of, markers, rounded
 
 PAGE = 'docs/results.md'
 METRICS_NAME = 'metrics.jsonl'
-DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal')  # of a kept row
+DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal')  # of a kept row, but of one of curves
 
 Record = dict[str, Any]  # an experiment's result, built-in types only
 Records = Mapping[str, Record]
@@ -99,11 +99,18 @@ def measure(experiment: Experiment, config: Any, evaluate: Evaluate) -> Record:
         changed = dataclasses.replace(config, **options, measure=experiment.measure, report=None)
         explicit = dict.fromkeys(options, experiment.name)
         rows = evaluate(changed, explicit)
-        record['rows'] = [{name: rounded(value) for name, value in row.items() if name not in DROPPED} for row in rows]
+        record['rows'] = [{name: rounded(value) for name, value in row.items() if is_kept(experiment.measure, name)}
+                          for row in rows]
         record['evaluation'] = command_of(changed, {name: where for name, where in explicit.items()
                                                     if name != 'checkpoint_name' or path.name != 'ckpt_best.pt'},
                                           experiment.measure)
     return record
+
+
+def is_kept(measure: str, column: str) -> bool:
+    """Whether the record of a measure keeps a column of its rows: of curves, whose rows are many, what the tables and
+    pictures show."""
+    return column in CURVE_COLUMNS if measure == 'curves' else column not in DROPPED
 
 
 def training_facts(run_folder: Path) -> Record:

@@ -5,65 +5,20 @@ All figures come from records (core/study.py), so a kept record makes the same t
 Letters: K trunk calls, C neighbours that a head sees on each side.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
 
 from core.error_detection import DETECTORS, SHOWN_SHARE, arranged as arranged_errors
 from core.error_plots import plot_errors
 from core.files import atomic_writer
 from core.likelihood import draw as draw_likelihood
 from core.markdown import markdown_table
-from core.quality_report import curves_text, draw_curves
+from core.quality_report import Equal, at_equal_entropy, curves_text, draw_curves, setting_line, shown
 from core.study import Experiment, Record, Records, Section
+from core.study_words import SEEDS, Row, calls_at, commands, difference, figure, signed, spread
 
-Row = Mapping[str, Any]
 TRAIN = 'python train.py config/train_char_diffusion.py'
 MAIN = 'python train.py config/train_char_diffusion_sampler.py'
-SEEDS = (1337, 1338, 1339)
-
-
-# Words --------------------------------------------------------------------------------------------------------------
-
-def commands(records: Records) -> list[str]:
-    """The commands of all records as a code block: trainings, then evaluations, each once."""
-    found = dict.fromkeys([*(record['training'] for record in records.values()),
-                           *(record['evaluation'] for record in records.values() if 'evaluation' in record)])
-    return [f'    {command}' for command in found]
-
-
-def figure(row: Row) -> str:
-    """'nats (standard error)' of a row."""
-    return f'{row["nats"]:.3f} ({row["standard_error"]:.3f})'
-
-
-def difference(one: Row, other: Row) -> tuple[float, float]:
-    """Mean of one's nats minus the other's over the same windows, and its standard error (paired)."""
-    values = [a - b for a, b in zip(one['window_nats'], other['window_nats'], strict=True)]
-    return mean(values), stdev(values) / math.sqrt(len(values))
-
-
-def signed(value: tuple[float, float]) -> str:
-    """'+mean (standard error)'."""
-    return f'{value[0]:+.3f} ({value[1]:.3f})'
-
-
-def by_setting(record: Record) -> dict[tuple[str, int, str], Row]:
-    """Rows of measure likelihood by policy, trunk calls and head."""
-    return {(row['policy'], row['trunk_calls'], row['head']): row for row in record['rows']}
-
-
-def calls_without(rows: Mapping[tuple[str, int, str], Row], policy: str, nats: float) -> str:
-    """The trunk calls at which the trunk alone has `nats` under a policy, interpolated in log K; '> most' beyond."""
-    points = sorted((calls, row['nats']) for (name, calls, head), row in rows.items()
-                    if name == policy and head == 'none')
-    for (calls, above), (more, below) in zip(points, points[1:]):
-        if above >= nats >= below:
-            share = (above - nats) / (above - below) if above > below else 0.0
-            return f'{calls * (more / calls) ** share:.1f}'
-    return f'> {points[-1][0]}' if nats < points[-1][1] else f'< {points[0][0]}'
 
 
 # The main command ---------------------------------------------------------------------------------------------------
@@ -93,6 +48,17 @@ def draw_main(records: Records, folder: Path) -> None:
 
 HEAD_POLICIES = 'random,left_to_right,strided'
 ALL_CALLS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+
+
+def by_setting(record: Record) -> dict[tuple[str, int, str], Row]:
+    """Rows of measure likelihood by policy, trunk calls and head."""
+    return {(row['policy'], row['trunk_calls'], row['head']): row for row in record['rows']}
+
+
+def calls_without(rows: Mapping[tuple[str, int, str], Row], policy: str, nats: float) -> str:
+    """The trunk calls at which the trunk alone has `nats` under a policy."""
+    return calls_at([(calls, row['nats']) for (name, calls, head), row in rows.items()
+                     if name == policy and head == 'none'], nats)
 
 
 def head_text(records: Records) -> str:
@@ -221,6 +187,54 @@ CURVES = Section('curves', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'curves
     lambda records, folder: draw_curves(records['main']['rows'], folder / 'curves.png'))
 
 
+# The sampler head in samples ----------------------------------------------------------------------------------------
+
+SAMPLED = {'policies': 'random,strided,left_to_right', 'num_samples': 32, 'temperatures': [0.5, 0.7, 0.9, 1.1, 1.3]}
+
+
+def samples_text(records: Records) -> str:
+    """Per policy and budget: reference bits at equal trigram entropy with and without a head, the calls without it that
+    equal, and what a trunk call with its share of drawing costs."""
+    found = {name: by_budget(record['rows']) for name, record in records.items()}
+    lines = [*commands(records), '', *setting_line(records['head']['rows'], '')[2:], '']
+    body = []
+    for (policy, calls), with_head in found['head'].items():
+        alone = found['alone'].get((policy, calls))
+        bits = with_head.figures['reference_bits']
+        others = [(one.wanted, one.figures['reference_bits']) for (name, _), one in found['alone'].items()
+                  if name == policy and one.figures['reference_bits'] is not None]
+        body.append([f'`{policy}`', str(calls), bits_at_equal_entropy(with_head),
+                     '-' if alone is None else bits_at_equal_entropy(alone),
+                     '-' if bits is None or not others else calls_at(others, bits), _cost_ratio(with_head, alone)])
+    return '\n'.join([*lines, *markdown_table(
+        ['policy', 'trunk calls', 'bits, head', 'bits, trunk alone', 'calls alone that equal the head',
+         'time of a call, head / alone'], body)])
+
+
+def by_budget(rows: Sequence[Row]) -> dict[tuple[str, int], Equal]:
+    """Settings at equal entropy, by policy with its guidance and trunk calls."""
+    return {(equal.name, equal.wanted): equal for equal in at_equal_entropy(rows)}
+
+
+def bits_at_equal_entropy(equal: Equal) -> str:
+    """'bits (low - high)'; a dash where temperature does not reach the entropy."""
+    figures = equal.figures
+    return '-' if figures['reference_bits'] is None else \
+        f'{figures["reference_bits"]:.3f} ({figures["low"]:.3f} - {figures["high"]:.3f})'
+
+
+def _cost_ratio(with_head: Equal, alone: Equal | None) -> str:
+    if alone is None or with_head.figures['seconds'] is None or alone.figures['seconds'] is None:
+        return '-'
+    return shown(with_head.figures['seconds'] / alone.figures['seconds'], 2)
+
+
+SAMPLES = Section('samples', (
+    Experiment('head', MAIN, 'out/ckpt_best.pt', 'curves', {**SAMPLED, 'trunk_calls': [2.0, 4.0, 8.0, 16.0]}),
+    Experiment('alone', MAIN, 'out/ckpt_best.pt', 'curves', {
+        **SAMPLED, 'trunk_calls': [4.0, 8.0, 16.0, 32.0, 64.0], 'use_sampler_head': False})), samples_text)
+
+
 # The generator's own errors -----------------------------------------------------------------------------------------
 
 def errors_text(records: Records) -> str:
@@ -269,17 +283,10 @@ def training_text(records: Records) -> str:
         mine = [values[f'{name} {seed}'] for seed in SEEDS if f'{name} {seed}' in values]
         gaps = [values[f'{name} {seed}'] - values[f'base {seed}'] for seed in SEEDS
                 if f'{name} {seed}' in values and f'base {seed}' in values]
-        body.append([words, str(iterations), ', '.join(f'{value:.3f}' for value in mine) or '-', _spread(mine),
-                     _spread(gaps, '+') if name != 'base' else '-'])
+        body.append([words, str(iterations), ', '.join(f'{value:.3f}' for value in mine) or '-', spread(mine),
+                     spread(gaps, '+') if name != 'base' else '-'])
     head = ['variant', 'iterations', 'NELBO of each seed', 'mean (s.d.)', 'from the first (s.d.)']
     return '\n'.join([*commands(records), '', *markdown_table(head, body)])
-
-
-def _spread(values: Sequence[float], sign: str = '') -> str:
-    """'mean (standard deviation)'."""
-    if not values:
-        return '-'
-    return f'{mean(values):{sign}.3f} ({stdev(values):.3f})' if len(values) > 1 else f'{values[0]:{sign}.3f}'
 
 
 def _variant(name: str, seed: int) -> Experiment:
@@ -315,67 +322,8 @@ TINY = Section('tiny', (
         'policies': 'random,left_to_right,strided,top_probability', 'trunk_calls': [16.0, 128.0]})), tiny_text)
 
 
-# Remasking models and judges ----------------------------------------------------------------------------------------
-
-REMASKING_PAGE = 'docs/remasking.md'
-REMASKING = 'python train.py config/train_char_remasking.py'
-JUDGE = 'python train.py config/train_char_judge.py'
-KINDS = {
-    'a-random': ('A, random', ' --remasking_loss_type=corrupted_only'),
-    'b-random': ('B, random', ' --remasking_loss_type=all_positions'),
-    'balanced-random': ('balanced, random', ''),
-    'balanced-model': ('balanced, model', ' --remasking_corruption=model'),
-    'binary-model': ('binary, balanced, model', ' --remasking_kind=binary --remasking_corruption=model'),
-}
-
-
-def _remasking(kind: str, seed: int) -> Experiment:
-    folder = f'out-remask-{kind}-{seed}'
-    return Experiment(f'{kind} {seed}', f'{REMASKING} --out_dir={folder} --seed={seed} --max_iters=600 '
-                      f'--eval_interval=300{KINDS[kind][1]}', f'{folder}/ckpt_best.pt', 'errors',
-                      {'out_dir': 'out', 'checkpoint_name': 'ckpt_best.pt',
-                       'remasking_checkpoint_name': f'{folder}/ckpt_best.pt'})
-
-
-def detection_text(records: Records) -> str:
-    """AUROC on the generator's own errors by kind of remasking model, mean and spread over seeds; what each learnt."""
-    lines = [*commands(records), '']
-    found = {kind: [record for key, record in records.items() if key.split(' ')[0] == kind] for kind in KINDS}
-    body = []
-    for kind, mine in found.items():
-        if not mine:
-            continue
-        own = [{row['mask_share']: row['auroc'] for row in record['rows']
-                if row['detector'] == 'remasking' and 'mask_share' in row} for record in mine]
-        last = [record['validations'][-1] for record in mine]
-        corrections = [line['correction_accuracy'] for line in last if 'correction_accuracy' in line]
-        body.append([KINDS[kind][0], str(len(mine)), *(_spread([one[share] for one in own]) for share in (0.1, 0.5, 0.9)),
-                     _spread([line['auroc'] for line in last]), _spread([line['accuracy_clean'] for line in last]),
-                     _spread([line['accuracy_corrupted'] for line in last]), _spread(corrections)])
-    head = ['remasking model', 'seeds', 'AUROC at mask share 0.1', 'at 0.5', 'at 0.9', 'AUROC, own corruption',
-            'accuracy, right', 'accuracy, wrong', 'correction']
-    lines += markdown_table(head, body)
-    others = {row['detector']: row['auroc'] for record in records.values() for row in record['rows']
-              if row.get('mask_share') == SHOWN_SHARE and row['detector'] != 'remasking'}
-    said = ', '.join(f'{name.replace("_", " ")} {value:.3f}' for name, value in others.items())
-    return '\n'.join([*lines, '', f'Others at mask share {SHOWN_SHARE}: {said}.'])
-
-
-def judge_text(records: Records) -> str:
-    """How often a judge ranks clean text above corrupted text."""
-    last = [record['validations'][-1] for record in records.values()]
-    body = [[name.removeprefix('judge '), *(f'{line[key]:.4f}' for key in ('loss', 'above_random', 'above_filled')),
-             f'{record["seconds"]:.0f}'] for (name, record), line in zip(records.items(), last)]
-    return '\n'.join([*commands(records), '', *markdown_table(
-        ['seed', 'squared error', 'above a tenth replaced', 'above three tenths filled', 'training seconds'], body)])
-
-
-DETECTION = Section('detection', tuple(_remasking(kind, seed) for kind in KINDS for seed in SEEDS), detection_text,
-                    page=REMASKING_PAGE)
-JUDGES = Section('judges', tuple(Experiment(
-    f'judge {seed}', f'{JUDGE} --out_dir=out-judge-{seed} --seed={seed}', f'out-judge-{seed}/ckpt_best.pt')
-    for seed in SEEDS), judge_text, page=REMASKING_PAGE)
+# The page -----------------------------------------------------------------------------------------------------------
 
 MAIN_RUN = Section('main', (Experiment('main', MAIN, 'out/ckpt_best.pt'),), main_text, draw_main)
 
-SECTIONS = (MAIN_RUN, MODELS, HEAD, WINDOWS, BPE, ERRORS, TRAINING, TINY, CURVES, DETECTION, JUDGES)
+SECTIONS = (MAIN_RUN, MODELS, HEAD, WINDOWS, BPE, ERRORS, TRAINING, TINY, SAMPLES, CURVES)

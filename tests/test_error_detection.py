@@ -1,5 +1,6 @@
 """The measure `errors`: what counts as an error, every detector against a formula, areas against counted pairs."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,8 +16,8 @@ from core import error_detection
 from core.calibration import find_calibration
 from core.corpora import write_corpus
 from core.data import Vocabulary, load_corpus
-from core.error_detection import (SHARES, auroc_statistic, calibrated, detectors, error_cells, expected_auroc,
-                                  measured, one_shot)
+from core.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrated, detectors, error_cells,
+                                  expected_auroc, measured, one_shot)
 from core.errors import UserError
 from core.evaluation_run import load_evaluation, run_evaluation
 from core.helper_validation import auroc
@@ -206,6 +207,21 @@ def test_a_rerun_computes_only_what_is_new(run, monkeypatch):
         more, said = evaluate(f'--remasking_checkpoint_name={name}')
         assert '9 of 11 results are known already' in said and 'errors: 2 of 2 done' in said
     assert [row for row in more if row['detector'] != 'remasking'] == first
+
+
+def test_corrections_are_counted_at_wrong_positions_over_the_base_vocabulary(run):
+    config = configure(EvaluateConfig, ['--device=cpu', '--windows=32', '--batch_size=7',
+                                        '--remasking_checkpoint_name=blank.pt']).config
+    study = ErrorStudy(load_evaluation(config, {}, print))
+    texts, right, wrong = study.filled(0.5), 0, 0
+    for tokens, truth, bad in zip(texts.tokens, study._truth, texts.wrong):
+        guesses = study.remasking_model(tokens[None]).logits[0, :, :VOCABULARY.base_size].argmax(-1)
+        for place in bad.nonzero().flatten().tolist():
+            right, wrong = right + int(guesses[place] == truth[place]), wrong + 1
+    assert 0 < right < wrong and study.cell('remasking', 0.5).compute()['correction_accuracy'] == right / wrong
+    assert 'correction_accuracy' not in study.cell('critic', 0.5).compute()
+    study = ErrorStudy(load_evaluation(dataclasses.replace(config, remasking_checkpoint_name='remasking.pt'), {}, print))
+    assert study.cell('remasking', 0.5).compute()['correction_accuracy'] is None  # binary
 
 
 @pytest.mark.parametrize('arguments, names, calibrations', [

@@ -11,7 +11,9 @@ from core.errors import UserError
 from core.markdown import split_at_markers
 from core.quality_report import markers
 from core.study import Experiment, Section, read_records, training_facts, write_report
-from core.study_sections import SECTIONS, calls_without, difference, windows_text
+from core.study_remasking import SECTIONS as REMASKING_SECTIONS
+from core.study_sections import SECTIONS as RESULT_SECTIONS, calls_without, windows_text
+from core.study_words import commands, difference
 from evaluate import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +113,18 @@ def row(policy, calls, head, nats):
             'window_nats': [nats - 1, nats + 1], 'head_share': 0.2, 'windows': 2, 'seed': 1}
 
 
+def test_commands_that_differ_in_a_seed_alone_are_a_loop():
+    records = {f'{name} {seed}': {'training': f'train {name} --seed={seed} --out=out-{name}-{seed}',
+                                  'evaluation': f'evaluate --out=out-{name}-{seed}'}
+               for name in ('a', 'b') for seed in (1337, 1338)}
+    records |= {'c': {'training': 'train c'}, 'd': {'training': 'train d --seed=1339'}}
+    assert commands(records) == [
+        '    for seed in 1337 1338; do', '        train a --seed=$seed --out=out-a-$seed',
+        '        train b --seed=$seed --out=out-b-$seed', '    done', '    train c', '    train d --seed=1339',
+        '    for seed in 1337 1338; do', '        evaluate --out=out-a-$seed', '        evaluate --out=out-b-$seed',
+        '    done']
+
+
 def test_differences_are_paired():
     one, other = row('random', 1, 'none', 2.0), row('random', 1, 'wave', 1.5)
     assert difference(one, other) == (0.5, 0.0)  # each window differs by the same, whatever their spread
@@ -136,7 +150,7 @@ def test_a_window_stands_beside_its_control():
     assert cells[0] == ['', 'K = 1', 'K = 4', 'K = 8'] and lines[-1].endswith('C = 2: 20.0%.')
 
 
-@pytest.mark.parametrize('section', SECTIONS, ids=lambda section: section.name)
+@pytest.mark.parametrize('section', (*RESULT_SECTIONS, *REMASKING_SECTIONS), ids=lambda section: section.name)
 def test_the_page_says_what_its_records_say(section):
     """No figure typed by hand: the text between the markers is made of the kept records, byte for byte; nothing stands
     there without them."""

@@ -1,0 +1,158 @@
+"""The sections of docs/remasking.md: remasking models, what guides remasking, and judges (core/study.py)."""
+
+from collections.abc import Mapping, Sequence
+
+from core.error_detection import SHOWN_SHARE
+from core.markdown import markdown_table
+from core.quality_report import at_equal_entropy
+from core.study import Experiment, Record, Records, Section
+from core.study_sections import MAIN
+from core.study_words import SEEDS, calls_at, commands, spread
+
+# Which of them finds real errors ------------------------------------------------------------------------------------
+
+REMASKING_PAGE = 'docs/remasking.md'
+REMASKING = 'python train.py config/train_char_remasking.py'
+KINDS = {
+    'a-random': ('A, random', ' --remasking_loss_type=corrupted_only'),
+    'b-random': ('B, random', ' --remasking_loss_type=all_positions'),
+    'balanced-random': ('balanced, random', ''),
+    'balanced-model': ('balanced, model', ' --remasking_corruption=model'),
+    'binary-model': ('binary, balanced, model', ' --remasking_kind=binary --remasking_corruption=model'),
+}
+
+
+def _remasking(kind: str, seed: int) -> Experiment:
+    folder = f'out-remask-{kind}-{seed}'
+    return Experiment(f'{kind} {seed}', f'{REMASKING} --out_dir={folder} --seed={seed} --max_iters=600 '
+                      f'--eval_interval=300{KINDS[kind][1]}', f'{folder}/ckpt_best.pt', 'errors',
+                      {'out_dir': 'out', 'checkpoint_name': 'ckpt_best.pt',
+                       'remasking_checkpoint_name': f'{folder}/ckpt_best.pt'})
+
+
+def detection_text(records: Records) -> str:
+    """AUROC on the generator's own errors by kind of remasking model, mean and spread over seeds; what each learnt."""
+    lines = [*commands(records), '']
+    found = {kind: [record for key, record in records.items() if key.split(' ')[0] == kind] for kind in KINDS}
+    body = []
+    for kind, mine in found.items():
+        if not mine:
+            continue
+        own = [{row['mask_share']: row['auroc'] for row in record['rows']
+                if row['detector'] == 'remasking' and 'mask_share' in row} for record in mine]
+        last = [record['validations'][-1] for record in mine]
+        corrections = [line['correction_accuracy'] for line in last if 'correction_accuracy' in line]
+        real = [row['correction_accuracy'] for record in mine for row in record['rows']
+                if row.get('mask_share') == SHOWN_SHARE and row.get('correction_accuracy') is not None]
+        body.append([KINDS[kind][0], str(len(mine)), *(spread([one[share] for one in own]) for share in (0.1, 0.5, 0.9)),
+                     spread([line['auroc'] for line in last]), spread([line['accuracy_clean'] for line in last]),
+                     spread([line['accuracy_corrupted'] for line in last]), spread(corrections),
+                     spread(real)])
+    head = ['remasking model', 'seeds', 'AUROC at mask share 0.1', 'at 0.5', 'at 0.9', 'AUROC, own corruption',
+            'accuracy, right', 'accuracy, wrong', 'correction', 'correction of real errors']
+    lines += markdown_table(head, body)
+    others = {row['detector']: row['auroc'] for record in records.values() for row in record['rows']
+              if row.get('mask_share') == SHOWN_SHARE and row['detector'] != 'remasking'}
+    said = ', '.join(f'{name.replace("_", " ")} {value:.3f}' for name, value in others.items())
+    return '\n'.join([*lines, '', f'Others at mask share {SHOWN_SHARE}: {said}.'])
+
+
+DETECTION = Section('detection', tuple(_remasking(kind, seed) for kind in KINDS for seed in SEEDS), detection_text,
+                    page=REMASKING_PAGE)
+
+
+# Who guides remasking -----------------------------------------------------------------------------------------------
+
+GUIDES = {  # name: (policy, guidance, trunk calls); remasking asks a guide once between two trunk calls
+    'chance': ('remask', 'random', [7.0, 15.0, 31.0]),
+    'self-confidence': ('remask', 'self', [7.0, 15.0, 31.0]),
+    'critic': ('remask', 'critic', [4.0, 8.0, 16.0]),
+    'remasking model, token': ('remask', 'model', [4.0, 8.0, 16.0]),
+    'remasking model, binary': ('remask', 'model', [4.0, 8.0, 16.0]),
+    'remdm_loop': ('remdm_loop', None, [7.0, 15.0, 31.0]),
+    'llada, no remasking': ('llada', None, [7.0, 15.0, 31.0]),
+}
+GUIDE_MODELS = {'remasking model, token': 'balanced-model', 'remasking model, binary': 'binary-model'}
+SWEEPS = {'llada, no remasking': [1.4, 2.0, 3.0, 4.5, 6.0]}  # others: USUAL_SWEEP
+USUAL_SWEEP = [0.8, 1.0, 1.2, 1.4, 1.7]
+NETWORK_CALLS = (7, 15, 31)
+
+
+def _guided(name: str, seed: int) -> Experiment:
+    policy, guidance, calls = GUIDES[name]
+    options = {'out_dir': 'out', 'checkpoint_name': 'ckpt_best.pt', 'policies': policy, 'trunk_calls': calls,
+               'temperatures': SWEEPS.get(name, USUAL_SWEEP), 'seed': seed}
+    training, checkpoint = MAIN, 'out/ckpt_best.pt'
+    if guidance is not None:
+        options['guidance'] = guidance
+    if name in GUIDE_MODELS:
+        model = _remasking(GUIDE_MODELS[name], seed)
+        training, checkpoint = model.training, model.checkpoint
+        options['remasking_checkpoint_name'] = checkpoint
+    return Experiment(f'{name} {seed}', training, checkpoint, 'curves', options)
+
+
+def guides_text(records: Records) -> str:
+    """Reference bits at equal trigram entropy by network calls, differences from the critic, and the network calls that
+    each needs for what chance reaches with most."""
+    found = {name: [_bits(records[f'{name} {seed}']) for seed in SEEDS if f'{name} {seed}' in records]
+             for name in GUIDES}
+    body = []
+    wanted = _mean_at(found['chance'], NETWORK_CALLS[-1])
+    for name, seeds in found.items():
+        if not seeds:
+            continue
+        means = [(calls, bits) for calls in NETWORK_CALLS if (bits := _mean_at(seeds, calls)) is not None]
+        gaps = [spread([one[calls] - critic[calls] for one, critic in zip(seeds, found['critic'])
+                        if calls in one and calls in critic], '+') for calls in NETWORK_CALLS]
+        body.append([name, *(spread([one[calls] for one in seeds if calls in one]) for calls in NETWORK_CALLS),
+                     *(['-'] * len(NETWORK_CALLS) if name == 'critic' else gaps),
+                     '-' if wanted is None or not means else calls_at(means, wanted)])
+    rows = next(iter(records.values()))['rows']
+    real = next(row for row in rows if row.get('control') == 'real text')
+    head = ['guide', *(f'{calls} network calls' for calls in NETWORK_CALLS),
+            *(f'minus critic, {calls}' for calls in NETWORK_CALLS), 'calls for the bits of chance at 31']
+    return '\n'.join([*commands(records), '', f'{real["samples"]} texts of {real["length"]} tokens a setting and seed, '
+                      f'through the sampler head; trigram entropy {real["entropy_3"]:.3f} nats, that of real text of this '
+                      f'size (reference bits {real["reference_bits"]:.3f}). Mean over seeds (standard deviation); '
+                      f'differences are seed by seed. A dash: no temperature of the sweep has that entropy.', '',
+                      *markdown_table(head, body)])
+
+
+def _bits(record: Record) -> dict[int, float]:
+    """Reference bits at equal entropy by network calls, rounded: a guide is not asked where nothing is left."""
+    found = {}
+    for equal in at_equal_entropy(record['rows']):
+        if equal.figures['reference_bits'] is not None:
+            found[round(equal.figures['network_calls'])] = equal.figures['reference_bits']
+    return found
+
+
+def _mean_at(seeds: Sequence[Mapping[int, float]], calls: int) -> float | None:
+    values = [one[calls] for one in seeds if calls in one]
+    return sum(values) / len(values) if values else None
+
+
+GUIDANCE = Section('guides', tuple(_guided(name, seed) for name in GUIDES for seed in SEEDS), guides_text,
+                   page=REMASKING_PAGE)
+
+
+# Judges -------------------------------------------------------------------------------------------------------------
+
+JUDGE = 'python train.py config/train_char_judge.py'
+
+
+def judge_text(records: Records) -> str:
+    """How often a judge ranks clean text above corrupted text."""
+    last = [record['validations'][-1] for record in records.values()]
+    body = [[name.removeprefix('judge '), *(f'{line[key]:.4f}' for key in ('loss', 'above_random', 'above_filled')),
+             f'{record["seconds"]:.0f}'] for (name, record), line in zip(records.items(), last)]
+    return '\n'.join([*commands(records), '', *markdown_table(
+        ['seed', 'squared error', 'above a tenth replaced', 'above three tenths filled', 'training seconds'], body)])
+
+
+JUDGES = Section('judges', tuple(Experiment(
+    f'judge {seed}', f'{JUDGE} --out_dir=out-judge-{seed} --seed={seed}', f'out-judge-{seed}/ckpt_best.pt')
+    for seed in SEEDS), judge_text, page=REMASKING_PAGE)
+
+SECTIONS = (DETECTION, GUIDANCE, JUDGES)
