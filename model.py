@@ -167,6 +167,11 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
+def picked(x: Tensor, positions: Tensor | None) -> Tensor:
+    """x [B, T, D] at flat positions int64 [N]: [N, D]; x itself where positions are None."""
+    return x if positions is None else x.flatten(0, 1).index_select(0, positions)
+
+
 class Attention(nn.Module):
     """Multi-head attention, causal or bidirectional; queries and keys are normalised (Henry et al. 2020)."""
 
@@ -181,7 +186,7 @@ class Attention(nn.Module):
         self.key_norm = Norm(config.n_embd // config.n_head)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
-                cache: KeyValueCache | None, layer: int) -> Tensor:
+                cache: KeyValueCache | None, layer: int, positions: Tensor | None) -> Tensor:
         B, T, D = x.shape
         query, key, value = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).unbind(2)  # [B, T, H, D/H]
         query, key = self.query_norm(query), self.key_norm(key)
@@ -198,7 +203,7 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask,
                                            dropout_p=self.dropout if self.training else 0.0,
                                            is_causal=causal and attention_mask is None)  # [B, H, T, D/H]
-        x = self.c_proj(x.transpose(1, 2).reshape(B, T, D))  # [B, T, D]
+        x = self.c_proj(picked(x.transpose(1, 2).reshape(B, T, D), positions))  # [B, T, D] or [N, D]
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -232,15 +237,16 @@ class Block(nn.Module):
         self.recompute = False
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
-                cache: KeyValueCache | None, layer: int) -> Tensor:
+                cache: KeyValueCache | None, layer: int, positions: Tensor | None) -> Tensor:
+        """x [B, T, D] one layer further; with positions int64 [N], flat indices, these alone: [N, D]."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._compute, x, rotary, attention_mask, cache, layer, use_reentrant=False,
+            return checkpoint(self._compute, x, rotary, attention_mask, cache, layer, positions, use_reentrant=False,
                               preserve_rng_state=self.mlp.dropout > 0)
-        return self._compute(x, rotary, attention_mask, cache, layer)
+        return self._compute(x, rotary, attention_mask, cache, layer, positions)
 
     def _compute(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
-                 cache: KeyValueCache | None, layer: int) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, attention_mask, cache, layer)
+                 cache: KeyValueCache | None, layer: int, positions: Tensor | None) -> Tensor:
+        x = picked(x, positions) + self.attn(self.ln_1(x), rotary, attention_mask, cache, layer, positions)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -349,11 +355,13 @@ class GPT(nn.Module):
         if self.sampler_head is not None and self.sampler_head.residual and self.sampler_head.output_head is not None:
             nn.init.zeros_(self.sampler_head.output_head.weight)  # starts as the trunk's own prediction
 
-    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None,
-               cache: KeyValueCache | None = None) -> Tensor:
+    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None,
+               positions: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm, of tokens [B, T]: one trunk call.
 
         attention_mask: bool [B, T], True where a token may be attended to (False for padding).
+        positions: int64 [N], flat indices into tokens; hidden states of these alone come out, [N, D], and the last
+        layer computes no others behind its attention.
         cache: of a causal model; tokens are then those that follow what was read, and the cache grows by T.
         """
         T = tokens.size(1)
@@ -374,11 +382,12 @@ class GPT(nn.Module):
         if start > 0 and T > 1:  # tokens that follow what is cached: all of that, and what stands before them here
             assert attention_mask is None, 'a cache takes no padding'
             attention_mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+        last = self.config.n_layer - 1
         for layer, block in enumerate(self.transformer['h']):
-            x = block(x, rotary, attention_mask, cache, layer)
+            x = block(x, rotary, attention_mask, cache, layer, positions if layer == last else None)
         if cache is not None:
             cache.length += T
-        return self.transformer['ln_f'](x)
+        return self.transformer['ln_f'](x)  # [B, T, D] or [N, D]
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> GPTOutput:
         """Raw logits and hidden states of tokens [B, T]; `GPTOutput` gives the shapes for each mode."""

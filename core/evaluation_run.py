@@ -163,7 +163,7 @@ def load_evaluation(config: Any, explicit: Mapping[str, str], say: Callable[[str
 def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: Sequence[Cell]) -> list[Result]:
     """Settings and result of each cell in one dict, from the cache or computed now and kept there.
 
-    A progress bar on a terminal, a line per new cell otherwise.
+    `elapsed` is added to a result: the seconds that it took. A progress bar on a terminal, a line per new cell otherwise.
     """
     waiting = [cell for cell in cells if cache.find(evaluation.checkpoint_hash, name, cell.settings) is None]
     if len(waiting) < len(cells):
@@ -178,10 +178,11 @@ def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: 
             if broken:
                 raise UserError(f'{name} of {evaluation.config.checkpoint_name} is no number ({", ".join(broken)}): '
                                 f'the checkpoint is damaged or its training diverged; take an earlier one')
-            cache.store(evaluation.checkpoint_hash, name, cell.settings, result)
+            elapsed = time.perf_counter() - start
+            cache.store(evaluation.checkpoint_hash, name, cell.settings, {**result, 'elapsed': elapsed})
             bar.update(cell.cost)
             if not shown:
-                evaluation.say(f'{name}: {number} of {len(waiting)} done, {time.perf_counter() - start:.1f}s')
+                evaluation.say(f'{name}: {number} of {len(waiting)} done, {elapsed:.1f}s')
     return [{**cell.settings, **cache.find(evaluation.checkpoint_hash, name, cell.settings)} for cell in cells]
 
 

@@ -127,6 +127,7 @@ class Objective(nn.Module):
         self.model = model
         self.helper_loss = {'remasking': self._remasking_loss, 'classifier': self._remasking_loss,
                             'judge': self._judge_loss}.get(kind)
+        self.predicts_all = kind == 'causal'  # every position, in order
         self.register_buffer('allowed', allowed, persistent=False)
         self.trunk_and_sampler_losses = self._trunk_and_sampler_losses
         self.critic_loss = self._critic_loss
@@ -143,31 +144,33 @@ class Objective(nn.Module):
         if self.helper_loss is not None:
             main, positions = self.helper_loss(batch)
             return Losses(main, main, None, None, positions)
-        main, sampler, hidden_states = self.trunk_and_sampler_losses(batch, stage.sampler)
+        main, sampler, hidden = self.trunk_and_sampler_losses(batch, stage.sampler)
         total = main if sampler is None else main + sampler
         if not stage.critic:
             return Losses(total, main, sampler, None)
         rows = slice(None, None, self.model.config.critic_row_stride)
+        hidden_states = hidden.new_zeros(*batch.inputs.shape, hidden.size(-1))  # [B, T, D], read at masked positions
+        hidden_states.flatten(0, 1).index_copy_(0, batch.positions, hidden.detach())  # padding slots repeat position 0
         artifacts = build_critic_artifacts_from_logits(
-            self.model, batch.inputs[rows], batch.targets[rows], hidden_states.detach()[rows], DrawRule(self.allowed),
+            self.model, batch.inputs[rows], batch.targets[rows], hidden_states[rows], DrawRule(self.allowed),
             RowRandom(generator.seed, generator.iteration, generator.rows[rows]), use_sampler_head=stage.sampler)
         critic = self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * batch.critic_share)
         return Losses(total + alpha * critic, main, sampler, critic)
 
     def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(main loss, sampler loss or None, hidden states [B, T, D]) from one trunk call."""
-        hidden_states = self.model.encode(batch.inputs)  # [B, T, D]
-        hidden = hidden_states.flatten(0, 1).index_select(0, batch.positions)  # [N, D]
+        """(main loss, sampler loss or None, hidden states [N, D] of the predicted positions) from one trunk call."""
+        hidden = self.model.encode(batch.inputs).flatten(0, 1) if self.predicts_all else \
+            self.model.encode(batch.inputs, positions=batch.positions)  # [N, D]
         targets = batch.targets.flatten().index_select(0, batch.positions)  # [N]
         embedding = self.model.neighbour_embedding() if with_sampler else None  # [V, D]
         parts = hidden, targets, batch.main_weights, batch.mean_weights, batch.neighbours
         chunks = math.ceil(len(hidden) / max(1, MOST_LOGITS // len(self.allowed)))
         if chunks <= 1:
-            return *self._position_losses(*parts, embedding), hidden_states
+            return *self._position_losses(*parts, embedding), hidden
         found = [checkpoint(self._position_losses, *chunk, embedding, use_reentrant=False, preserve_rng_state=False)
                  for chunk in zip(*(part.chunk(chunks) for part in parts))]
         main, sampler = zip(*found)
-        return sum(main), sum(sampler) if with_sampler else None, hidden_states
+        return sum(main), sum(sampler) if with_sampler else None, hidden
 
     def _position_losses(self, hidden: Tensor, targets: Tensor, main_weights: Tensor, mean_weights: Tensor,
                          neighbours: Tensor, embedding: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 from core.errors import UserError
 from core.evaluation import Result
 from core.files import atomic_writer
-from core.markdown import split_at_markers, write_between
+from core.markdown import markdown_table, split_at_markers, write_between
 from core.quality_report import CURVE_COLUMNS, command_of, markers, rounded
 
 PAGE = 'docs/results.md'
+TOTAL = 'total'  # name of the markers around `total_text`
 METRICS_NAME = 'metrics.jsonl'
-DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal')  # of a kept row, but of one of curves
+DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal', 'elapsed')  # of rows but of curves
 
 Record = dict[str, Any]  # an experiment's result, built-in types only
 Records = Mapping[str, Record]
@@ -62,8 +63,8 @@ def write_report(config: Any, sections: Sequence[Section], evaluate: Evaluate, s
     sections = [section for section in sections if Path(section.page).name == page.name]
     if not sections:
         raise UserError(f'{page} is no page of the study; give --report={" or ".join(pages)}')
-    for section in sections:
-        split_at_markers(page, *markers(section.name), section.page)
+    for name in (*(section.name for section in sections), TOTAL):
+        split_at_markers(page, *markers(name), page.name)
     folder = page.parent / 'results'
     folder.mkdir(exist_ok=True)
     start, missing = time.perf_counter(), []
@@ -85,6 +86,9 @@ def write_report(config: Any, sections: Sequence[Section], evaluate: Evaluate, s
             if section.draw is not None:
                 section.draw(records, folder)
             say(f'{section.name}: {len(records)} of {len(section.experiments)} experiments')
+    kept = {section.name: read_records(folder / f'{section.name}.json') for section in sections}
+    if any(kept.values()):
+        write_between(page, *markers(TOTAL), total_text(kept), page.name)
     for line in missing:
         say(line)
     say(f'{page} written after {time.perf_counter() - start:.0f} s')
@@ -101,10 +105,28 @@ def measure(experiment: Experiment, config: Any, evaluate: Evaluate) -> Record:
         rows = evaluate(changed, explicit)
         record['rows'] = [{name: rounded(value) for name, value in row.items() if is_kept(experiment.measure, name)}
                           for row in rows]
+        record['evaluation_seconds'] = round(sum(row.get('elapsed', 0.0) for row in rows), 1)
         record['evaluation'] = command_of(changed, {name: where for name, where in explicit.items()
                                                     if name != 'checkpoint_name' or path.name != 'ckpt_best.pt'},
                                           experiment.measure)
     return record
+
+
+def total_text(sections: Mapping[str, Records]) -> str:
+    """A table of the seconds that each section's records took, a training that serves several of them once; sections
+    without records are left out."""
+    seen: dict[str, float] = {}
+    body, evaluations = [], 0.0
+    for name, records in sections.items():
+        new = {record['training']: record['seconds'] for record in records.values()
+               if 'seconds' in record and record['training'] not in seen}
+        seen |= new
+        seconds = sum(record.get('evaluation_seconds', 0.0) for record in records.values())
+        evaluations += seconds
+        if records:
+            body.append([name, str(len(new)), f'{sum(new.values()):.0f}', f'{seconds:.0f}'])
+    body.append(['together', str(len(seen)), f'{sum(seen.values()):.0f}', f'{evaluations:.0f}'])
+    return '\n'.join(markdown_table(['section', 'trainings', 'seconds of training', 'seconds of evaluation'], body))
 
 
 def is_kept(measure: str, column: str) -> bool:

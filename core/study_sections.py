@@ -13,7 +13,7 @@ from core.error_plots import plot_errors
 from core.files import atomic_writer
 from core.likelihood import draw as draw_likelihood
 from core.markdown import markdown_table
-from core.quality_report import Equal, at_equal_entropy, curves_text, draw_curves, setting_line, shown
+from core.quality_report import REAL, Equal, at_equal_entropy, curves_text, draw_curves
 from core.study import Experiment, Record, Records, Section
 from core.study_words import SEEDS, Row, calls_at, commands, difference, figure, signed, spread
 
@@ -193,10 +193,13 @@ SAMPLED = {'policies': 'random,strided,left_to_right', 'num_samples': 32, 'tempe
 
 
 def samples_text(records: Records) -> str:
-    """Per policy and budget: reference bits at equal trigram entropy with and without a head, the calls without it that
-    equal, and what a trunk call with its share of drawing costs."""
+    """Per policy and budget: reference bits at equal trigram entropy with and without a head, and the calls without it
+    that equal."""
     found = {name: by_budget(record['rows']) for name, record in records.items()}
-    lines = [*commands(records), '', *setting_line(records['head']['rows'], '')[2:], '']
+    real = next(row for row in records['head']['rows'] if row.get('control') == REAL)
+    lines = [*commands(records), '', f'{real["samples"]} texts of {real["length"]} tokens a setting, seed '
+             f'{real["seed"]}, temperature interpolated to the trigram entropy of real text of this size, '
+             f'{real["entropy_3"]:.3f} nats (reference bits {real["reference_bits"]:.3f}).', '']
     body = []
     for (policy, calls), with_head in found['head'].items():
         alone = found['alone'].get((policy, calls))
@@ -205,10 +208,9 @@ def samples_text(records: Records) -> str:
                   if name == policy and one.figures['reference_bits'] is not None]
         body.append([f'`{policy}`', str(calls), bits_at_equal_entropy(with_head),
                      '-' if alone is None else bits_at_equal_entropy(alone),
-                     '-' if bits is None or not others else calls_at(others, bits), _cost_ratio(with_head, alone)])
+                     '-' if bits is None or not others else calls_at(others, bits)])
     return '\n'.join([*lines, *markdown_table(
-        ['policy', 'trunk calls', 'bits, head', 'bits, trunk alone', 'calls alone that equal the head',
-         'time of a call, head / alone'], body)])
+        ['policy', 'trunk calls', 'bits, head', 'bits, trunk alone', 'calls alone that equal the head'], body)])
 
 
 def by_budget(rows: Sequence[Row]) -> dict[tuple[str, int], Equal]:
@@ -221,12 +223,6 @@ def bits_at_equal_entropy(equal: Equal) -> str:
     figures = equal.figures
     return '-' if figures['reference_bits'] is None else \
         f'{figures["reference_bits"]:.3f} ({figures["low"]:.3f} - {figures["high"]:.3f})'
-
-
-def _cost_ratio(with_head: Equal, alone: Equal | None) -> str:
-    if alone is None or with_head.figures['seconds'] is None or alone.figures['seconds'] is None:
-        return '-'
-    return shown(with_head.figures['seconds'] / alone.figures['seconds'], 2)
 
 
 SAMPLES = Section('samples', (

@@ -42,6 +42,22 @@ def test_heads_change_nothing_of_a_model(position_encoding):
     assert torch.equal(plain(TOKENS).logits, headed(TOKENS).logits)
 
 
+@pytest.mark.parametrize('recompute', [False, True])
+def test_positions_alone_are_what_the_whole_has_there(recompute):
+    positions = torch.tensor([1, 2, 4, 7, 0, 0])  # as a batch pads them: the first again, which then counts thrice
+    model = awake(GPT(toy_config(n_layer=2)))
+    for block in model.transformer['h']:
+        block.recompute = recompute
+    weights, gradients = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)), []
+    for hidden in (model.encode(TOKENS).flatten(0, 1)[positions], model.encode(TOKENS, positions=positions)):
+        model.zero_grad()
+        (hidden * weights).sum().backward()
+        gradients.append([hidden, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for whole, alone in zip(*gradients):
+        torch.testing.assert_close(alone, whole)
+
+
 def test_embedding_and_output_are_tied():
     model = GPT(toy_config())
     assert model.lm_head.weight is model.transformer['wte'].weight

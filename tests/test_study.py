@@ -10,7 +10,7 @@ import pytest
 from core.errors import UserError
 from core.markdown import split_at_markers
 from core.quality_report import markers
-from core.study import Experiment, Section, read_records, training_facts, write_report
+from core.study import Experiment, Section, read_records, total_text, training_facts, write_report
 from core.study_remasking import SECTIONS as REMASKING_SECTIONS
 from core.study_sections import SECTIONS as RESULT_SECTIONS, calls_without, windows_text
 from core.study_words import commands, difference
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def make_page(folder, names):
     page = folder / 'results.md'
-    page.write_text('before\n\n' + '\n\n'.join('\n\n'.join(markers(name)) for name in names) + '\n\nafter\n')
+    page.write_text('before\n\n' + '\n\n'.join('\n\n'.join(markers(name)) for name in (*names, 'total')) + '\n\nafter\n')
     return page
 
 
@@ -34,7 +34,7 @@ def run(page, sections, nats=1.5):
 
     def evaluate(config, explicit):
         asked.append((config.measure, config.out_dir, config.checkpoint_name, config.report, set(explicit)))
-        return [{'nats': nats, 'data_hash': 'x', 'windows': config.windows}]
+        return [{'nats': nats, 'data_hash': 'x', 'windows': config.windows, 'elapsed': 0.7}]
 
     write_report(dataclasses.replace(EvaluateConfig(), report=str(page)), sections, evaluate, said.append)
     return said, asked
@@ -55,6 +55,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_read_or_named(tmp_path):
     assert text.startswith('before') and text.endswith('after\n')
     kept = json.loads((tmp_path / 'results' / 'study.json').read_text())
     assert kept['a']['rows'] == [{'nats': 1.5, 'windows': 7}] and 'b' not in kept
+    assert kept['a']['evaluation_seconds'] == 0.7 and '| together |         0 |' in text
     there.unlink()
     said, asked = run(page, sections, nats=9.0)  # from the record
     assert asked == [] and page.read_text() == text and len(said) == 3
@@ -150,15 +151,34 @@ def test_a_window_stands_beside_its_control():
     assert cells[0] == ['', 'K = 1', 'K = 4', 'K = 8'] and lines[-1].endswith('C = 2: 20.0%.')
 
 
+def test_a_training_that_serves_two_sections_costs_once():
+    records = {'training': 't', 'seconds': 100.4, 'evaluation_seconds': 2.0}
+    other = {'training': 'u', 'seconds': 7.0}
+    lines = total_text({'one': {'a': records}, 'none': {}, 'two': {'b': {**records, 'evaluation_seconds': 3.0},
+                                                                   'c': other}}).splitlines()
+    assert [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:]] == [
+        ['one', '1', '100', '2'], ['two', '1', '7', '3'], ['together', '2', '107', '5']]
+
+
+def shown_on(page, name):
+    """What stands between the markers of a page."""
+    begin, end = markers(name)
+    before, after = split_at_markers(ROOT / page, begin, end, page)
+    text = (ROOT / page).read_text()
+    return text[len(before) + len(begin):len(text) - len(after) - len(end)].strip('\n')
+
+
+@pytest.mark.parametrize('sections', (RESULT_SECTIONS, REMASKING_SECTIONS), ids=('results', 'remasking'))
+def test_the_totals_are_those_of_the_records(sections):
+    records = {section.name: read_records(ROOT / 'docs' / 'results' / f'{section.name}.json') for section in sections}
+    assert shown_on(sections[0].page, 'total') == (total_text(records) if any(records.values()) else '')
+
+
 @pytest.mark.parametrize('section', (*RESULT_SECTIONS, *REMASKING_SECTIONS), ids=lambda section: section.name)
 def test_the_page_says_what_its_records_say(section):
     """No figure typed by hand: the text between the markers is made of the kept records, byte for byte; nothing stands
     there without them."""
     records = read_records(ROOT / 'docs' / 'results' / f'{section.name}.json')
-    begin, end = markers(section.name)
-    before, after = split_at_markers(ROOT / section.page, begin, end, section.page)
-    page = (ROOT / section.page).read_text()
-    shown = page[len(before) + len(begin):len(page) - len(after) - len(end)].strip('\n')
-    assert shown == (section.text(records).strip('\n') if records else '')
+    assert shown_on(section.page, section.name) == (section.text(records).strip('\n') if records else '')
     names = [experiment.name for experiment in section.experiments]
     assert len(set(names)) == len(names) and set(records) <= set(names)
