@@ -88,7 +88,7 @@ class SampleConfig:
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
         'auto', 'precision of the network; auto is bfloat16 on a GPU that has it, else float32')
-    compile: bool = option(False, 'torch.compile the trunk; pays for many samples on a GPU')
+    compile: bool = option(False, 'torch.compile the trunk and the waves; pays for many samples on a GPU')
 
 
 def main(arguments: list[str]) -> None:

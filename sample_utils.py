@@ -334,16 +334,41 @@ def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: T
     return stage, counts
 
 
+def neighbour_tables(model: GPT) -> Tensor:
+    """[2C V, W]: what a token in each neighbour slot adds to the head's first product, zero for a mask.
+
+    It follows from the weights alone, so whoever fills again and again with the same weights makes it once.
+    """
+    tables = model.sampler_head.neighbour_tables(model.neighbour_embedding())  # [2C, V, W]
+    shown = torch.arange(tables.size(1), device=tables.device)[:, None] != model.config.mask_token_id  # [V, 1]
+    return (tables * shown).flatten(0, 1)
+
+
+def draw_wave(choose: Callable[..., Draws], model: GPT, tables: Tensor, bags: Tensor, starts: Tensor,
+              projected: Tensor, logits: Tensor, rule: DrawRule, choice: Tensor, seen: Tensor | None) -> Draws:
+    """`Draws` of the n positions of one wave, by `choose` (`draw` or `place`) with choice [n].
+
+    bags int64 [2C n]: rows of tables [2C V, W], those of position i from starts [n] on; projected [n, W]: what the
+    hidden state adds to the first product; logits [n, V]: the trunk's; seen bool [n, V] or None. Nothing here waits for
+    the device, and torch.compile makes a few kernels of it.
+    """
+    beside = F.embedding_bag(bags, tables, starts, mode='sum')  # [n, W]
+    logits = model.sampler_head.from_projection(projected + beside, logits, model.lm_head.weight)
+    return choose(logits, rule, choice, seen)
+
+
 def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
                            positions: Tensor | None = None, order: Order = 'wave',
-                           purpose: Purpose = Purpose.TOKEN, truth: Tensor | None = None) -> Fill:
+                           purpose: Purpose = Purpose.TOKEN, truth: Tensor | None = None,
+                           tables: Tensor | None = None, wave: Callable[..., Draws] = draw_wave) -> Fill:
     """Fill masked positions wave by wave through the sampler head, from one trunk call (docs/sampler.md).
 
     tokens int64 [B, T]; hidden_states [B, T, D] of these tokens; positions bool [B, T] limits the fill to a group
     (None: every masked position). Each token is drawn given the hidden state and the neighbours revealed so far;
     neighbours missing or masked contribute nothing. With gradients enabled the log-probabilities keep the graph of the
     head, and of the trunk where a token came from `lm_head`. truth int64 [B, T]: these tokens are placed in place of
-    drawn ones, so that log_probabilities are their exact likelihood.
+    drawn ones, so that log_probabilities are their exact likelihood. tables: `neighbour_tables` of the model, made
+    here if None; wave: `draw_wave`, or the same compiled.
     """
     head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, hidden_states.shape
     context, V = head.context, model.config.vocab_size
@@ -354,9 +379,7 @@ def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, ru
     picked = stage.flatten().argsort(stable=True)[counts[0]:]  # [N], in the order of filling
     sizes = [size for size in counts[1:] if size]
 
-    tables = head.neighbour_tables(model.neighbour_embedding())  # [2C, V, W]
-    shown = torch.arange(V, device=tokens.device)[:, None] != mask_token_id  # [V, 1]
-    tables = (tables * shown).flatten(0, 1)  # [2C V, W]
+    tables = neighbour_tables(model) if tables is None else tables
     slot = torch.arange(2 * context, device=tokens.device) * V  # [2C]
     starts = torch.arange(len(picked), device=tokens.device) * (2 * context)  # [N], of a position's rows in a wave
     padded = F.pad(tokens, (context, context), value=mask_token_id).flatten()  # [B (T + 2C)], a mask is no neighbour
@@ -369,12 +392,14 @@ def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, ru
     parts = zip(_trunk_logits(model, hidden, sizes), *(part.split(sizes) for part in (
         choices[picked], picked // T, padded_positions, neighbours, projection)))
     draws = []
-    for wave, (logits, choice, row, position, neighbour, projected) in enumerate(parts):
-        if wave > 0 or counts[1] == 0:
-            bags = (padded.take(neighbour) + slot).flatten()  # [n 2C], rows of tables
-            beside = F.embedding_bag(bags, tables, starts[:len(position)], mode='sum')  # [n, W]
-            logits = head.from_projection(projected + beside, logits, model.lm_head.weight)
-        drawn = choose(logits, rule, choice, None if seen is None else seen[row])
+    for number, (logits, choice, row, position, neighbour, projected) in enumerate(parts):
+        seen_here = None if seen is None else seen[row]
+        if number == 0 and counts[1] > 0:  # bootstrapped, or the first of a group
+            drawn = choose(logits, rule, choice, seen_here)
+        else:
+            bags = (padded.take(neighbour) + slot).flatten()  # [2C n]
+            drawn = wave(choose, model, tables, bags, starts[:len(position)], projected, logits, rule, choice,
+                         seen_here)
         padded[position] = drawn.tokens
         if seen is not None:
             seen[row, drawn.tokens] = True

@@ -19,7 +19,7 @@ from core.prompt import Layout
 from core.randomness import RowRandom
 from core.timing import TimingAccumulator
 from model import GPT, GPTConfig
-from sample_utils import DrawRule, linear_remasking_schedule, sampler_wavefront_fill
+from sample_utils import DrawRule, linear_remasking_schedule
 
 FILL_ROWS = 16
 SAMPLING_ROWS = (1, 16)
@@ -45,7 +45,7 @@ def fill_cases(shape: Shape, device: torch.device, autocast: torch.dtype | None)
 
     def fill(number: int) -> None:
         with network.precision():
-            sampler_wavefront_fill(model, tokens, hidden_states, rule, RowRandom(number, 0, rows))
+            network.fill(tokens, hidden_states, rule, RowRandom(number, 0, rows))
 
     dtype = autocast or torch.float32
     return {'trunk call': Case(trunk, tokens.numel() * model.operations_per_token(), tokens.numel(), dtype),

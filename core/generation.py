@@ -15,6 +15,7 @@ Letters: B rows, L sequence length, T window length (at most block_size), V voca
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,8 +27,9 @@ from core.prompt import Layout
 from core.randomness import Purpose, RowRandom
 from core.timing import TimingAccumulator
 from model import GPT, KeyValueCache
-from sample_utils import (DrawRule, Fill, SelfConfidence, causal_confidence, draw, independent_fill, revealed_ids,
-                          sampler_wavefront_fill, self_confidence, wrong_probabilities)
+from sample_utils import (DrawRule, Draws, Fill, SelfConfidence, causal_confidence, draw, draw_wave, independent_fill,
+                          neighbour_tables, revealed_ids, sampler_wavefront_fill, self_confidence,
+                          wrong_probabilities)
 
 Method = Literal['diffusion', 'sampler', 'multinomial', 'standard']
 
@@ -104,14 +106,16 @@ class Network:
     """A model whose calls are counted and timed.
 
     trunk_calls: evaluations of the generator's trunk for predictions; network_calls: these and every helper's, the
-    critic's among them. One call serves a whole batch. autocast: a lower precision for the calls, or None;
-    remasking_model: judges tokens in place of the model's own critic head.
+    critic's among them. One call serves a whole batch. autocast: a lower precision for the calls, or None; encode and
+    wave: the trunk call and `draw_wave` where they are not the plain ones but compiled; remasking_model: judges tokens
+    in place of the model's own critic head. The weights stay as they are while it serves.
     """
 
     def __init__(self, model: GPT, timer: TimingAccumulator, autocast: torch.dtype | None = None,
-                 encode: Callable[..., Tensor] | None = None, remasking_model: GPT | None = None) -> None:
+                 encode: Callable[..., Tensor] | None = None, remasking_model: GPT | None = None,
+                 wave: Callable[..., Draws] = draw_wave) -> None:
         self.model, self.timer, self.autocast, self.remasking_model = model, timer, autocast, remasking_model
-        self._encode = encode or model.encode
+        self._encode, self._wave = encode or model.encode, wave
         self.trunk_calls = self.network_calls = 0
 
     @contextmanager
@@ -127,6 +131,16 @@ class Network:
         self.network_calls += 1
         with self.timer.measure('trunk'):
             return self._encode(tokens) if cache is None else self.model.encode(tokens, None, cache)
+
+    @cached_property
+    def _tables(self) -> Tensor:
+        return neighbour_tables(self.model)
+
+    def fill(self, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom,
+             positions: Tensor | None = None) -> Fill:
+        """Masked positions, or those in positions bool [B, T], through the sampler head (`sampler_wavefront_fill`)."""
+        return sampler_wavefront_fill(self.model, tokens, hidden_states, rule, generator, positions=positions,
+                                      tables=self._tables, wave=self._wave)
 
     def critic(self, tokens: Tensor) -> Tensor:
         """Probability [B, T] that each token is wrong, by the remasking model or else the critic head: one network
@@ -310,8 +324,7 @@ class _WindowRun:
         else:
             hidden_states = view.prediction.hidden_states
             with network.timer.measure('draw'):
-                fill = sampler_wavefront_fill(network.model, view.tokens, hidden_states, settings.rule, view.generator,
-                                              positions=positions) \
+                fill = network.fill(view.tokens, hidden_states, settings.rule, view.generator, positions) \
                     if settings.use_sampler_head else view.prediction.reveal(positions, drawn)
             self.soundness.look_at(fill.log_probabilities)
             waves = fill.statistics.waves if fill.statistics is not None else 0

@@ -34,7 +34,7 @@ from core.sampling_options import (DIFFUSION, build_policy, guidance_problems, m
 from core.schedule import started_heads
 from core.timing import TimingAccumulator, get_global_timer
 from model import GPT
-from sample_utils import DrawRule, allowed_ids, judge_scores
+from sample_utils import DrawRule, allowed_ids, draw_wave, judge_scores
 
 PREVIEW = 100  # characters of a preview
 
@@ -161,8 +161,9 @@ def run_sampling(config: Any, explicit: Mapping[str, str], say: Callable[[str], 
 
 def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callable[[str], None]) -> SamplingResult:
     model, vocabulary = loaded.model, loaded.vocabulary
-    encode = torch.compile(model.encode) if config.compile else None
-    network = Network(model, timer, choose_autocast(config.dtype, loaded.device), encode, loaded.remasking_model)
+    encode, wave = (torch.compile(model.encode), torch.compile(draw_wave, dynamic=True)) if config.compile else \
+        (None, draw_wave)
+    network = Network(model, timer, choose_autocast(config.dtype, loaded.device), encode, loaded.remasking_model, wave)
     everyone = RowRandom(config.seed, 0, torch.arange(config.num_samples, device=loaded.device))
     layout = lay_out(config, vocabulary, model.config.block_size, everyone)
     _require_blocks(config, loaded, layout.tokens.size(1))

@@ -1,5 +1,7 @@
 """The wavefront fill: schedule, bootstrap, and what the sampler head is shown."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,8 @@ import sample_utils
 from core.randomness import RowRandom, keyed
 from model import GPT, GPTConfig
 from sample_utils import (DrawRule, _bootstrap_fill_by_confidence, allowed_ids, allowed_log_probabilities, draw_tokens,
-                          group_schedule, neighbour_tokens, predict_and_sample_tokens, prepare_sampler_inputs,
-                          sampler_wavefront_fill, wave_schedule)
+                          draw_wave, group_schedule, neighbour_tables, neighbour_tokens, predict_and_sample_tokens,
+                          prepare_sampler_inputs, sampler_wavefront_fill, wave_schedule)
 
 BASE, MASK, V, T = 10, 10, 14, 24
 
@@ -219,3 +221,17 @@ def test_gradients_reach_the_head(model):
     assert all(parameter.grad is None for name, parameter in trained.named_parameters() if 'sampler' not in name)
     silent = predict_and_sample_tokens(trained, tokens, RULE, keyed(1, 0, 0, 4), use_sampler_head=True)
     assert not silent.log_probabilities.requires_grad and silent.tokens.equal(fill.tokens)
+
+
+def test_a_wave_is_one_graph_and_draws_the_same_tokens(model):
+    """Compiled by the tracer alone, which refuses whatever would break the graph; tables made once serve again."""
+    tokens = torch.full((4, T), MASK)
+    hidden = model.encode(tokens)
+    wave = torch.compile(draw_wave, dynamic=True, fullgraph=True, backend='eager')
+    for temperature in (1.0, 0.7):
+        rule = replace(RULE, temperature=temperature)
+        plain = sampler_wavefront_fill(model, tokens, hidden, rule, keyed(2, 0, 0, 4))
+        traced = sampler_wavefront_fill(model, tokens, hidden, rule, keyed(2, 0, 0, 4), tables=neighbour_tables(model),
+                                        wave=wave)
+        assert torch.equal(plain.tokens, traced.tokens) and plain.statistics.waves > 1
+        torch.testing.assert_close(plain.log_probabilities, traced.log_probabilities)
