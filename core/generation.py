@@ -116,6 +116,7 @@ class Network:
                  wave: Callable[..., Draws] = draw_wave) -> None:
         self.model, self.timer, self.autocast, self.remasking_model = model, timer, autocast, remasking_model
         self._encode, self._wave = encode or model.encode, wave
+        self.compiled = encode is not None  # then every call is to have the same shape
         self.trunk_calls = self.network_calls = 0
 
     @contextmanager
@@ -209,6 +210,13 @@ def generate(network: Network, layout: Layout, settings: GenerationSettings, gen
     return Generation(tokens, confidence, waves)
 
 
+def rows_to_read(masks: list[int] | None, device: torch.device) -> Tensor | None:
+    """int64 [R]: the rows of a batch that have masks, masks [B] of each; None for all of them: where none is without or
+    none has any, and where masks are not known."""
+    rows = [] if masks is None else [row for row, count in enumerate(masks) if count]
+    return torch.tensor(rows, device=device) if 0 < len(rows) < len(masks or ()) else None
+
+
 class _Soundness:
     """Whether every drawn token had a number for a log-probability: a network without numbers must not print letters.
 
@@ -276,22 +284,24 @@ class _WindowRun:
         """Trunk call, reveal, remask, as often as the policy says, or until no mask is left where it asks for that.
 
         sizes [B]: how many positions of each row are not protected; first: the number of the block's first step among
-        the window's `steps`. `masks` is how many positions are masked, None where the host would have to ask.
+        the window's `steps`. `masks` is how many positions each row has masked, None where the host would have to ask;
+        where it knows, the network reads no row without any.
         """
         policy, mask_token_id, waves = self.settings.policy, self.network.model.config.mask_token_id, 0
-        counts, masks = Counts(policy, sizes, tokens.device), sum(sizes)
+        counts, masks = Counts(policy, sizes, tokens.device), sizes
         finished = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # [B, 1]
         for step in range(counts.limit):
             last, numbers = step == counts.limit - 1, self.numbers(first + step, steps)
             open = (tokens == mask_token_id) & ~protected
-            prediction = Prediction(self.network.model, self.network.encode, tokens, open, masks, self.settings.rule,
-                                    numbers)
+            prediction = Prediction(self.network.model, self.network.encode, tokens, open,
+                                    None if masks is None else sum(masks), self.settings.rule, numbers,
+                                    None if self.network.compiled else rows_to_read(masks, tokens.device))
             view, drawn, filled = self._reveal(PolicyView(
                 step, tokens, protected, mask_token_id, counts.view(step), numbers, prediction,
                 torch.zeros_like(protected), confidence, None), masks, counts.after(step))
             tokens, confidence, waves = view.tokens, view.confidence, waves + filled
             self.tell(first + step, steps, 'predict', tokens, view.revealed, confidence)
-            masks = None if masks is None else masks - drawn
+            masks = None if masks is None else [before - count for before, count in zip(masks, drawn)]
             if policy.remask is not None and not last:
                 with self.network.timer.measure('remask'):
                     remasked = policy.remask(view) & ~protected & ~finished
@@ -299,17 +309,18 @@ class _WindowRun:
             if policy.asks:
                 open = (tokens == mask_token_id) & ~protected
                 finished = finished | ~open.any(1, keepdim=True)
-                masks = int(open.sum()) if masks is None else masks
-                if masks == 0:
+                masks = open.sum(1).tolist() if masks is None else masks
+                if not any(masks):
                     break
             if policy.remask is not None and not last:
                 self.tell(first + step, steps, 'remask', tokens, remasked, confidence)
         return Generation(tokens, confidence, waves)
 
-    def _reveal(self, view: PolicyView, masks: int | None, left: int | None) -> tuple[PolicyView, int, int]:
-        """The step's draws: what the policy sees after them, how many they are, and the number of waves.
+    def _reveal(self, view: PolicyView, masks: list[int] | None,
+                left: list[int] | None) -> tuple[PolicyView, list[int] | None, int]:
+        """The step's draws: what the policy sees after them, how many each row has, and the number of waves.
 
-        masks: how many positions are masked, left: how many will be after the step, where the host knows that.
+        masks: how many positions of each row are masked, left: how many will be after the step, where the host knows.
         """
         network, settings = self.network, self.settings
         with network.timer.measure('reveal'):
@@ -318,14 +329,16 @@ class _WindowRun:
                 positions, drawn = view.masked, masks
             else:
                 positions = positions & view.masked
-                drawn = int(positions.sum()) if left is None else masks - left
-        if settings.policy.idles and drawn == 0:  # nothing to draw, so no trunk call
+                drawn = positions.sum(1).tolist() if left is None else [
+                    before - after for before, after in zip(masks, left)]
+        if settings.policy.idles and drawn is not None and not any(drawn):  # so no trunk call
             fill, waves = Fill(view.tokens, view.confidence, view.confidence, positions, None), 0
         else:
             hidden_states = view.prediction.hidden_states
             with network.timer.measure('draw'):
+                count = None if drawn is None else sum(drawn)
                 fill = network.fill(view.tokens, hidden_states, settings.rule, view.generator, positions) \
-                    if settings.use_sampler_head else view.prediction.reveal(positions, drawn)
+                    if settings.use_sampler_head else view.prediction.reveal(positions, count)
             self.soundness.look_at(fill.log_probabilities)
             waves = fill.statistics.waves if fill.statistics is not None else 0
         critic = (lambda: network.critic(fill.tokens)) if settings.use_critic else None

@@ -64,7 +64,7 @@ def log_likelihood(network: Network, tokens: Tensor, policy: Policy, head: Head,
             prediction = Prediction(model, network.encode, current, current == mask_token_id, masks, rule, numbers)
             view = PolicyView(step, current, nothing, mask_token_id, counts.view(step), numbers, prediction, nothing,
                               found, None)
-            masks = counts.after(step)
+            masks = sum(counts.after(step))
             fill = fill_positions(model, current, prediction.hidden_states, rule, numbers, truth=tokens,
                                   positions=policy.reveal(view) & view.masked, use_sampler_head=head != 'none',
                                   order='left_to_right' if head == 'left_to_right' else 'wave')

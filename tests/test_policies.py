@@ -425,6 +425,21 @@ class HostReads(TorchDispatchMode):
         self.count += any(index is not None and index.dtype == torch.bool for index in indices)
         return function(*arguments, **(options or {}))
 
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        plain = torch.Tensor.tolist  # reads the memory of a CPU tensor past the dispatcher
+
+        def tolist(tensor):
+            self.count += 1
+            return plain(tensor)
+
+        self.patch.setattr(torch.Tensor, 'tolist', tolist)
+        return super().__enter__()
+
+    def __exit__(self, *problem):
+        self.patch.undo()
+        return super().__exit__(*problem)
+
 
 COUNTING = {'mdlm', 'remdm_cap', 'remdm_rescale', 'remdm_conf', 'remdm_loop',  # chance decides, and whether to idle
             'entropy_bounded', 'fast_dllm_threshold', 'fast_dllm_factor'}  # the network decides, and when to stop
@@ -507,3 +522,27 @@ def test_the_idle_cache_changes_no_token(name, head):
 def test_ancestral_calls_are_at_most_one_per_step_and_position():
     _, network, _ = write(make('mdlm', iterations=200), rows=1)
     assert network.trunk_calls <= 8
+
+
+# Finished rows -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['entropy_bounded', 'fast_dllm_threshold', 'fast_dllm_factor'])
+@pytest.mark.parametrize('head', [False, True])
+def test_finished_rows_are_read_no_more_and_nothing_else_changes(name, head):
+    lengths, read = (0, 1, 8, 3), []
+    protected = torch.arange(8) >= torch.tensor(lengths)[:, None]
+    settings = GenerationSettings('diffusion', SMALL_RULE, make(name, entropy_bound=0.01, confidence_threshold=0.99,
+                                                                parallel_factor=0.01), use_sampler_head=head)
+
+    class Reader(Network):
+        def encode(self, tokens, cache=None):
+            read.append(len(tokens))
+            return super().encode(tokens, cache)
+
+    made = []
+    for encode in (None, SMALL.encode):  # given a compiled call, every shape stays the same
+        network = Reader(SMALL, TimingAccumulator(), encode=encode)
+        made.append(generate(network, Layout(torch.where(protected, 3, 10), protected), settings, keyed(3, 0, 0, 4)))
+    assert made[0].tokens.equal(made[1].tokens)
+    torch.testing.assert_close(made[0].confidence, made[1].confidence)
+    assert read == [3, 2, 2, 1, 1, 1, 1, 1, *[4] * 8]  # a position a call

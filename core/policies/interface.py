@@ -24,20 +24,24 @@ class Prediction:
 
     model: read through its `lm_head` and `config` alone; encode makes the trunk call and counts it; open: bool [B, T],
     the masked positions in question, and logits are computed for no others; open_count: how many these are, None where
-    the host would have to ask. Nothing is computed twice: what a policy asked for is kept for this step.
+    the host would have to ask; rows: int64 [R], the rows that have any, all that the network then reads, or None for
+    every row. Nothing is computed twice: what a policy asked for is kept for this step.
     """
 
     def __init__(self, model: GPT, encode: Callable[[Tensor], Tensor], tokens: Tensor, open: Tensor,
-                 open_count: int | None, rule: DrawRule, generator: RowRandom) -> None:
-        self._model, self._encode, self._tokens = model, encode, tokens
+                 open_count: int | None, rule: DrawRule, generator: RowRandom, rows: Tensor | None = None) -> None:
+        self._model, self._encode, self._tokens, self._rows = model, encode, tokens, rows
         self._open, self._open_count = open, open_count
         self._rule, self._generator = rule, generator
         self._candidates: Fill | None = None
 
     @cached_property
     def hidden_states(self) -> Tensor:
-        """[B, T, D]."""
-        return self._encode(self._tokens)
+        """[B, T, D]; zero in rows that were not read."""
+        if self._rows is None:
+            return self._encode(self._tokens)
+        read = self._encode(self._tokens[self._rows])  # [R, T, D]
+        return read.new_zeros(len(self._tokens), *read.shape[1:]).index_copy_(0, self._rows, read)
 
     @property
     def candidates(self) -> Fill:
@@ -155,15 +159,15 @@ class Counts:
 
     def __init__(self, policy: Policy, sizes: Sequence[int], device: torch.device | str) -> None:
         self.limit = policy.limit(max(sizes))
-        self._totals = self._left = None
+        self._after = self._left = None
         if policy.left is not None:
             of_size = {size: [policy.left(step, size) for step in range(self.limit)] for size in set(sizes)}
-            self._totals = [sum(of_size[size][step] for size in sizes) for step in range(self.limit)]
+            self._after = [[of_size[size][step] for size in sizes] for step in range(self.limit)]
             self._left = torch.tensor([of_size[size] for size in sizes], device=device).T.unsqueeze(2)  # [limit, B, 1]
 
-    def after(self, step: int) -> int | None:
-        """How many masked positions the batch has left after `step`, None where the policy cannot say."""
-        return None if self._totals is None else self._totals[step]
+    def after(self, step: int) -> list[int] | None:
+        """How many masked positions each row has left after `step`, None where the policy cannot say."""
+        return None if self._after is None else self._after[step]
 
     def view(self, step: int) -> Tensor | None:
         """`PolicyView.left` of this step."""
