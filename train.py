@@ -25,7 +25,8 @@ class TrainConfig:
     dataset: str = option('shakespeare_char', 'folder under data/; prepared by itself where it is missing')
     train_split: Literal['train', 'ref'] = option('train', 'ref is for the reference model of evaluate.py alone')
     init_from: Literal['scratch', 'resume'] = option('scratch', 'resume goes on exactly where the run stopped')
-    init_from_checkpoint: str | None = option(None, 'start from the weights of this checkpoint; heads may differ')
+    init_from_checkpoint: str | None = option(
+        None, 'start from the weights of this checkpoint; heads may differ (not read by init_from=resume)')
     force_resume: bool = option(False, 'resume although the corpus has changed')
     # evaluation and output
     eval_interval: int = option(500, 'iterations between validations, each with a sample and a save')

@@ -1,20 +1,24 @@
 # A judge: which share of a text's tokens is wrong (docs/remasking.md). Its texts are clean, replaced at random in part,
 # or filled in part by the main checkpoint, which train_char_diffusion_sampler.py makes; without one give
-# --corruption_checkpoint=None. A block holds the CLS token and as many tokens as the main model writes at once.
+# --corruption_checkpoint=None. It starts from a remasking model, since one number a text teaches too little by itself:
+# first python train.py config/train_char_remasking.py --remasking_corruption=model
+#       --init_from_checkpoint=out/ckpt_best.pt --learning_rate=6e-3
+# A block holds the CLS token and as many tokens as the main model writes at once.
 out_dir = 'out-judge'
 dataset = 'shakespeare_char'
 training_type = 'judge'
 corruption_checkpoint = 'out/ckpt_best.pt'
+init_from_checkpoint = 'out-remasking/ckpt_best.pt'
 
 n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 257
 batch_size = 64
-max_iters = 4000
-warmup_iters = 200
-learning_rate = 6e-3
-eval_interval = 1000
+max_iters = 1600
+warmup_iters = 80
+learning_rate = 2e-3
+eval_interval = 400
 eval_iters = 8
 ema_decay = 0.998
 
@@ -24,10 +28,10 @@ if device == 'cpu':
     n_embd = 128
     block_size = 129
     batch_size = 32
-    max_iters = 4000 // 4
-    warmup_iters = 200 // 4
-    learning_rate = 12e-3  # narrower, hence higher
-    eval_interval = 1000 // 4
+    max_iters = 1600 // 4
+    warmup_iters = 80 // 4
+    learning_rate = 4e-3  # narrower, hence higher
+    eval_interval = 400 // 4
     eval_iters = 16
     ema_decay = 0.99
 

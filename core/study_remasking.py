@@ -18,6 +18,8 @@ KINDS = {
     'b-random': ('B, random', ' --remasking_loss_type=all_positions'),
     'balanced-random': ('balanced, random', ''),
     'balanced-model': ('balanced, model', ' --remasking_corruption=model'),
+    'init-model': ("balanced, model, from the generator's weights",
+                   ' --remasking_corruption=model --init_from_checkpoint=out/ckpt_best.pt --learning_rate=0.006'),
     'binary-model': ('binary, balanced, model', ' --remasking_kind=binary --remasking_corruption=model'),
 }
 
@@ -44,10 +46,10 @@ def detection_text(records: Records) -> str:
         corrections = [line['correction_accuracy'] for line in last if 'correction_accuracy' in line]
         real = [row['correction_accuracy'] for record in mine for row in record['rows']
                 if row.get('mask_share') == SHOWN_SHARE and row.get('correction_accuracy') is not None]
-        body.append([KINDS[kind][0], str(len(mine)), *(spread([one[share] for one in own]) for share in (0.1, 0.5, 0.9)),
-                     spread([line['auroc'] for line in last]), spread([line['accuracy_clean'] for line in last]),
-                     spread([line['accuracy_corrupted'] for line in last]), spread(corrections),
-                     spread(real)])
+        body.append([KINDS[kind][0], str(len(mine)),
+                     *(spread([one[share] for one in own]) for share in (0.1, 0.5, 0.9)),
+                     *(spread([line[name] for line in last]) for name in (
+                         'auroc', 'accuracy_clean', 'accuracy_corrupted')), spread(corrections), spread(real)])
     head = ['remasking model', 'seeds', 'AUROC at mask share 0.1', 'at 0.5', 'at 0.9', 'AUROC, own corruption',
             'accuracy, right', 'accuracy, wrong', 'correction', 'correction of real errors']
     lines += markdown_table(head, body)
@@ -72,8 +74,9 @@ GUIDES = {  # name: (policy, guidance, trunk calls); remasking asks a guide once
     'remdm_loop': ('remdm_loop', None, [7.0, 15.0, 31.0]),
     'llada, no remasking': ('llada', None, [7.0, 15.0, 31.0]),
 }
-GUIDE_MODELS = {'remasking model, token': 'balanced-model', 'remasking model, binary': 'binary-model'}
-SWEEPS = {'llada, no remasking': [1.4, 2.0, 3.0, 4.5, 6.0]}  # others: USUAL_SWEEP
+GUIDE_MODELS = {'remasking model, token': 'init-model', 'remasking model, binary': 'binary-model'}
+SWEEPS = {'self-confidence': [1.2, 1.4, 1.7, 2.0, 2.5],
+          'llada, no remasking': [1.4, 2.0, 3.0, 4.5, 6.0]}  # others: USUAL_SWEEP
 USUAL_SWEEP = [0.8, 1.0, 1.2, 1.4, 1.7]
 NETWORK_CALLS = (7, 15, 31)
 
@@ -94,11 +97,11 @@ def _guided(name: str, seed: int) -> Experiment:
 
 def guides_text(records: Records) -> str:
     """Reference bits at equal trigram entropy by network calls, differences from the critic, and the network calls that
-    each needs for what chance reaches with most."""
+    each needs for what the critic reaches with most."""
     found = {name: [_bits(records[f'{name} {seed}']) for seed in SEEDS if f'{name} {seed}' in records]
              for name in GUIDES}
     body = []
-    wanted = _mean_at(found['chance'], NETWORK_CALLS[-1])
+    wanted = _mean_at(found['critic'], NETWORK_CALLS[-1])
     for name, seeds in found.items():
         if not seeds:
             continue
@@ -111,10 +114,10 @@ def guides_text(records: Records) -> str:
     rows = next(iter(records.values()))['rows']
     real = next(row for row in rows if row.get('control') == 'real text')
     head = ['guide', *(f'{calls} network calls' for calls in NETWORK_CALLS),
-            *(f'minus critic, {calls}' for calls in NETWORK_CALLS), 'calls for the bits of chance at 31']
+            *(f'minus critic, {calls}' for calls in NETWORK_CALLS), 'calls for the bits of the critic at 31']
     return '\n'.join([*commands(records), '', f'{real["samples"]} texts of {real["length"]} tokens a setting and seed, '
-                      f'through the sampler head; trigram entropy {real["entropy_3"]:.3f} nats, that of real text of this '
-                      f'size (reference bits {real["reference_bits"]:.3f}). Mean over seeds (standard deviation); '
+                      f'through the sampler head; trigram entropy {real["entropy_3"]:.3f} nats, that of real text of '
+                      f'this size (reference bits {real["reference_bits"]:.3f}). Mean over seeds (standard deviation); '
                       f'differences are seed by seed. A dash: no temperature of the sweep has that entropy.', '',
                       *markdown_table(head, body)])
 
@@ -152,7 +155,9 @@ def judge_text(records: Records) -> str:
 
 
 JUDGES = Section('judges', tuple(Experiment(
-    f'judge {seed}', f'{JUDGE} --out_dir=out-judge-{seed} --seed={seed}', f'out-judge-{seed}/ckpt_best.pt')
+    f'judge {seed}', f'{JUDGE} --out_dir=out-judge-{seed} --seed={seed} '
+                     f'--init_from_checkpoint=out-remask-init-model-{seed}/ckpt_best.pt',
+    f'out-judge-{seed}/ckpt_best.pt')
     for seed in SEEDS), judge_text, page=REMASKING_PAGE)
 
 SECTIONS = (DETECTION, GUIDANCE, JUDGES)

@@ -86,8 +86,6 @@ def option_problems(config: Any) -> list[str]:
                  for name in ('beta1', 'beta2', 'ema_decay') if not 0 <= getattr(config, name) < 1]
     if config.min_lr > config.learning_rate:
         problems.append(f'min_lr is {config.min_lr}, but must not exceed learning_rate ({config.learning_rate})')
-    if config.init_from == 'resume' and config.init_from_checkpoint:
-        problems.append('init_from=resume goes on from the run folder, so init_from_checkpoint must stay None')
     if config.eval_only and config.init_from == 'scratch' and not config.init_from_checkpoint:
         problems.append('eval_only validates trained weights; add --init_from=resume or --init_from_checkpoint=...')
     if config.sharding == 'full' and config.optimizer == 'muon':

@@ -392,7 +392,7 @@ def test_a_binary_model_starts_from_a_generator_with_its_trunk_frozen(generator,
     run(*options, '--out_dir=parts', start, '--max_iters=3')
     before, origin = load_checkpoint('parts/ckpt.pt'), load_checkpoint(generator)
     assert all(torch.equal(before.model[name], origin.model[name]) for name in before.model if 'transformer' in name)
-    run(*options, '--out_dir=parts', '--init_from=resume')
+    run(*options, '--out_dir=parts', start, '--init_from=resume')  # start is not read again
     whole, parts = load_checkpoint('whole/ckpt.pt'), load_checkpoint('parts/ckpt.pt')
     assert all(torch.equal(whole.model[name], parts.model[name]) for name in whole.model)
     assert not torch.equal(whole.model['transformer.wte.weight'], origin.model['transformer.wte.weight'])
