@@ -6,6 +6,7 @@
     python bench.py --baseline                         with the yardsticks' rows in training and sampling
     python bench.py --json=docs/results/performance.json --report=docs/performance.md
     python bench.py --compare before.json after.json   what --json wrote twice: how many times as fast each row became
+    python bench.py --scaling                          memory and step time of other sizes; --scaling --help
     python bench.py --help                             every option
 
 docs/performance.md says what each figure means.
@@ -43,6 +44,10 @@ def main(arguments: list[str]) -> None:
         from core.benchmark_compare import run_comparison
 
         return run_comparison(arguments, print)
+    if '--scaling' in arguments:
+        from core.scaling_run import run_scaling
+
+        return run_scaling([one for one in arguments if one != '--scaling'], partial(print, flush=True))
     arguments = ['--baseline=True' if argument == '--baseline' else argument for argument in arguments]
     configuration = configure(BenchConfig, arguments, usage=__doc__)
     from core.benchmark_report import run_benchmark  # after the options, so that a typo is answered at once

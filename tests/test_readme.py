@@ -62,7 +62,7 @@ def test_every_command_runs_with_small_settings(tmp_path, small_corpus, monkeypa
             continue
         assert words[0] == 'torchrun', command
         result = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', *words[1:], *extra],
-                                env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=180)
+                                env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, f'{command}\n{result.stdout[-1500:]}\n{result.stderr[-1500:]}'
 
 

@@ -1,0 +1,267 @@
+"""How memory and time grow: bytes and operations of training as formulas of a size, and the sizes that are compared.
+
+docs/performance.md writes the formulas out; core/scaling_run.py measures what can be measured. They hold for masked
+diffusion without dropout, biases and compilation.
+
+Letters: L layers, D channels, T tokens a row, V ids with the four special ones, C neighbours and W channels of the
+sampler head, B rows of a micro-step, N predicted positions, P weights, R ranks.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from core.batches import CAPACITIES
+from core.objective import MOST_LOGITS
+from model import GPTConfig
+
+SPECIAL = 4  # ids after the base vocabulary: mask, wrong, pad and CLS
+FLOAT = 4  # bytes of a float32 value; weights, gradients, moments and averages are such
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, its batch and its ranks. rows: of a micro-step; micro_steps: of a rank in an iteration; sampler: the
+    head's sampler_output, None for no head; steps: how many are measured, the first of which only warms up."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    rows: int
+    micro_steps: int = 2
+    ranks: int = 1
+    sampler: str | None = None
+    sampler_n_embd: int | None = None
+    critic: bool = False
+    critic_row_stride: int = 4
+    optimizer: str = 'muon'
+    sharded: bool = False
+    recompute: bool = False
+    bfloat16: bool = False
+    steps: int = 4
+
+    @property
+    def config(self) -> GPTConfig:
+        """The model, its heads trained from the first iteration on."""
+        base = self.vocab_size - SPECIAL
+        heads = {} if self.sampler is None else {'add_sampler_head': True, 'sampler_output': self.sampler,
+                                                 'sampler_n_embd': self.sampler_n_embd}
+        heads |= {'add_critic_head': True, 'critic_row_stride': self.critic_row_stride} if self.critic else {}
+        return GPTConfig(block_size=self.block_size, vocab_size=self.vocab_size, n_layer=self.n_layer,
+                         n_head=self.n_head, n_embd=self.n_embd, mask_token_id=base, wrong_token_id=base + 1,
+                         pad_token_id=base + 2, cls_token_id=base + 3, **heads)
+
+    @property
+    def positions(self) -> int:
+        """N of a micro-step, as a rule."""
+        return int(CAPACITIES[0] * self.rows * self.block_size)
+
+    @property
+    def critic_rows(self) -> int:
+        """Rows of a micro-step that the critic is trained on."""
+        return math.ceil(self.rows / self.critic_row_stride) if self.critic else 0
+
+    def described(self) -> dict[str, Any]:
+        """The fields in built-in types; `Size(**described)` is the same size."""
+        return asdict(self)
+
+
+CHARACTERS = {'vocab_size': 69, 'sampler': 'own', 'critic': True}  # heads as in config/train_char_diffusion_sampler.py
+WORDS = {'vocab_size': 50_261, 'sampler': 'shared_detached'}  # as in config/train_gpt2_diffusion.py
+_WIDE = Size(6, 6, 384, 256, rows=16, sampler_n_embd=3 * 384, **CHARACTERS)
+_PAIR = replace(_WIDE, rows=2, critic=False, ranks=2, optimizer='adamw')
+SIZES = {  # to be measured
+    'small': Size(4, 4, 128, 128, rows=64, sampler_n_embd=3 * 128, steps=6, **CHARACTERS),
+    'large': _WIDE,
+    'long': replace(_WIDE, block_size=1024, rows=4, steps=3),
+    'long-recomputed': replace(_WIDE, block_size=1024, rows=4, recompute=True, steps=3),
+    'vocabulary': Size(4, 4, 128, 256, rows=8, **WORDS),
+    'gpt2': Size(12, 12, 768, 1024, rows=1, steps=2, **WORDS),
+    'small-2-ranks': Size(4, 4, 128, 128, rows=32, ranks=2, sampler_n_embd=3 * 128, steps=6, **CHARACTERS),
+    'large-2-ranks': _PAIR,
+    'large-2-ranks-sharded': replace(_PAIR, sharded=True),
+}
+_GPT2 = Size(12, 12, 768, 1024, rows=12, micro_steps=40, bfloat16=True, **WORDS)
+_BILLIONS = Size(48, 25, 1600, 1024, rows=12, micro_steps=5, ranks=8, optimizer='adamw', sharded=True, bfloat16=True,
+                 **WORDS)
+PLANNED = {  # to be computed only
+    'GPT-2, 1 GPU': _GPT2,
+    'GPT-2, 8 GPUs': replace(_GPT2, micro_steps=5, ranks=8),
+    '1.6 billion, 8 GPUs, sharded': _BILLIONS,
+    '1.6 billion, 8 GPUs, sharded, recomputed': replace(_BILLIONS, recompute=True),
+}
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+def parameters(config: GPTConfig) -> int:
+    """P of a language model without biases; the tied matrix counts once."""
+    L, D, V = config.n_layer, config.n_embd, config.vocab_size
+    count = V * D + D + layer_parameters(config) * L + (config.block_size * D if _is_absolute(config) else 0)
+    if config.add_sampler_head:
+        W = _head_width(config)
+        count += (2 * config.sampler_context + 1) * D * W + W * W + 6 * W
+        count += V * W if config.sampler_output == 'own' else 0
+    return count + (D + 1 if config.add_critic_head else 0)
+
+
+def layer_parameters(config: GPTConfig) -> int:
+    """Weights of one layer: four kinds of matrices, two gains of the stream and two of a head's queries and keys."""
+    D = config.n_embd
+    return 12 * D * D + 2 * D + 2 * (D // config.n_head)
+
+
+def matrices(config: GPTConfig) -> Iterator[tuple[int, int, int]]:
+    """(how many, longer side, shorter side) of the matrices that Muon updates together: those of the same shape."""
+    L, D = config.n_layer, config.n_embd
+    yield from ((L, 3 * D, D), (L, D, D), (L, 4 * D, D), (L, 4 * D, D))
+    if config.add_sampler_head:
+        W, inputs = _head_width(config), (2 * config.sampler_context + 1) * D
+        yield from ((1, max(W, inputs), min(W, inputs)), (1, W, W))
+
+
+def _is_absolute(config: GPTConfig) -> bool:
+    return config.position_encoding == 'absolute'
+
+
+def _head_width(config: GPTConfig) -> int:
+    return config.sampler_n_embd or config.n_embd
+
+
+# Bytes --------------------------------------------------------------------------------------------------------------
+
+class Kept(NamedTuple):
+    """Bytes a channel and position. layer: what a layer keeps for the way back; attention: what the last one does
+    before it goes on with the predicted positions only; picked: what it keeps of these; final: what the final norm
+    does; square: what the way back through the wider part of a layer takes more than it has let go of the layer."""
+
+    layer: int
+    attention: int
+    picked: int
+    final: int
+    square: int
+
+
+KEPT = {False: Kept(88, 44, 48, 12, 52), True: Kept(64, 38, 28, 10, 28)}  # by whether products are in bfloat16
+
+
+def staying_bytes(size: Size) -> int:
+    """Bytes of a rank that outlast a micro-step: weights, gradients, averages and moments, the weights cast to
+    bfloat16, the buckets in which ranks add gradients. Cut over the ranks, but for what is gathered, where sharded."""
+    config = size.config
+    P, M = parameters(config), sum(count * one * other for count, one, other in matrices(config))
+    moments = P if size.optimizer == 'muon' else 2 * P
+    held = FLOAT * (3 * P + moments + (P - M if size.optimizer == 'muon' else 0)) + (2 * P if size.bfloat16 else 0)
+    if size.sharded:
+        rest = P - size.n_layer * layer_parameters(config)
+        return FLOAT * 5 * P // size.ranks + (FLOAT + (2 if size.bfloat16 else 0)) * (
+            min(2, size.n_layer) * layer_parameters(config) + rest)
+    return held + (FLOAT * P if size.ranks > 1 else 0)
+
+
+def micro_step_bytes(size: Size, positions: int) -> int:
+    """Bytes that a micro-step with N = `positions` holds at its worst moment beside `staying_bytes`: when the losses
+    are computed, when the way back begins, or, with a critic, when its way back begins."""
+    config, kept = size.config, KEPT[size.bfloat16]
+    D, V, tokens = size.n_embd, size.vocab_size, size.rows * size.block_size
+    head, copies = 0, 3  # a position's bytes in the sampler head; copies of a chunk's logits
+    if config.add_sampler_head:
+        W = _head_width(config)
+        head, copies = FLOAT * (6 * W + (2 * config.sampler_context + 1) * D), 4
+    chunk = chunk_positions(positions, V)
+    tables = config.add_sampler_head + (chunk < positions)  # normalised embeddings; a gradient that chunks add up
+    trunk = kept_bytes(size, tokens, positions)
+    losses = chunk * (head + FLOAT * copies * V) + FLOAT * V * D * tables
+    if chunk < positions:  # a chunk's gradient, what came before it, and both together
+        losses = max(losses, FLOAT * V * D * (tables + 2))
+    worst = trunk + max(losses, opening_bytes(size, tokens, positions))
+    if size.critic:
+        judged = size.critic_rows * size.block_size
+        waiting = positions * (head + FLOAT * (copies - 2) * V) if chunk == positions else 0
+        worst = max(worst, trunk + waiting + kept_bytes(size, judged, judged) + opening_bytes(size, judged, judged))
+    return worst
+
+
+def kept_bytes(size: Size, tokens: int, positions: int) -> int:
+    """What a call of the trunk on `tokens` keeps for the way back where it goes on with `positions` of them in its
+    last layer; with recompute the layers' inputs only."""
+    kept, D, L = KEPT[size.bfloat16], size.n_embd, size.n_layer
+    if size.recompute:
+        return D * (tokens * FLOAT * (L + 1) + positions * kept.final)
+    return D * (tokens * (kept.layer * (L - 1) + kept.attention + FLOAT) + positions * (kept.picked + kept.final))
+
+
+def opening_bytes(size: Size, tokens: int, positions: int) -> int:
+    """What the way back of such a call adds to that at its worst moment: in the wider part of the last layer, or with
+    recompute in that of a whole layer that was computed again."""
+    kept = KEPT[size.bfloat16]
+    if size.recompute:
+        return size.n_embd * (tokens * (kept.layer + kept.square - 2 * FLOAT) - positions * kept.final)
+    return size.n_embd * positions * (kept.square - kept.final)
+
+
+def chunk_positions(positions: int, vocabulary: int) -> int:
+    """How many positions' logits exist at once."""
+    chunks = math.ceil(positions / max(1, MOST_LOGITS // vocabulary))
+    return math.ceil(positions / chunks)
+
+
+def update_bytes(size: Size) -> int:
+    """Bytes that the optimizer holds at its worst moment: Muon, of the matrices of one shape, five copies and two
+    products of each with itself."""
+    if size.optimizer != 'muon':
+        return 0
+    return FLOAT * max(count * (5 * one * other + 2 * other * other) for count, one, other in matrices(size.config))
+
+
+def peak_bytes(size: Size, positions: int) -> int:
+    """The most bytes that a rank holds in an iteration of several micro-steps, `positions` those of the largest."""
+    return staying_bytes(size) + max(micro_step_bytes(size, positions), update_bytes(size))
+
+
+# Operations ---------------------------------------------------------------------------------------------------------
+
+def iteration_operations(size: Size, positions: float) -> float:
+    """Floating-point operations of the matrix products of an iteration on all ranks, two per multiply-add, in which
+    `positions` are predicted; without the optimizer's. The critic's draws count one position in two as masked."""
+    config = size.config
+    D, V, T, L = size.n_embd, size.vocab_size, size.block_size, size.n_layer
+    tokens, micro_steps = size.rows * size.micro_steps * size.ranks * T, size.micro_steps * size.ranks
+    layer = 24 * D * D + 4 * T * D
+    chunk = chunk_positions(math.ceil(positions / micro_steps), V)
+    p = 3 if chunk * micro_steps >= positions else 4  # passes over the logits: again in chunks
+    found = 3 * (tokens * (layer * (L - 1) + 6 * D * D + 4 * T * D) + positions * 18 * D * D)
+    if size.recompute:  # once more, but for the last product of a layer, which nothing on the way back reads
+        found += tokens * ((layer - 8 * D * D) * (L - 1) + 6 * D * D + 4 * T * D) + positions * 10 * D * D
+    found += p * 2 * V * D * positions
+    W, neighbours = _head_width(config), 2 * config.sampler_context
+    if config.add_sampler_head:  # its input takes back no gradient, nor does a matrix that is the trunk's
+        found += 2 * positions * ((p - 1) * (neighbours + 1) * D * W + p * W * W +
+                                  (p if size.sampler == 'own' else p - 1) * V * W)
+    if size.critic:
+        judged = size.critic_rows * micro_steps * T
+        found += judged * ((3 * layer + (layer - 8 * D * D if size.recompute else 0)) * L + 6 * D)
+        found += judged / 2 * 2 * (V * D + ((D + W) * W + V * W if config.add_sampler_head else 0))
+    return float(found)
+
+
+def update_operations(size: Size) -> float:
+    """Operations of Muon's products, which every rank does whole; AdamW has none."""
+    if size.optimizer != 'muon':
+        return 0.0
+    return float(sum(10 * count * (2 * one * other ** 2 + other ** 3) for count, one, other in matrices(size.config)))
+
+
+def rank_operations(size: Size, positions: float) -> float:
+    """Operations of one rank in an iteration in which all of them together predict `positions`."""
+    return iteration_operations(size, positions) / size.ranks + update_operations(size)
+
+
+def link_bytes(size: Size) -> float:
+    """Bytes that a rank sends to add up gradients, once an iteration; where sharded, to gather weights twice and to
+    add up gradients, in every micro-step."""
+    P, share = parameters(size.config), (size.ranks - 1) / size.ranks
+    return FLOAT * P * share * (3 * size.micro_steps if size.sharded else 2)

@@ -1,0 +1,249 @@
+"""Memory and step time of the sizes of core/scaling.py: measured on this processor, and by formula beyond.
+
+    python bench.py --scaling                                       every size, nothing else running meanwhile
+    python bench.py --scaling --sizes=small,large                   some of them
+    python bench.py --scaling --json=docs/results/scaling.json --report=docs/performance.md
+    python bench.py --scaling --from_json=docs/results/scaling.json --report=docs/performance.md
+    python bench.py --scaling --help                                every option
+
+Training is eager, in float32, of untrained models on random tokens. docs/performance.md says what the columns mean.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from configurator import configure, option
+from core.batches import BatchPlan, unmasking_batches
+from core.benchmark import describe_machine
+from core.benchmark_report import machine_lines
+from core.benchmark_training import TOKENS, TRAINING
+from core.errors import UserError, raise_problems, run_script
+from core.files import atomic_writer
+from core.markdown import markdown_table, split_at_markers, write_between
+from core.runtime import PEAK_RATES, measure_matrix_rate, start_runtime, stop_runtime
+from core.scaling import (CHARACTERS, PLANNED, SIZES, SPECIAL, Size, link_bytes, parameters, peak_bytes,
+                          rank_operations)
+from core.training_step import TrainingState, training_step
+from model import GPT
+from sample_utils import allowed_ids
+
+Say = Callable[[str], None]
+
+FORMAT, VERSION = 'masked-diffusion-scaling', 1
+BEGIN, END = '<!-- bench.py --scaling writes from here -->', '<!-- bench.py --scaling writes to here -->'
+PAGE = 'docs/performance.md'
+FEWEST_STEPS = 2  # moments exist from the second on
+EMPTY = Size(2, 1, 8, 8, rows=4, steps=FEWEST_STEPS, **CHARACTERS)  # what a process holds that has everything but a size
+ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a peak rate, and what a step makes of it
+
+
+@dataclass
+class ScalingConfig:
+    """The options of bench.py --scaling."""
+
+    sizes: str = option(','.join(SIZES), 'which of them, with a comma between')
+    json: str | None = option(None, 'write every measured number to this file')
+    report: str | None = option(None, 'write the tables into this file, between its two marker lines')
+    from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier')
+
+
+def run_scaling(arguments: Sequence[str], say: Say) -> None:
+    """Answer `arguments`, the command line behind --scaling. UserError for what cannot be done."""
+    configuration = configure(ScalingConfig, arguments, usage=__doc__)
+    config = configuration.config
+    raise_problems(option_problems(config, configuration.explicit))
+    record = read_scaling(Path(config.from_json)) if config.from_json is not None else \
+        measure_sizes({name: SIZES[name] for name in config.sizes.split(',')}, say)
+    text = scaling_report(record)
+    say(f'\n{text}')
+    if config.json is not None:
+        with atomic_writer(Path(config.json)) as file:
+            file.write((json.dumps(record, indent=1) + '\n').encode())
+        say(f'record written to {config.json}')
+    if config.report is not None:
+        write_between(Path(config.report), BEGIN, END, text, PAGE)
+        say(f'tables written to {config.report}')
+
+
+def option_problems(config: ScalingConfig, explicit: Mapping[str, str]) -> list[str]:
+    """What is wrong with the options, found before minutes are spent."""
+    names = config.sizes.split(',')
+    problems = [f'sizes names {one!r}, but there are {", ".join(SIZES)}; give --sizes=small,large or leave it out'
+                for one in names if one not in SIZES]
+    problems += [f'sizes names {one!r} twice; leave one out' for one in SIZES if names.count(one) > 1]
+    if config.from_json is not None:
+        problems += [f'{name} was given, but --from_json measures nothing; leave one of them out'
+                     for name in explicit if name not in ('from_json', 'report')]
+    if config.json is not None and not Path(config.json).absolute().parent.is_dir():
+        problems.append(f'cannot write {config.json}: its folder does not exist; create it first')
+    if config.report is not None:
+        try:
+            split_at_markers(Path(config.report), BEGIN, END, PAGE)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def read_scaling(path: Path) -> dict[str, Any]:
+    """A record that --scaling --json wrote. UserError for anything else."""
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}; make it with bench.py --scaling --json={path}') from None
+    except ValueError:
+        raise UserError(f'{path} is not JSON; make it with bench.py --scaling --json={path}') from None
+    if not isinstance(record, dict) or (record.get('format'), record.get('version')) != (FORMAT, VERSION):
+        raise UserError(f'{path} is not a record of bench.py --scaling (version {VERSION}); make it anew with '
+                        f'bench.py --scaling --json={path}')
+    return record
+
+
+# The measurement ----------------------------------------------------------------------------------------------------
+
+def measure_sizes(sizes: Mapping[str, Size], say: Say) -> dict[str, Any]:
+    """The record of `sizes`, in built-in types: of each what `measure_here` finds in a process of its own, its
+    'peak_bytes' as 'process_bytes', and 'tensor_bytes', those of a second process that gives every large block back at
+    once. Both are less what a process holds that trains `EMPTY` on as many ranks in the same way."""
+    record = {'format': FORMAT, 'version': VERSION, 'machine': describe_machine(), 'sizes': {}}
+    empty: dict[tuple[Size, bool], int] = {}
+    for name, size in sizes.items():
+        nothing = replace(EMPTY, ranks=size.ranks, sharded=size.sharded, optimizer=size.optimizer)
+        peaks = {}
+        for tidy, steps in ((True, FEWEST_STEPS), (False, size.steps)):
+            if (nothing, tidy) not in empty:
+                empty[nothing, tidy] = measure_apart(f'the empty size before {name}', nothing, tidy)['peak_bytes']
+            found = measure_apart(name, replace(size, steps=steps), tidy)
+            peaks['tensor_bytes' if tidy else 'process_bytes'] = found.pop('peak_bytes') - empty[nothing, tidy]
+        record['sizes'][name] = {'size': size.described(), **found, **peaks}
+        say(f'{name}: tensors {peaks["tensor_bytes"] / 1e6:.0f} MB, process {peaks["process_bytes"] / 1e6:.0f} MB, '
+            f'{step_seconds(found):.2f} s a step')
+    return record
+
+
+def measure_apart(name: str, size: Size, tidy: bool) -> dict[str, Any]:
+    """What `measure_here` finds in a process of its own, or in one for each rank, which share the processors; of the
+    first rank. UserError where it ends without an answer.
+
+    tidy: the C library gives each freed block back. Else it keeps blocks of up to 32 MiB, among which new ones do not
+    always fit, and a process holds more than its tensors.
+    """
+    module = ['-m', 'core.scaling_run', json.dumps(size.described())]
+    ranks = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={size.ranks}'] if size.ranks > 1 else []
+    environment = {**os.environ, 'OMP_NUM_THREADS': str(max(1, torch.get_num_threads() // size.ranks))} | \
+        ({'MALLOC_MMAP_THRESHOLD_': '131072'} if tidy else {})
+    result = subprocess.run([sys.executable, *ranks, *module], cwd=Path(__file__).parent.parent, text=True,
+                            env=environment, capture_output=True)
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or ['it said nothing'])[-1]
+        raise UserError(f'{name} could not be measured, its process ended with code {result.returncode} ({last}); '
+                        f'free some memory, or leave the size out with --sizes=...')
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure_here(size: Size) -> dict[str, Any] | None:
+    """Train `size.steps` steps in this process, which other ranks may have joined; None of all but the first rank.
+
+    'parameters'; 'peak_bytes' that this process ever held; for each step 'seconds', 'rates' (the matrix rate after
+    it), 'positions' of each micro-step of this rank and 'predicted', those of all ranks together.
+    """
+    runtime = start_runtime('cpu', 'float32', False, width=size.n_embd, iterations=size.steps)
+    config, base = size.config, size.vocab_size - SPECIAL
+    try:
+        plan = BatchPlan(tokens=np.random.default_rng(0).integers(0, base, TOKENS, dtype=np.uint16), seed=1,
+                         block_size=size.block_size, batch_size=size.rows, micro_steps=size.micro_steps,
+                         rank=runtime.rank, world_size=runtime.world_size, mask_token_id=base,
+                         loss_weighting='masked_mean', sampler_context=config.sampler_context if size.sampler else 0,
+                         critic_row_stride=config.critic_row_stride, critic_scope=config.critic_target_scope)
+        model = GPT(config)
+        found: dict[str, Any] = {'parameters': model.parameter_count(), 'seconds': [], 'rates': [], 'positions': [],
+                                 'predicted': []}
+        state = TrainingState(model, allowed_ids(size.vocab_size, base), runtime, plan, 'unmasking',
+                              **{**TRAINING, 'optimizer': size.optimizer}, activation_checkpointing=size.recompute,
+                              sharded=size.sharded)
+        for step in range(size.steps):
+            begin = time.perf_counter()
+            training_step(state, step, TRAINING['learning_rate'])
+            found['seconds'].append(time.perf_counter() - begin)
+            found['rates'].append(measure_matrix_rate(runtime.device, runtime.dtype))
+            found['positions'].append([len(batch.positions)
+                                       for batch in unmasking_batches(plan, step, runtime.total_count)])
+            found['predicted'].append(runtime.total_count(sum(found['positions'][-1])))
+        # kilobytes on Linux, and what a parent held before its child began counts, so parents measure nothing
+        found['peak_bytes'] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return found if runtime.is_writer else None
+    finally:
+        stop_runtime(runtime)
+
+
+# The report ---------------------------------------------------------------------------------------------------------
+
+def step_seconds(found: Mapping[str, Any]) -> float:
+    """The median second of a step behind the first."""
+    return statistics.median(found['seconds'][1:])
+
+
+def formula_bytes(found: Mapping[str, Any]) -> int:
+    """What `peak_bytes` of core/scaling.py expects of a measured size."""
+    return peak_bytes(Size(**found['size']), max(max(one) for one in found['positions']))
+
+
+def rate_share(found: Mapping[str, Any]) -> float:
+    """Operations per second as a share of the matrix rate measured after the same step: the median behind the
+    first step."""
+    size = Size(**found['size'])
+    shares = [rank_operations(size, predicted) / seconds / rate
+              for predicted, seconds, rate in zip(found['predicted'], found['seconds'], found['rates'], strict=True)]
+    return statistics.median(shares[1:])
+
+
+def scaling_report(record: Mapping[str, Any]) -> str:
+    """The measured and the extrapolated table in Markdown."""
+    head = ['layers', 'channels', 'tokens', 'ids', 'rows', 'ranks', 'weights']
+    measured = [[name, *_shape_cells(Size(**found['size']), found['parameters']), f'{formula_bytes(found) / 1e6:,.0f}',
+                 f'{found["tensor_bytes"] / 1e6:,.0f}', f'{found["tensor_bytes"] / formula_bytes(found):.2f}',
+                 f'{found["process_bytes"] / 1e6:,.0f}',
+                 f'{rank_operations(Size(**found["size"]), statistics.median(found["predicted"][1:])) / 1e9:,.0f}',
+                 f'{step_seconds(found):.2f}', f'{rate_share(found):.0%}'] for name, found in record['sizes'].items()]
+    rate = PEAK_RATES[ASSUMED_GPU] * ASSUMED_SHARE
+    planned = []
+    for name, size in PLANNED.items():
+        operations = rank_operations(size, size.positions * size.micro_steps * size.ranks)
+        planned.append([name, *_shape_cells(size, parameters(size.config)),
+                        f'{peak_bytes(size, size.positions) / 1e9:,.1f}', f'{operations / 1e12:,.0f}',
+                        f'{operations / rate:.2f}', f'{link_bytes(size) / 1e9:,.1f}'])
+    return '\n'.join([
+        *machine_lines(record['machine']), '', 'Measured, eager, in float32:', '',
+        *markdown_table(['size', *head, 'MB by formula', 'MB of tensors', 'ratio', 'MB of the process', 'GFLOP',
+                         'seconds', 'share of the rate'],
+                        measured),
+        '', f'Extrapolated, not measured: eager, in bfloat16, at an assumed {ASSUMED_SHARE:.0%} of the {ASSUMED_GPU}\'s peak of '
+            f'{PEAK_RATES[ASSUMED_GPU] / 1e12:.0f} TFLOP/s:', '',
+        *markdown_table(['size', *head, 'GB by formula', 'TFLOP', 'seconds', 'GB sent'], planned)])
+
+
+def _shape_cells(size: Size, weights: int) -> list[str]:
+    return [f'{size.n_layer}', f'{size.n_embd}', f'{size.block_size:,}', f'{size.vocab_size:,}',
+            f'{size.micro_steps} x {size.rows}', f'{size.ranks}', f'{weights / 1e6:,.1f} M']
+
+
+def main(arguments: list[str]) -> None:
+    """What `measure_apart` starts: measure the size that the only argument describes, print what is found."""
+    found = measure_here(Size(**json.loads(arguments[0])))
+    if found is not None:
+        print(json.dumps(found))
+
+
+if __name__ == '__main__':
+    run_script(main)
