@@ -126,12 +126,15 @@ class Network:
         with torch.no_grad(), torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
             yield
 
-    def encode(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states [B, T, D]: one trunk call. The cache takes the uncompiled way, since its length grows."""
+    def encode(self, tokens: Tensor, cache: KeyValueCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, D], or [N, D] of positions: one trunk call, as `GPT.encode` describes it. A cache and
+        positions take the uncompiled way, since their lengths change."""
         self.trunk_calls += 1
         self.network_calls += 1
         with self.timer.measure('trunk'):
-            return self._encode(tokens) if cache is None else self.model.encode(tokens, None, cache)
+            if cache is None and positions is None:
+                return self._encode(tokens)
+            return self.model.encode(tokens, cache=cache, positions=positions)
 
     @cached_property
     def _tables(self) -> Tensor:
@@ -295,7 +298,7 @@ class _WindowRun:
             open = (tokens == mask_token_id) & ~protected
             prediction = Prediction(self.network.model, self.network.encode, tokens, open,
                                     None if masks is None else sum(masks), self.settings.rule, numbers,
-                                    None if self.network.compiled else rows_to_read(masks, tokens.device))
+                                    rows=rows_to_read(masks, tokens.device), whole=self.network.compiled)
             view, drawn, filled = self._reveal(PolicyView(
                 step, tokens, protected, mask_token_id, counts.view(step), numbers, prediction,
                 torch.zeros_like(protected), confidence, None), masks, counts.after(step))

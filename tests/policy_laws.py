@@ -69,8 +69,9 @@ class Oracle(nn.Module):
                 weights[outcome[position]] += probability
         return [weight / sum(weights) for weight in weights]
 
-    def encode(self, tokens):
-        return self.table[(tokens * self.weight).sum(1)]
+    def encode(self, tokens, *, cache=None, positions=None):
+        hidden = self.table[(tokens * self.weight).sum(1)]
+        return hidden if positions is None else hidden.flatten(0, 1)[positions]
 
     def critic_scores(self, tokens):
         return self.wrongness[(tokens * self.weight).sum(1)]

@@ -44,10 +44,11 @@ def make(name, **changes):
 
 
 def run(policy, rows=ROWS, model=ORACLE, rule=RULE, tokens=None, seed=3, watch=None, **changes):
-    """Generate from masks, or from tokens [rows, T] all of which are free."""
-    tokens = torch.full((rows, T), MASK) if tokens is None else tokens
+    """Generate from masks, or from tokens [rows, T] all of which are free; the loop expects masks where it may write,
+    so there the network is one that computes every position."""
     settings = GenerationSettings('diffusion', rule, policy, use_critic=True, **changes)
-    network = Network(model, TimingAccumulator())
+    network = Network(model, TimingAccumulator(), encode=None if tokens is None else model.encode)
+    tokens = torch.full((rows, T), MASK) if tokens is None else tokens
     layout = Layout(tokens, torch.zeros_like(tokens, dtype=torch.bool))
     return generate(network, layout, settings, keyed(seed, 0, 0, len(tokens)), watch), network
 
@@ -528,16 +529,16 @@ def test_ancestral_calls_are_at_most_one_per_step_and_position():
 
 @pytest.mark.parametrize('name', ['entropy_bounded', 'fast_dllm_threshold', 'fast_dllm_factor'])
 @pytest.mark.parametrize('head', [False, True])
-def test_finished_rows_are_read_no_more_and_nothing_else_changes(name, head):
+def test_what_is_finished_is_computed_no_more_and_nothing_else_changes(name, head):
     lengths, read = (0, 1, 8, 3), []
     protected = torch.arange(8) >= torch.tensor(lengths)[:, None]
     settings = GenerationSettings('diffusion', SMALL_RULE, make(name, entropy_bound=0.01, confidence_threshold=0.99,
                                                                 parallel_factor=0.01), use_sampler_head=head)
 
     class Reader(Network):
-        def encode(self, tokens, cache=None):
-            read.append(len(tokens))
-            return super().encode(tokens, cache)
+        def encode(self, tokens, cache=None, positions=None):
+            read.append((len(tokens), None if positions is None else len(positions)))
+            return super().encode(tokens, cache, positions)
 
     made = []
     for encode in (None, SMALL.encode):  # given a compiled call, every shape stays the same
@@ -545,4 +546,5 @@ def test_finished_rows_are_read_no_more_and_nothing_else_changes(name, head):
         made.append(generate(network, Layout(torch.where(protected, 3, 10), protected), settings, keyed(3, 0, 0, 4)))
     assert made[0].tokens.equal(made[1].tokens)
     torch.testing.assert_close(made[0].confidence, made[1].confidence)
-    assert read == [3, 2, 2, 1, 1, 1, 1, 1, *[4] * 8]  # a position a call
+    # a position a call; of rows and positions, the masked ones
+    assert read == [(3, 12), (2, 9), (2, 7), (1, 5), (1, 4), (1, 3), (1, 2), (1, 1), *[(4, None)] * 8]

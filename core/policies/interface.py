@@ -24,24 +24,30 @@ class Prediction:
 
     model: read through its `lm_head` and `config` alone; encode makes the trunk call and counts it; open: bool [B, T],
     the masked positions in question, and logits are computed for no others; open_count: how many these are, None where
-    the host would have to ask; rows: int64 [R], the rows that have any, all that the network then reads, or None for
-    every row. Nothing is computed twice: what a policy asked for is kept for this step.
+    the host would have to ask; whole: the network computes everything, as a compiled one must, whose shapes do not
+    change; else, where open_count is known, its last layer computes the open positions alone, and it reads none but
+    rows int64 [R], those that have any, or None for every row. Nothing is computed twice: what a policy asked for is
+    kept for this step.
     """
 
-    def __init__(self, model: GPT, encode: Callable[[Tensor], Tensor], tokens: Tensor, open: Tensor,
-                 open_count: int | None, rule: DrawRule, generator: RowRandom, rows: Tensor | None = None) -> None:
+    def __init__(self, model: GPT, encode: Callable[..., Tensor], tokens: Tensor, open: Tensor, open_count: int | None,
+                 rule: DrawRule, generator: RowRandom, *, rows: Tensor | None = None, whole: bool = False) -> None:
         self._model, self._encode, self._tokens, self._rows = model, encode, tokens, rows
-        self._open, self._open_count = open, open_count
+        self._open, self._open_count, self._whole = open, open_count, whole or open_count is None
         self._rule, self._generator = rule, generator
         self._candidates: Fill | None = None
 
     @cached_property
     def hidden_states(self) -> Tensor:
-        """[B, T, D]; zero in rows that were not read."""
-        if self._rows is None:
+        """[B, T, D], of the open positions; elsewhere nothing to build on."""
+        if self._whole:
             return self._encode(self._tokens)
-        read = self._encode(self._tokens[self._rows])  # [R, T, D]
-        return read.new_zeros(len(self._tokens), *read.shape[1:]).index_copy_(0, self._rows, read)
+        tokens, open = (self._tokens, self._open) if self._rows is None else (
+            self._tokens[self._rows], self._open[self._rows])  # [R, T]
+        found = self._encode(tokens, positions=flat_positions(open, self._open_count))  # [N, D]
+        hidden = found.new_zeros(self._tokens.numel(), found.size(-1))  # [B T, D]
+        hidden.index_copy_(0, flat_positions(self._open, self._open_count), found)
+        return hidden.view(*self._tokens.shape, -1)
 
     @property
     def candidates(self) -> Fill:
