@@ -24,7 +24,7 @@ from core.errors import run_script
 class BenchConfig:
     """The options of bench.py."""
 
-    shapes: str = option('small,large', 'which of them, with a comma between')
+    shapes: str = option('small,large', 'which of them, with a comma between; medium and gpt2 are for a GPU')
     groups: str = option('training,fill,sampling,policies', 'what to measure, with a comma between')
     repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 where they take long')
     baseline: bool = option(False, "measure the yardsticks beside: an eager float32 GPT's step, a cached causal decode")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.benchmark_cases import BASE_SIZE, Case, Shape, base_vocabulary, model_config, short_name
+from core.benchmark_cases import Case, Shape, base_vocabulary, model_config, short_name
 from core.benchmark_sampling import (POLICY_ROWS, TEMPERATURE, PolicyRun, decode_cases, fill_cases, policy_runs,
                                      sampling_cases, sampling_network)
 from core.benchmark_training import baseline_case, training_cases
@@ -202,8 +202,9 @@ def measure_policies(runs: Mapping[str, PolicyRun], network: Network, say: Say, 
         bare.append(call(tokens))
         for name, run in runs.items():
             one = _timed_run(network, run, RowRandom(len(bare), 0, torch.arange(POLICY_ROWS, device=device)))
-            seen = found.setdefault(name, {'tokens': int((run.tokens == BASE_SIZE).sum()), 'seconds': [],
-                                           'trunk_seconds': [], 'network_seconds': []})
+            masked = run.tokens == network.model.config.mask_token_id
+            seen = found.setdefault(name, {'tokens': int(masked.sum()), 'seconds': [], 'trunk_seconds': [],
+                                           'network_seconds': []})
             seen.update(trunk_calls=network.trunk_calls, network_calls=network.network_calls)
             for key, value in one.items():
                 seen[key].append(value)
@@ -213,13 +214,14 @@ def measure_policies(runs: Mapping[str, PolicyRun], network: Network, say: Say, 
 
 def _timed_run(network: Network, run: PolicyRun, generator: RowRandom) -> dict[str, float]:
     """Seconds of one run, and of these inside the trunk and inside the network; the network counts this run alone."""
-    tokens, device = run.tokens.to(generator.rows.device), generator.rows.device
-    settings = GenerationSettings('diffusion', DrawRule(base_vocabulary(device), TEMPERATURE), run.policy,
+    config, device = network.model.config, generator.rows.device
+    tokens = run.tokens.to(device)
+    settings = GenerationSettings('diffusion', DrawRule(base_vocabulary(config, device), TEMPERATURE), run.policy,
                                   use_sampler_head=run.use_sampler_head, use_critic=run.use_critic)
     network.timer.reset()
     network.trunk_calls = network.network_calls = 0
     with network.timer.measure('run'):
-        generate(network, Layout(tokens, tokens != BASE_SIZE), settings, generator)
+        generate(network, Layout(tokens, tokens != config.mask_token_id), settings, generator)
     inside = {stage: network.timer.totals.get(stage, 0.0) for stage in ('trunk', 'critic')}
     return {'seconds': network.timer.measured, 'trunk_seconds': inside['trunk'],
             'network_seconds': sum(inside.values())}

@@ -10,26 +10,36 @@ from torch import Tensor
 from model import GPTConfig
 from sample_utils import allowed_ids
 
-BASE_SIZE, VOCABULARY_SIZE = 63, 67  # characters of shakespeare_char; with the four special ids
+SPECIAL = 4  # ids after the base vocabulary: mask, wrong, pad and CLS
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its batch."""
+    """A model and its batch. base_size: of the vocabulary without its special ids, by default the characters of
+    shakespeare_char; sampler_output: the sampler head's, see `GPTConfig`."""
 
     n_layer: int
     n_head: int
     n_embd: int
     block_size: int
     batch_size: int
+    base_size: int = 63
+    sampler_output: str = 'own'
 
     @property
     def tokens(self) -> int:
         """Tokens of one training step."""
         return self.batch_size * self.block_size
 
+    @property
+    def vocabulary_size(self) -> int:
+        """V, the special ids among them."""
+        return self.base_size + SPECIAL
 
-SHAPES = {'small': Shape(4, 4, 128, 128, 64), 'large': Shape(6, 6, 384, 256, 32)}
+
+SHAPES = {'small': Shape(4, 4, 128, 128, 64), 'large': Shape(6, 6, 384, 256, 32),
+          'medium': Shape(10, 6, 384, 256, 64),  # 17.7 million weights
+          'gpt2': Shape(12, 12, 768, 1024, 12, base_size=50_257, sampler_output='shared_detached')}  # 124 million
 
 
 class Case(NamedTuple):
@@ -46,15 +56,16 @@ class Case(NamedTuple):
 
 
 def model_config(shape: Shape, **changes: Any) -> GPTConfig:
-    """The model of `shape` with the special ids of shakespeare_char; `changes` add heads or make it causal."""
-    return GPTConfig(block_size=shape.block_size, vocab_size=VOCABULARY_SIZE, n_layer=shape.n_layer,
-                     n_head=shape.n_head, n_embd=shape.n_embd, mask_token_id=BASE_SIZE, wrong_token_id=BASE_SIZE + 1,
-                     pad_token_id=BASE_SIZE + 2, cls_token_id=BASE_SIZE + 3, **changes)
+    """The model of `shape`; `changes` add heads or make it causal."""
+    return GPTConfig(block_size=shape.block_size, vocab_size=shape.vocabulary_size, n_layer=shape.n_layer,
+                     n_head=shape.n_head, n_embd=shape.n_embd, mask_token_id=shape.base_size,
+                     wrong_token_id=shape.base_size + 1, pad_token_id=shape.base_size + 2,
+                     cls_token_id=shape.base_size + 3, sampler_output=shape.sampler_output, **changes)
 
 
-def base_vocabulary(device: torch.device) -> Tensor:
-    """bool [V], True for the ids that may be drawn."""
-    return allowed_ids(VOCABULARY_SIZE, BASE_SIZE, device)
+def base_vocabulary(config: GPTConfig, device: torch.device) -> Tensor:
+    """bool [V], True for the ids that may be drawn by a model of `model_config`."""
+    return allowed_ids(config.vocab_size, config.mask_token_id, device)
 
 
 def short_name(dtype: torch.dtype) -> str:

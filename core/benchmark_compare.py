@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from core.benchmark import COPY
+from core.benchmark_cases import Shape
 from core.benchmark_report import TITLES, Spread, machine_lines, ratios, read_record
 from core.errors import UserError
 from core.markdown import markdown_table
@@ -37,7 +38,7 @@ def comparison(before_path: Path, before: Record, after_path: Path, after: Recor
     warnings, tables = machine_differences(before['machine'], after['machine']), []
     for name in (name for name in before['shapes'] if name in after['shapes']):
         one, other = before['shapes'][name], after['shapes'][name]
-        if one['shape'] != other['shape']:
+        if Shape(**one['shape']) != Shape(**other['shape']):
             warnings.append(f'{name} is another shape in each, so its rows are left out')
             continue
         rows = [[label, *(Spread.of([1e3 * value for value in seconds]).show('{:.1f}'.format) for seconds in pair),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.benchmark_cases import BASE_SIZE, Case, Shape, base_vocabulary, model_config, short_name
+from core.benchmark_cases import Case, Shape, base_vocabulary, model_config, short_name
 from core.generation import GenerationSettings, Method, Network, generate
 from core.policies import POLICIES, Policy, remask_policy
 from core.prompt import Layout
@@ -35,7 +35,7 @@ def fill_cases(shape: Shape, device: torch.device, autocast: torch.dtype | None)
     """One trunk call on fully masked rows, and the wavefront fill of all of them from its hidden states."""
     network = sampling_network(model_config(shape, add_sampler_head=True), device, autocast)
     model, tokens = network.model, _masked(FILL_ROWS, shape, device)
-    rows, rule = torch.arange(FILL_ROWS, device=device), DrawRule(base_vocabulary(device), TEMPERATURE)
+    rows, rule = torch.arange(FILL_ROWS, device=device), DrawRule(base_vocabulary(model.config, device), TEMPERATURE)
     with network.precision():
         hidden_states = network.encode(tokens)  # [B, T, D]
 
@@ -101,7 +101,8 @@ def _causal_case(network: Network, shape: Shape, rows: int) -> Case:
 def _text_case(network: Network, method: Method, shape: Shape, rows: int, operations: float, **given: Any) -> Case:
     """operations: of a token."""
     device = network.model.lm_head.weight.device
-    settings = GenerationSettings(method, DrawRule(base_vocabulary(device), TEMPERATURE), **given)
+    rule = DrawRule(base_vocabulary(network.model.config, device), TEMPERATURE)
+    settings = GenerationSettings(method, rule, **given)
     written = rows * shape.block_size
     return Case(_sampling_run(network, settings, _masked(rows, shape, device)), written * operations, written,
                 network.autocast or torch.float32)
@@ -120,7 +121,7 @@ def sampling_network(config: GPTConfig, device: torch.device, autocast: torch.dt
 
 def _masked(rows: int, shape: Shape, device: torch.device) -> Tensor:
     """int64 [rows, T], nothing but masks."""
-    return torch.full((rows, shape.block_size), BASE_SIZE, device=device)
+    return torch.full((rows, shape.block_size), shape.base_size, device=device)
 
 
 # Policies -----------------------------------------------------------------------------------------------------------
@@ -145,15 +146,15 @@ def policy_runs(shape: Shape) -> dict[str, PolicyRun]:
     group = math.ceil(T / calls)  # positions a call
     options = {'iterations': calls, 'idle_cache': True, 'choice_temperature': 4.5, 'remdm_eta': None, 'loop_on': 0.55,
                'loop_off': 0.05, 'loop_alpha': 0.9, 'planner_eta': 1.0, 'selection_noise': 0.5,
-               'entropy_bound': (group - 0.5) * math.log(BASE_SIZE), 'parallel_factor': group + 1.0,
-               'confidence_threshold': 1 / BASE_SIZE}
+               'entropy_bound': (group - 0.5) * math.log(shape.base_size), 'parallel_factor': group + 1.0,
+               'confidence_threshold': 1 / shape.base_size}
     masks = {'first_hitting': calls, 'dilated': 2 ** calls}
     found = {}
     for name, row in POLICIES.items():
         policy = remask_policy(linear_remasking_schedule(calls - 1, 0.95, 0.05), 'ratio', 0.4, True) \
             if name == 'remask' else row.make(**{option: options[option] for option in row.options})
         tokens = torch.zeros(POLICY_ROWS, T, dtype=torch.int64)
-        tokens[:, :masks.get(name, T)] = BASE_SIZE
+        tokens[:, :masks.get(name, T)] = shape.base_size
         found[name] = PolicyRun(policy, tokens, False, row.needs_critic)
         if name in WITH_HEAD:
             found[f'{name} with sampler head'] = found[name]._replace(use_sampler_head=True)

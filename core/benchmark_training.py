@@ -13,7 +13,7 @@ import torch
 
 from core.baseline import Baseline, BaselineTraining
 from core.batches import BatchPlan
-from core.benchmark_cases import BASE_SIZE, VOCABULARY_SIZE, Case, Shape, base_vocabulary, model_config
+from core.benchmark_cases import Case, Shape, base_vocabulary, model_config
 from core.benchmark_sampling import fill_operations
 from core.optimizer import is_matrix
 from core.runtime import Runtime
@@ -38,26 +38,26 @@ def training_cases(shape: Shape, runtime: Runtime, critic_row_stride: int) -> di
 
 
 def _training_run(config: GPTConfig, shape: Shape, runtime: Runtime) -> Callable[[int], object]:
-    plan = BatchPlan(tokens=_corpus(), seed=1, block_size=shape.block_size, batch_size=shape.batch_size, micro_steps=1,
-                     rank=0, world_size=1, mask_token_id=BASE_SIZE, loss_weighting='elbo',
+    plan = BatchPlan(tokens=_corpus(shape), seed=1, block_size=shape.block_size, batch_size=shape.batch_size,
+                     micro_steps=1, rank=0, world_size=1, mask_token_id=shape.base_size, loss_weighting='elbo',
                      sampler_context=config.sampler_context if config.add_sampler_head else 0,
                      critic_row_stride=config.critic_row_stride, critic_scope=config.critic_target_scope)
     kind = 'causal' if config.attention_type == 'causal' else 'unmasking'
     model = GPT(config).to(runtime.device)
-    state = TrainingState(model, base_vocabulary(runtime.device), runtime, plan, kind, **TRAINING)
+    state = TrainingState(model, base_vocabulary(config, runtime.device), runtime, plan, kind, **TRAINING)
     return lambda iteration: training_step(state, iteration, TRAINING['learning_rate'])
 
 
 def baseline_case(shape: Shape, device: torch.device) -> Case:
     """A training step of the yardstick (core/baseline.py) of the same shape: causal, eager, float32."""
-    model = Baseline(shape.block_size, VOCABULARY_SIZE, shape.n_layer, shape.n_head, shape.n_embd).to(device)
-    training = BaselineTraining(model, _corpus(), shape.batch_size, shape.block_size)
+    model = Baseline(shape.block_size, shape.vocabulary_size, shape.n_layer, shape.n_head, shape.n_embd).to(device)
+    training = BaselineTraining(model, _corpus(shape), shape.batch_size, shape.block_size)
     operations = step_operations(model_config(shape, attention_type='causal'), shape)
     return Case(lambda _: training.step(), operations, shape.tokens, torch.float32, baseline_bytes(model, shape))
 
 
-def _corpus() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, BASE_SIZE, TOKENS, dtype=np.uint16)
+def _corpus(shape: Shape) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, shape.base_size, TOKENS, dtype=np.uint16)
 
 
 # Operations ---------------------------------------------------------------------------------------------------------
@@ -73,8 +73,8 @@ def step_operations(config: GPTConfig, shape: Shape) -> float:
     D, V, masked = config.n_embd, config.vocab_size, shape.tokens / 2
     operations = 3.0 * trunk * shape.tokens
     if config.add_sampler_head:  # its input is detached, so the first matrix has one product less to take back
-        first, rest = (2 * config.sampler_context + 1) * D * D, D * D + D * V
-        operations += masked * 2 * (2 * first + 3 * rest)
+        first = (2 * config.sampler_context + 1) * D * D
+        operations += masked * 2 * (2 * first + 3 * D * D + (3 if config.sampler_output == 'own' else 2) * D * V)
     if config.add_critic_head:  # the filled-in text is read by the trunk once more, on a share of the rows
         share = math.ceil(shape.batch_size / config.critic_row_stride) / shape.batch_size
         operations += share * (masked * fill_operations(config) + 3.0 * trunk * shape.tokens)
@@ -123,6 +123,6 @@ def step_bytes(config: GPTConfig, shape: Shape, dtype: torch.dtype) -> float:
 
 def baseline_bytes(model: Baseline, shape: Shape) -> float:
     """As `step_bytes` for the yardstick: no rotation, AdamW throughout, no average of the weights."""
-    values = shape.tokens * (shape.n_layer * (2 * NORM + ACTIVATION) * shape.n_embd + LOSS * VOCABULARY_SIZE)
+    values = shape.tokens * (shape.n_layer * (2 * NORM + ACTIVATION) * shape.n_embd + LOSS * shape.vocabulary_size)
     weights = sum(weight.numel() for weight in model.parameters())
     return float(torch.float32.itemsize * (values + weights * (GRADIENT + 2 * MOMENT + WEIGHT)))

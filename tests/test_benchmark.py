@@ -18,7 +18,7 @@ from bench import main
 from core.baseline import Baseline
 from core.batches import BATCH_MAKERS
 from core.benchmark import COPY, GROUPS, another_round, benchmark, measure_in_turns, measure_policies
-from core.benchmark_cases import BASE_SIZE, Case, Shape, model_config
+from core.benchmark_cases import Case, Shape, base_vocabulary, model_config
 from core.benchmark_report import (BEGIN, END, added_share, fastest, floors, gap, overhead, rate_share, ratio,
                                    ratios, read_record, report, write_report)
 from core.benchmark_sampling import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
@@ -35,7 +35,7 @@ from core.timing import TimingAccumulator
 from core.training_step import TrainingState
 from conftest import toy_plan
 from model import GPT
-from sample_utils import DrawRule, allowed_ids, sampler_wavefront_fill
+from sample_utils import DrawRule, sampler_wavefront_fill
 
 TINY = Shape(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4)
 ROOT = Path(__file__).parent.parent
@@ -208,10 +208,10 @@ def test_every_policy_is_measured_at_the_same_number_of_trunk_calls():
 
 def counted(config, stage):
     """(operations of forward and backward as torch counts them, predicted positions with padding)."""
-    plan = toy_plan(block_size=TINY.block_size, batch_size=TINY.batch_size, mask_token_id=BASE_SIZE,
+    plan = toy_plan(block_size=TINY.block_size, batch_size=TINY.batch_size, mask_token_id=TINY.base_size,
                     sampler_context=config.sampler_context if stage.sampler else 0)
     batch, = BATCH_MAKERS['causal' if config.attention_type == 'causal' else 'unmasking'](plan, 0, lambda count: count)
-    objective = Objective(GPT(config), allowed_ids(config.vocab_size, BASE_SIZE))
+    objective = Objective(GPT(config), base_vocabulary(config, torch.device('cpu')))
     # the counter does not see the attention kernel of a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(batch, stage, 0.5, keyed(1, 0, 0, TINY.batch_size)).total.backward()
@@ -223,8 +223,9 @@ def test_trunk_operations_are_what_torch_counts():
     assert counted(config, Stage(False, False)) == (step_operations(config, TINY), TINY.tokens)
 
 
-def test_sampler_head_operations_are_what_torch_counts():
-    config = model_config(TINY, add_sampler_head=True)
+@pytest.mark.parametrize('output', ['own', 'shared_detached'])
+def test_sampler_head_operations_are_what_torch_counts(output):
+    config = model_config(dataclasses.replace(TINY, sampler_output=output), add_sampler_head=True)
     without, _ = counted(config, Stage(False, False))
     whole, predicted = counted(config, Stage(True, False))
     ours = step_operations(config, TINY) - step_operations(model_config(TINY), TINY)
@@ -243,10 +244,10 @@ def test_critic_operations_are_a_trunk_pass_of_its_rows(stride):
 
 def test_fill_operations_are_needed_and_nearly_all():
     config = model_config(TINY, add_sampler_head=True)
-    model, tokens = GPT(config), torch.full((64, TINY.block_size), BASE_SIZE)
+    model, tokens = GPT(config), torch.full((64, TINY.block_size), TINY.base_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         hidden_states = torch.zeros(64, TINY.block_size, TINY.n_embd)
-        sampler_wavefront_fill(model, tokens, hidden_states, DrawRule(allowed_ids(config.vocab_size, BASE_SIZE)),
+        sampler_wavefront_fill(model, tokens, hidden_states, DrawRule(base_vocabulary(config, torch.device('cpu'))),
                                RowRandom(1, 0, torch.arange(64)))
     ours = fill_operations(config) * tokens.numel()
     assert 0.8 * ours < counter.get_total_flops() < 1.6 * ours  # bootstrap reads all logits and spares the head its row
@@ -270,7 +271,7 @@ class Moved(TorchDispatchMode):
 @pytest.mark.parametrize('heads', [{}, {'add_sampler_head': True}, {'attention_type': 'causal'}])
 def test_every_value_that_the_optimizer_keeps_is_read_and_written_and_gradients_read_twice(heads):
     config = model_config(TINY, **heads)
-    state = TrainingState(GPT(config), allowed_ids(config.vocab_size, BASE_SIZE), Runtime(torch.device('cpu'),
+    state = TrainingState(GPT(config), base_vocabulary(config, torch.device('cpu')), Runtime(torch.device('cpu'),
                           torch.float32, False), toy_plan(), 'unmasking', **benchmark_training.TRAINING)
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -331,7 +332,7 @@ def test_sampling_cases_write_every_token():
         assert (case.dtype is torch.bfloat16) == name.endswith('bfloat16'), name
         written = case.run(3)
         assert isinstance(written, Generation) and written.tokens.numel() == case.tokens, name
-        assert (written.tokens < BASE_SIZE).all(), name
+        assert (written.tokens < TINY.base_size).all(), name
         assert (written.waves > 0) == name.startswith('diffusion'), name
 
 
