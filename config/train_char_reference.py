@@ -2,7 +2,8 @@
 #     python train.py config/train_char_reference.py
 # It reads ref.bin, which no generator sees, and shares neither seed nor weights with one. That split is a bit more than
 # a quarter of train.bin, so it is seen many times: hence dropout.
-# Two CPU cores: shrunk in proportion. One GPU: 6 layers, 384 channels, 3000 iterations. Not measured yet.
+# Two CPU cores, shrunk in proportion: 456 s of steps, validation loss 1.381 nats per character. One GPU: 6 layers, 384
+# channels, 3000 iterations; not measured yet.
 out_dir = 'out-reference'
 dataset = 'shakespeare_char'
 train_split = 'ref'

@@ -14,10 +14,10 @@ n_head = 6
 n_embd = 384
 block_size = 256
 batch_size = 64
-max_iters = 4000
+max_iters = 2400
 warmup_iters = 200
 learning_rate = 6e-3
-eval_interval = 1000
+eval_interval = 1200
 eval_iters = 8
 ema_decay = 0.998
 
@@ -27,10 +27,10 @@ if device == 'cpu':
     n_embd = 128
     block_size = 128
     batch_size = 32
-    max_iters = 4000 // 4
+    max_iters = 2400 // 4
     warmup_iters = 200 // 4
     learning_rate = 12e-3  # narrower, hence higher
-    eval_interval = 1000 // 4
+    eval_interval = 1200 // 4
     eval_iters = 16
     ema_decay = 0.99
 
