@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
+
 from core.batches import CAPACITIES
 from core.objective import MOST_LOGITS
+from core.optimizer import iterates_squares
 from model import GPTConfig
 
 SPECIAL = 4  # ids after the base vocabulary: mask, wrong, pad and CLS
@@ -211,10 +214,15 @@ def chunk_positions(positions: int, vocabulary: int) -> int:
 
 def update_bytes(size: Size) -> int:
     """Bytes that the optimizer holds at its worst moment: Muon, of the matrices of one shape, five copies and two
-    products of each with itself."""
+    products of each with itself; where it iterates these, four copies and four products."""
     if size.optimizer != 'muon':
         return 0
-    return FLOAT * max(count * (5 * one * other + 2 * other * other) for count, one, other in matrices(size.config))
+    return FLOAT * max(count * ((4 * one + 4 * other) * other if _squares(size, one, other)
+                                else (5 * one + 2 * other) * other) for count, one, other in matrices(size.config))
+
+
+def _squares(size: Size, one: int, other: int) -> bool:
+    return iterates_squares(other, one, torch.bfloat16 if size.bfloat16 else torch.float32)
 
 
 def peak_bytes(size: Size, positions: int) -> int:
@@ -252,7 +260,9 @@ def update_operations(size: Size) -> float:
     """Operations of Muon's products, which every rank does whole; AdamW has none."""
     if size.optimizer != 'muon':
         return 0.0
-    return float(sum(10 * count * (2 * one * other ** 2 + other ** 3) for count, one, other in matrices(size.config)))
+    return float(sum(count * (4 * one * other ** 2 + 34 * other ** 3 if _squares(size, one, other)
+                              else 10 * (2 * one * other ** 2 + other ** 3))
+                     for count, one, other in matrices(size.config)))
 
 
 def rank_operations(size: Size, positions: float) -> float:

@@ -137,9 +137,10 @@ def test_bytes_by_hand():
     assert staying_bytes(replace(size, ranks=2)) == 24 * P - 4 * M
     assert staying_bytes(replace(size, optimizer='adamw')) == 20 * P
     assert staying_bytes(replace(size, optimizer='adamw', ranks=4, sharded=True)) == 5 * P + 4 * P
+    assert update_operations(replace(size, bfloat16=True)) == 280 * 2 * 16 ** 3
     assert link_bytes(replace(size, ranks=4)) == 8 * P * 3 / 4 and link_bytes(size) == 0
     assert link_bytes(replace(size, optimizer='adamw', ranks=4, sharded=True)) == 2 * 12 * P * 3 / 4
-    assert update_operations(size) == 280 * 2 * 16 ** 3 and update_operations(replace(size, optimizer='adamw')) == 0
+    assert update_operations(size) == 176 * 2 * 16 ** 3 and update_operations(replace(size, optimizer='adamw')) == 0
     assert rank_operations(replace(size, ranks=4), 90) == \
         iteration_operations(replace(size, ranks=4), 90) / 4 + update_operations(size)
 

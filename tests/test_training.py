@@ -172,6 +172,22 @@ def test_muon_updates_are_orthogonal_and_sized():
     assert torch.allclose(update, orthogonalise(matrices[:1], torch.float32)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize('shape', [(2, 12, 36), (2, 48, 12), (1, 5, 10), (2, 12, 16)])
+@pytest.mark.parametrize('smallest', [0.1, 1e-6])
+def test_orthogonalised_in_float32_is_the_iteration_as_published(shape, smallest):
+    """Of matrices with singular values from 1 down to `smallest`, in either way of computing it."""
+    generator, rank = torch.Generator().manual_seed(1), min(shape[1:])
+    left, right = (torch.linalg.qr(torch.randn(shape[0], side, rank, dtype=torch.float64, generator=generator))[0]
+                   for side in shape[1:])
+    matrices = left * torch.logspace(0, math.log10(smallest), rank, dtype=torch.float64) @ right.mT
+    expected = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        product = expected @ expected.mT
+        expected = 3.4445 * expected - 4.7750 * product @ expected + 2.0315 * product @ product @ expected
+    found = orthogonalise(matrices.float(), torch.float32)
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_a_step_does_not_depend_on_what_ran_before_it():
     """Drawing from torch's own generator in between, as evaluation or sampling might, changes nothing."""
     results = []
