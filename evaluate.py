@@ -47,7 +47,8 @@ class EvaluateConfig:
     temperatures: list[float] = option([0.7, 1.0, 1.4, 2.0], 'of curves, which go through them to equal entropy')
     reference_checkpoint: str = option('out-reference/ckpt_best.pt', 'causal model that scores the samples')
     causal_checkpoint: str = option('out-ar/ckpt_best.pt', 'causal model whose samples are a control')
-    report: str | None = option(None, 'page whose generated part is written anew: docs/results.md or docs/remasking.md with no measure named')
+    report: str | None = option(
+        None, 'page whose generated part is written anew: docs/results.md or docs/remasking.md with no measure named')
     # the machine
     batch_size: int = option(64, 'windows or texts at once; lower it when memory runs out, the numbers stay the same')
     seed: int = option(1337, 'random orders follow from it')

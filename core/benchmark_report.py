@@ -1,6 +1,5 @@
 """What a benchmark's record says: figures and tables as functions of the raw seconds, and the files they go to."""
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import Any, NamedTuple
 
 from core.benchmark import COPY, FORMAT, GROUPS, VERSION, Say, benchmark
 from core.benchmark_cases import SHAPES, Shape
+from core.benchmark_files import RecordKind, file_problems, name_problems, read_json_record, show_and_write
 from core.benchmark_sampling import FILL_ROWS, POLICY_ROWS, PREDICTIONS
-from core.errors import UserError, raise_problems
-from core.files import atomic_writer
-from core.markdown import markdown_table, split_at_markers, write_between
+from core.errors import raise_problems
+from core.markdown import markdown_table
 
-BEGIN, END = '<!-- bench.py writes from here -->', '<!-- bench.py writes to here -->'
-PAGE = 'docs/performance.md'
+KIND = RecordKind('bench.py', FORMAT, (1, VERSION), '<!-- bench.py writes from here -->',
+                  '<!-- bench.py writes to here -->')
 CASES = {  # what a case is called in a table
     'baseline': 'baseline: eager float32 causal step',
     'causal': 'causal step of the same trunk', 'stage 1': 'stage 1: diffusion, main loss only',
@@ -225,54 +224,23 @@ def run_benchmark(config: Any, explicit: Mapping[str, str], say: Say) -> None:
                            device=config.device, dtype=config.dtype, compile=config.compile,
                            repetitions=config.repetitions, critic_row_stride=config.critic_row_stride,
                            baseline=config.baseline)
-    text = report(record)
-    say('')
-    say(text)
-    if config.json is not None:
-        with atomic_writer(Path(config.json)) as file:
-            file.write((json.dumps(record, indent=1) + '\n').encode())
-        say(f'record written to {config.json}')
-    if config.report is not None:
-        write_report(Path(config.report), text)
-        say(f'tables written to {config.report}')
+    show_and_write(config, record, report(record), KIND, say)
 
 
 def option_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options, found before minutes are spent."""
     problems = [f'{name} is {value}, but must be at least 1' for name in ('repetitions', 'critic_row_stride')
                 if (value := getattr(config, name)) is not None and value < 1]
-    for option, known in (('shapes', SHAPES), ('groups', GROUPS)):
-        names = getattr(config, option).split(',')
-        problems += [f'{option} names {one!r}, but there are {" and ".join(known)}; give --{option}={",".join(known)}'
-                     for one in names if one not in known]
-        problems += [f'{option} names {one!r} twice; leave one out' for one in known if names.count(one) > 1]
+    problems += [*name_problems('shapes', config.shapes, SHAPES), *name_problems('groups', config.groups, GROUPS)]
     if config.baseline and not {'training', 'sampling'} & set(config.groups.split(',')):
         problems.append(f'baseline adds rows to training and sampling, but groups is {config.groups!r}; name one of '
                         f'them or leave --baseline out')
-    if config.from_json is not None:
-        problems += [f'{name} was given, but --from_json measures nothing; leave one of them out'
-                     for name in explicit if name not in ('from_json', 'report')]
-    if config.json is not None and not Path(config.json).absolute().parent.is_dir():
-        problems.append(f'cannot write {config.json}: its folder does not exist; create it first')
-    if config.report is not None:
-        try:
-            split_at_markers(Path(config.report), BEGIN, END, PAGE)
-        except UserError as error:
-            problems.append(str(error))
-    return problems
+    return problems + file_problems(config, explicit, KIND)
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """A record that --json wrote. UserError for anything else."""
-    try:
-        record = json.loads(path.read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}; make it with bench.py --json={path}') from None
-    except ValueError:
-        raise UserError(f'{path} is not JSON; make it with bench.py --json={path}') from None
-    if not isinstance(record, dict) or record.get('format') != FORMAT or record.get('version') not in (1, VERSION):
-        raise UserError(f'{path} is not a record of this bench.py (version {VERSION}); make it anew with bench.py '
-                        f'--json={path}')
+    record = read_json_record(path, KIND)
     return _brought_up(record) if record['version'] == 1 else record
 
 
@@ -286,8 +254,3 @@ def _brought_up(record: dict[str, Any]) -> dict[str, Any]:
             cases = {one: {**case, 'dtype': dtype, 'bytes': None} for one, case in entry[group]['cases'].items()}
             shapes[name][group] = {'rates': {dtype: entry[group]['rate']}, 'cases': cases}
     return {**record, 'version': VERSION, 'shapes': shapes}
-
-
-def write_report(path: Path, text: str) -> None:
-    """Put `text` between the two marker lines of `path`; all else stays."""
-    write_between(path, BEGIN, END, text, PAGE)

@@ -69,7 +69,8 @@ def run_evaluation(config: Any, explicit: Mapping[str, str],
     """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
     raise_problems(option_problems(config))
     if config.report is not None and 'measure' not in explicit:
-        write_report(config, (*RESULT_SECTIONS, *REMASKING_SECTIONS), lambda changed, given: measured_rows(changed, given, say), say)
+        write_report(config, (*RESULT_SECTIONS, *REMASKING_SECTIONS),
+                     lambda changed, given: measured_rows(changed, given, say), say)
         return {}
     evaluation = load_evaluation(config, explicit, say)
     cache, found = ResultCache(evaluation.out_dir / CACHE_NAME), {}

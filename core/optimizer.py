@@ -40,8 +40,8 @@ def iterates_squares(rows: int, columns: int, dtype: torch.dtype) -> bool:
 
 
 def _polynomial_of(gram: Tensor) -> Tensor:
-    """[K, b, b]: what the whole iteration multiplies x [K, b, a] with, as a polynomial of gram = x @ x.mT. Polynomials of
-    one matrix commute, so the next x @ x.mT is step @ gram @ step."""
+    """[K, b, b]: what the whole iteration multiplies x [K, b, a] with, as a polynomial of gram = x @ x.mT. Polynomials
+    of one matrix commute, so the next x @ x.mT is step @ gram @ step."""
     linear, cubic, quintic = _COEFFICIENTS
     found = None
     for number in range(_ITERATIONS):

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from core.batches import CAPACITIES
+from core.benchmark_cases import SPECIAL, Shape, model_config
 from core.objective import MOST_LOGITS
 from core.optimizer import iterates_squares
 from model import GPTConfig
 
-SPECIAL = 4  # ids after the base vocabulary: mask, wrong, pad and CLS
 FLOAT = 4  # bytes of a float32 value; weights, gradients, moments and averages are such
 
 
@@ -49,13 +49,10 @@ class Size:
     @property
     def config(self) -> GPTConfig:
         """The model, its heads trained from the first iteration on."""
-        base = self.vocab_size - SPECIAL
-        heads = {} if self.sampler is None else {'add_sampler_head': True, 'sampler_output': self.sampler,
-                                                 'sampler_n_embd': self.sampler_n_embd}
+        heads = {} if self.sampler is None else {'add_sampler_head': True, 'sampler_n_embd': self.sampler_n_embd}
         heads |= {'add_critic_head': True, 'critic_row_stride': self.critic_row_stride} if self.critic else {}
-        return GPTConfig(block_size=self.block_size, vocab_size=self.vocab_size, n_layer=self.n_layer,
-                         n_head=self.n_head, n_embd=self.n_embd, mask_token_id=base, wrong_token_id=base + 1,
-                         pad_token_id=base + 2, cls_token_id=base + 3, **heads)
+        return model_config(Shape(self.n_layer, self.n_head, self.n_embd, self.block_size, self.rows,
+                                  self.vocab_size - SPECIAL, self.sampler or 'own'), **heads)
 
     @property
     def positions(self) -> int:

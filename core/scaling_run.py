@@ -27,13 +27,14 @@ import torch
 from configurator import configure, option
 from core.batches import BatchPlan, unmasking_batches
 from core.benchmark import describe_machine
+from core.benchmark_cases import SPECIAL
+from core.benchmark_files import RecordKind, file_problems, name_problems, read_json_record, show_and_write
 from core.benchmark_report import machine_lines
 from core.benchmark_training import TOKENS, TRAINING
 from core.errors import UserError, raise_problems, run_script
-from core.files import atomic_writer
-from core.markdown import markdown_table, split_at_markers, write_between
+from core.markdown import markdown_table
 from core.runtime import PEAK_RATES, measure_matrix_rate, start_runtime, stop_runtime
-from core.scaling import (CHARACTERS, PLANNED, SIZES, SPECIAL, Size, link_bytes, parameters, peak_bytes,
+from core.scaling import (CHARACTERS, PLANNED, SIZES, Size, link_bytes, parameters, peak_bytes,
                           rank_operations)
 from core.training_step import TrainingState, training_step
 from model import GPT
@@ -42,10 +43,10 @@ from sample_utils import allowed_ids
 Say = Callable[[str], None]
 
 FORMAT, VERSION = 'masked-diffusion-scaling', 1
-BEGIN, END = '<!-- bench.py --scaling writes from here -->', '<!-- bench.py --scaling writes to here -->'
-PAGE = 'docs/performance.md'
+KIND = RecordKind('bench.py --scaling', FORMAT, (VERSION,), '<!-- bench.py --scaling writes from here -->',
+                  '<!-- bench.py --scaling writes to here -->')
 FEWEST_STEPS = 2  # moments exist from the second on
-EMPTY = Size(2, 1, 8, 8, rows=4, steps=FEWEST_STEPS, **CHARACTERS)  # what a process holds that has everything but a size
+EMPTY = Size(2, 1, 8, 8, rows=4, steps=FEWEST_STEPS, **CHARACTERS)  # shows what a process holds beside a size
 ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a peak rate, and what a step makes of it
 
 
@@ -64,50 +65,14 @@ def run_scaling(arguments: Sequence[str], say: Say) -> None:
     configuration = configure(ScalingConfig, arguments, usage=__doc__)
     config = configuration.config
     raise_problems(option_problems(config, configuration.explicit))
-    record = read_scaling(Path(config.from_json)) if config.from_json is not None else \
+    record = read_json_record(Path(config.from_json), KIND) if config.from_json is not None else \
         measure_sizes({name: SIZES[name] for name in config.sizes.split(',')}, say)
-    text = scaling_report(record)
-    say(f'\n{text}')
-    if config.json is not None:
-        with atomic_writer(Path(config.json)) as file:
-            file.write((json.dumps(record, indent=1) + '\n').encode())
-        say(f'record written to {config.json}')
-    if config.report is not None:
-        write_between(Path(config.report), BEGIN, END, text, PAGE)
-        say(f'tables written to {config.report}')
+    show_and_write(config, record, scaling_report(record), KIND, say)
 
 
 def option_problems(config: ScalingConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options, found before minutes are spent."""
-    names = config.sizes.split(',')
-    problems = [f'sizes names {one!r}, but there are {", ".join(SIZES)}; give --sizes=small,large or leave it out'
-                for one in names if one not in SIZES]
-    problems += [f'sizes names {one!r} twice; leave one out' for one in SIZES if names.count(one) > 1]
-    if config.from_json is not None:
-        problems += [f'{name} was given, but --from_json measures nothing; leave one of them out'
-                     for name in explicit if name not in ('from_json', 'report')]
-    if config.json is not None and not Path(config.json).absolute().parent.is_dir():
-        problems.append(f'cannot write {config.json}: its folder does not exist; create it first')
-    if config.report is not None:
-        try:
-            split_at_markers(Path(config.report), BEGIN, END, PAGE)
-        except UserError as error:
-            problems.append(str(error))
-    return problems
-
-
-def read_scaling(path: Path) -> dict[str, Any]:
-    """A record that --scaling --json wrote. UserError for anything else."""
-    try:
-        record = json.loads(path.read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}; make it with bench.py --scaling --json={path}') from None
-    except ValueError:
-        raise UserError(f'{path} is not JSON; make it with bench.py --scaling --json={path}') from None
-    if not isinstance(record, dict) or (record.get('format'), record.get('version')) != (FORMAT, VERSION):
-        raise UserError(f'{path} is not a record of bench.py --scaling (version {VERSION}); make it anew with '
-                        f'bench.py --scaling --json={path}')
-    return record
+    return [*name_problems('sizes', config.sizes, SIZES), *file_problems(config, explicit, KIND)]
 
 
 # The measurement ----------------------------------------------------------------------------------------------------
@@ -228,8 +193,8 @@ def scaling_report(record: Mapping[str, Any]) -> str:
         *markdown_table(['size', *head, 'MB by formula', 'MB of tensors', 'ratio', 'MB of the process', 'GFLOP',
                          'seconds', 'share of the rate'],
                         measured),
-        '', f'Extrapolated, not measured: eager, in bfloat16, at an assumed {ASSUMED_SHARE:.0%} of the {ASSUMED_GPU}\'s peak of '
-            f'{PEAK_RATES[ASSUMED_GPU] / 1e12:.0f} TFLOP/s:', '',
+        '', f"Extrapolated, not measured: eager, in bfloat16, at an assumed {ASSUMED_SHARE:.0%} of the {ASSUMED_GPU}'s "
+            f'peak of {PEAK_RATES[ASSUMED_GPU] / 1e12:.0f} TFLOP/s:', '',
         *markdown_table(['size', *head, 'GB by formula', 'TFLOP', 'seconds', 'GB sent'], planned)])
 
 

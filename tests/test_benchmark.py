@@ -19,13 +19,14 @@ from core.baseline import Baseline
 from core.batches import BATCH_MAKERS
 from core.benchmark import COPY, GROUPS, another_round, benchmark, measure_in_turns, measure_policies
 from core.benchmark_cases import Case, Shape, base_vocabulary, model_config
-from core.benchmark_report import (BEGIN, END, added_share, fastest, floors, gap, overhead, rate_share, ratio,
-                                   ratios, read_record, report, write_report)
+from core.benchmark_report import (KIND, added_share, fastest, floors, gap, overhead, rate_share, ratio,
+                                   ratios, read_record, report)
 from core.benchmark_sampling import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
                                      fill_operations, policy_runs, sampling_cases)
 from core.benchmark_training import baseline_bytes, step_bytes, step_operations
 from core.errors import UserError
 from core.generation import Generation, Network
+from core.markdown import write_between
 from core.objective import Objective
 from core.policies import POLICIES
 from core.randomness import RowRandom, keyed
@@ -37,6 +38,7 @@ from conftest import toy_plan
 from model import GPT
 from sample_utils import DrawRule, sampler_wavefront_fill
 
+BEGIN, END = KIND.begin, KIND.end
 TINY = Shape(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4)
 ROOT = Path(__file__).parent.parent
 
@@ -503,7 +505,7 @@ def test_a_page_without_markers_stays_as_it_is(tmp_path):
     page = tmp_path / 'page.md'
     page.write_text(f'{BEGIN}\n{BEGIN}\n{END}\n')
     with pytest.raises(UserError):
-        write_report(page, 'text')
+        write_between(page, BEGIN, END, 'text', 'docs/performance.md')
     assert page.read_text() == f'{BEGIN}\n{BEGIN}\n{END}\n'
 
 

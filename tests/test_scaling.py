@@ -19,16 +19,19 @@ import core.scaling
 import core.scaling_run as scaling_run
 from bench import main
 from core.batches import BatchPlan, unmasking_batches
+from core.benchmark_cases import SPECIAL
+from core.benchmark_files import read_json_record
 from core.benchmark_training import TRAINING
 from core.errors import UserError
 from core.runtime import Runtime
-from core.scaling import (PLANNED, SIZES, SPECIAL, Size, iteration_operations, link_bytes, micro_step_bytes, parameters,
+from core.scaling import (PLANNED, SIZES, Size, iteration_operations, link_bytes, micro_step_bytes, parameters,
                           peak_bytes, rank_operations, staying_bytes, update_bytes, update_operations)
-from core.scaling_run import BEGIN, END, FORMAT, VERSION, measure_here, scaling_report
+from core.scaling_run import FORMAT, KIND, VERSION, measure_here, scaling_report
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
 from sample_utils import allowed_ids
 
+BEGIN, END = KIND.begin, KIND.end
 TINY = Size(2, 2, 16, 16, 20, rows=4, micro_steps=1, steps=2)
 BROAD = Size(3, 2, 64, 64, 30, rows=16, micro_steps=1, steps=2)  # wide enough for what formulas leave out to be little
 HEADS = {'sampler': 'own', 'sampler_n_embd': 96, 'critic': True}
@@ -293,7 +296,7 @@ def test_a_record_is_shown_again_and_written_between_its_own_markers(tmp_path, c
 def test_what_is_measured_is_kept_and_reads_back(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling_run, 'measure_sizes', lambda sizes, say: {**a_record(), 'asked': list(sizes)})
     main(['--scaling', '--sizes=long,small', f'--json={tmp_path / "a.json"}'])
-    assert scaling_run.read_scaling(tmp_path / 'a.json') == {**a_record(), 'asked': ['long', 'small']}
+    assert read_json_record(tmp_path / 'a.json', KIND) == {**a_record(), 'asked': ['long', 'small']}
 
 
 @pytest.mark.parametrize('arguments, words', [

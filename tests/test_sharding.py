@@ -44,7 +44,7 @@ def test_two_ranks_with_a_part_of_the_weights_each_are_as_good_as_one_process(sm
     the ranks; then the file that they saved is resumed by one process. The ranks take their losses in chunks and
     compute their layers again."""
     Path('cut.py').write_text(CUT.format(root=str(ROOT), options=OPTIONS))
-    # each in processes of its own: a second group of the same ones may meet at an address of the first and wait for ever
+    # each in processes of its own: a second group of the same ones may meet at an address of the first and hang
     for further in (['--max_iters=4'], ['--max_iters=8', '--init_from=resume']):
         result = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                                  'cut.py', *further], env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True,

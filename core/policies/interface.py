@@ -42,11 +42,12 @@ class Prediction:
         """[B, T, D], of the open positions; elsewhere nothing to build on."""
         if self._whole:
             return self._encode(self._tokens)
-        tokens, open = (self._tokens, self._open) if self._rows is None else (
-            self._tokens[self._rows], self._open[self._rows])  # [R, T]
-        found = self._encode(tokens, positions=flat_positions(open, self._open_count))  # [N, D]
-        hidden = found.new_zeros(self._tokens.numel(), found.size(-1))  # [B T, D]
-        hidden.index_copy_(0, flat_positions(self._open, self._open_count), found)
+        picked = within = flat_positions(self._open, self._open_count)  # [N]
+        tokens = self._tokens
+        if self._rows is not None:
+            tokens, within = tokens[self._rows], flat_positions(self._open[self._rows], self._open_count)  # [R, T], [N]
+        found = self._encode(tokens, positions=within)  # [N, D]
+        hidden = found.new_zeros(self._tokens.numel(), found.size(-1)).index_copy_(0, picked, found)  # [B T, D]
         return hidden.view(*self._tokens.shape, -1)
 
     @property
