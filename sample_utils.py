@@ -1,7 +1,7 @@
 """Sampling utilities: pure functions that return new tensors and take their random numbers from a `RowRandom`.
 
-Exact draws from a masked diffusion language model, the sampler head's wavefront fill, remasking, the critic's filled-in
-text and self-confidence. The loop that calls the network again and again is core/generation.py.
+The sampler head's wavefront fill, independent draws, remasking, the critic's filled-in text and self-confidence. Exact
+draws from logits are in core/drawing.py; the loop that calls the network again and again is core/generation.py.
 
 Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, C = sampler_context, W width
 of the sampler head, N positions picked out of a batch.
@@ -9,154 +9,27 @@ of the sampler head, N positions picked out of a batch.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.drawing import (Chosen, DrawRule, Draws, allowed_log_probabilities, choose_tokens, completed, draw_tokens,
+                          place_tokens, revealed_ids)
 from core.errors import UserError
 from core.randomness import Purpose, RowRandom
 from model import GPT, GPTConfig, ModelMode
 
 Order = Literal['wave', 'left_to_right']
-_CHUNK = 1 << 24  # most logits held at once by independent draws
+_CHUNK = 1 << 24  # most logits held at once by draws
 
 
-# Drawing one token per position -------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class DrawRule:
-    """How tokens are drawn from logits.
-
-    allowed: bool [V], False for ids that never come out. temperature 0 takes the most probable token. top_k None and
-    top_p 1 leave the distribution whole. repetition_penalty: see `penalise_repetition`; 1 is off.
-    """
-
-    allowed: Tensor
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-
-class Draws(NamedTuple):
-    """tokens int64 [...]; log_probabilities float64 [...] under the distribution they were drawn from; confidence
-    float64 [...], the log-probability under the model itself (temperature 1, nothing cut), one scale for all draws."""
-
-    tokens: Tensor
-    log_probabilities: Tensor
-    confidence: Tensor
-
-
-def allowed_ids(vocab_size: int, base_size: int, device: torch.device | str = 'cpu') -> Tensor:
-    """bool [V]: the base vocabulary is allowed, the special ids behind it are not."""
-    return torch.arange(vocab_size, device=device) < base_size
-
-
-def allowed_log_probabilities(logits: Tensor, allowed: Tensor, temperature: float = 1.0, top_k: int | None = None,
-                              top_p: float = 1.0) -> Tensor:
-    """Normalised log-probabilities, float64 [..., V], of logits [..., V]; minus infinity for ids that cannot come out.
-
-    First the temperature, then top_k, then top_p (each renormalised). Temperature 0 gives the most probable id all
-    the weight. Logits that are not a number stay so, hence a broken network shows in the log-probabilities of draws.
-    """
-    log_probabilities = logits.double().masked_fill(~allowed, -math.inf)  # [..., V]
-    if temperature == 0:
-        highest, token = log_probabilities.max(-1, keepdim=True)  # [..., 1]
-        return torch.full_like(log_probabilities, -math.inf).scatter(-1, token, highest - highest)
-    if temperature != 1:
-        log_probabilities = log_probabilities / temperature
-    log_probabilities = F.log_softmax(log_probabilities, dim=-1)
-    if top_k is not None and top_k < logits.size(-1):
-        order = log_probabilities.argsort(dim=-1, descending=True, stable=True)
-        log_probabilities = F.log_softmax(log_probabilities.scatter(-1, order[..., top_k:], -math.inf), dim=-1)
-    return nucleus(log_probabilities, top_p) if top_p < 1 else log_probabilities
-
-
-def nucleus(log_probabilities: Tensor, top_p: float) -> Tensor:
-    """Log-probabilities [..., V] cut to the smallest set of ids that holds at least `top_p` (Holtzman et al. 2020)."""
-    ordered, order = log_probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()  # weight of all more probable ids
-    outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
-    outside = outside.scatter(-1, order[..., :1], False)  # the most probable id stays
-    return F.log_softmax(log_probabilities.masked_fill(outside, -math.inf), dim=-1)
-
-
-def draw_tokens(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """int64 [...]: exact draws by inverse distribution function, one number of `uniform` [...] in (0, 1) per draw.
-
-    No Gumbel noise, so no lowered temperature by rounding (Zheng et al. 2024).
-    """
-    return _first_beyond(log_probabilities.detach().exp().cumsum(-1), uniform)
-
-
-def _first_beyond(cumulative: Tensor, uniform: Tensor) -> Tensor:
-    """int64 [...]: the first id whose cumulative weight [..., V] exceeds `uniform` [...] times the total.
-
-    The weight rises there, so an id of weight zero never comes out, whatever the rounding. Id 0 where weights are not
-    numbers.
-    """
-    wanted = uniform[..., None] * cumulative[..., -1:]  # [..., 1]
-    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).remainder_(cumulative.size(-1))
-
+# Draws from logits --------------------------------------------------------------------------------------------------
 
 def nucleus_sample(logits: Tensor, uniform: Tensor, allowed: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
     """int64 [...]: tokens drawn from the nucleus `top_p` of logits [..., V]."""
     return draw_tokens(allowed_log_probabilities(logits, allowed, temperature, top_p=top_p), uniform)
-
-
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits [N, V] of ids in `seen` bool [N, V] divided by `penalty` where positive, multiplied where negative
-    (Keskar et al. 2019, section 4.1)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def revealed_ids(tokens: Tensor, vocab_size: int, mask_token_id: int | None) -> Tensor:
-    """bool [B, V]: which ids stand revealed in each row of tokens [B, T]."""
-    seen = torch.zeros(tokens.size(0), vocab_size, dtype=torch.bool, device=tokens.device).scatter(1, tokens, True)
-    if mask_token_id is not None:
-        seen[:, mask_token_id] = False
-    return seen
-
-
-def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = None) -> Draws:
-    """`Draws` of logits [N, V] under `rule` with uniform [N]; seen [N, V] is read when repetition is penalised."""
-    scores, model_scores = _scores(logits, rule, seen)  # [N, V]
-    cumulative = scores.exp().cumsum(-1)
-    return _picked(_first_beyond(cumulative, uniform), scores, cumulative[:, -1:], model_scores)
-
-
-def place(logits: Tensor, rule: DrawRule, tokens: Tensor, seen: Tensor | None = None) -> Draws:
-    """`Draws` with the given tokens int64 [N] in place of drawn ones, else as `draw`."""
-    scores, model_scores = _scores(logits, rule, seen)  # [N, V]
-    return _picked(tokens, scores, scores.exp().sum(-1, keepdim=True), model_scores)
-
-
-def _scores(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities float64 [N, V] under `rule`, and under the model itself: each up to a constant of its row that
-    makes the highest 0. The same tensor where the rule changes nothing."""
-    model_scores = logits.double().masked_fill(~rule.allowed, -math.inf)
-    model_scores = model_scores - model_scores.amax(-1, keepdim=True)
-    if rule.repetition_penalty != 1:
-        logits = penalise_repetition(logits, seen, rule.repetition_penalty)
-        scores = allowed_log_probabilities(logits, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
-        return scores - scores.amax(-1, keepdim=True), model_scores
-    if rule.top_k is not None or rule.top_p < 1 or rule.temperature == 0:
-        scores = allowed_log_probabilities(model_scores, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
-        return scores - scores.amax(-1, keepdim=True), model_scores
-    return model_scores if rule.temperature == 1 else model_scores / rule.temperature, model_scores
-
-
-def _picked(tokens: Tensor, scores: Tensor, total: Tensor, model_scores: Tensor) -> Draws:
-    """`Draws` from what `_scores` gives [N, V]; total [N, 1]: the sum of scores.exp()."""
-    found = scores.gather(-1, tokens[:, None]) - total.log()  # [N, 1]
-    confidence = found.detach()
-    if model_scores is not scores:
-        model_scores = model_scores.detach()
-        confidence = model_scores.gather(-1, tokens[:, None]) - model_scores.exp().sum(-1, keepdim=True).log()
-    return Draws(tokens, found.squeeze(-1), confidence.squeeze(-1))
 
 
 # What the sampler head reads ----------------------------------------------------------------------------------------
@@ -344,9 +217,9 @@ def neighbour_tables(model: GPT) -> Tensor:
     return (tables * shown).flatten(0, 1)
 
 
-def draw_wave(choose: Callable[..., Draws], model: GPT, tables: Tensor, bags: Tensor, starts: Tensor,
-              projected: Tensor, logits: Tensor, rule: DrawRule, choice: Tensor, seen: Tensor | None) -> Draws:
-    """`Draws` of the n positions of one wave, by `choose` (`draw` or `place`) with choice [n].
+def draw_wave(choose: Callable[..., Chosen], model: GPT, tables: Tensor, bags: Tensor, starts: Tensor,
+              projected: Tensor, logits: Tensor, rule: DrawRule, choice: Tensor, seen: Tensor | None) -> Chosen:
+    """The tokens of the n positions of one wave, by `choose` (`choose_tokens` or `place_tokens`) with choice [n].
 
     bags int64 [2C n]: rows of tables [2C V, W], those of position i from starts [n] on; projected [n, W]: what the
     hidden state adds to the first product; logits [n, V]: the trunk's; seen bool [n, V] or None. Nothing here waits for
@@ -360,7 +233,7 @@ def draw_wave(choose: Callable[..., Draws], model: GPT, tables: Tensor, bags: Te
 def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
                            positions: Tensor | None = None, order: Order = 'wave',
                            purpose: Purpose = Purpose.TOKEN, truth: Tensor | None = None,
-                           tables: Tensor | None = None, wave: Callable[..., Draws] = draw_wave) -> Fill:
+                           tables: Tensor | None = None, wave: Callable[..., Chosen] = draw_wave) -> Fill:
     """Fill masked positions wave by wave through the sampler head, from one trunk call (docs/sampler.md).
 
     tokens int64 [B, T]; hidden_states [B, T, D] of these tokens; positions bool [B, T] limits the fill to a group
@@ -391,19 +264,23 @@ def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, ru
     choose, choices = _choice(generator, purpose, T, truth)
     parts = zip(_trunk_logits(model, hidden, sizes), *(part.split(sizes) for part in (
         choices[picked], picked // T, padded_positions, neighbours, projection)))
-    draws = []
+    draws, chosen, held = [], [], 0
     for number, (logits, choice, row, position, neighbour, projected) in enumerate(parts):
         seen_here = None if seen is None else seen[row]
         if number == 0 and counts[1] > 0:  # bootstrapped, or the first of a group
-            drawn = choose(logits, rule, choice, seen_here)
+            found = choose(logits, rule, choice, seen_here)
         else:
             bags = (padded.take(neighbour) + slot).flatten()  # [2C n]
-            drawn = wave(choose, model, tables, bags, starts[:len(position)], projected, logits, rule, choice,
+            found = wave(choose, model, tables, bags, starts[:len(position)], projected, logits, rule, choice,
                          seen_here)
-        padded[position] = drawn.tokens
+        padded[position] = found.tokens
         if seen is not None:
-            seen[row, drawn.tokens] = True
-        draws.append(drawn)
+            seen[row, found.tokens] = True
+        chosen.append(found)
+        held += found.scores.numel()
+        if held >= _CHUNK or number == len(sizes) - 1:
+            draws.append(completed(chosen))
+            chosen, held = [], 0
     waves = tuple(counts[2:counts.index(0, 2)]) if 0 in counts[2:] else tuple(counts[2:])
     return _scatter_draws(tokens, picked, draws, positions, WaveStatistics(len(waves), counts[1], waves))
 
@@ -423,11 +300,11 @@ def _trunk_logits(model: GPT, hidden: Tensor, sizes: Sequence[int]) -> Iterator[
 
 
 def _choice(generator: RowRandom, purpose: Purpose, length: int,
-            truth: Tensor | None) -> tuple[Callable[..., Draws], Tensor]:
-    """`draw` with its uniform numbers [B T], or `place` with the tokens of truth [B, T]."""
+            truth: Tensor | None) -> tuple[Callable[..., Chosen], Tensor]:
+    """`choose_tokens` with its uniform numbers [B T], or `place_tokens` with the tokens of truth [B, T]."""
     if truth is None:
-        return draw, generator.uniform(purpose, length).flatten()
-    return place, truth.flatten()
+        return choose_tokens, generator.uniform(purpose, length).flatten()
+    return place_tokens, truth.flatten()
 
 
 def _scatter_draws(tokens: Tensor, picked: Tensor, draws: Sequence[Draws], drawn: Tensor,
@@ -469,7 +346,7 @@ def independent_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: Dr
     hidden, draws = hidden_states.reshape(B * T, D), []
     for chunk in picked.split(max(1, _CHUNK // rule.allowed.numel())) if len(picked) else ():
         logits = model.lm_head(hidden[chunk])  # [n, V]
-        draws.append(choose(logits, rule, choices[chunk], None if seen is None else seen[chunk // T]))
+        draws.append(completed([choose(logits, rule, choices[chunk], None if seen is None else seen[chunk // T])]))
     return _scatter_draws(tokens, picked, draws, positions, None)
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from core.drawing import allowed_ids
 from model import GPTConfig
-from sample_utils import allowed_ids
 
 SPECIAL = 4  # ids after the base vocabulary: mask, wrong, pad and CLS
 

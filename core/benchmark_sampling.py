@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from core.benchmark_cases import Case, Shape, base_vocabulary, model_config, short_name
+from core.drawing import DrawRule
 from core.generation import GenerationSettings, Method, Network, generate
 from core.policies import POLICIES, Policy, remask_policy
 from core.prompt import Layout
 from core.randomness import RowRandom
 from core.timing import TimingAccumulator
 from model import GPT, GPTConfig
-from sample_utils import DrawRule, linear_remasking_schedule
+from sample_utils import linear_remasking_schedule
 
 FILL_ROWS = 16
 SAMPLING_ROWS = (1, 16)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from core.checkpoint import CheckpointKind, build_model, load_checkpoint
 from core.data import Corpus, Vocabulary
+from core.drawing import DrawRule
 from core.errors import UserError
 from core.evaluator import fixed_windows
 from core.generation import GenerationSettings, Network, generate, score_confidence
@@ -34,7 +35,6 @@ from core.runtime import Runtime
 from core.sampling_options import build_policy
 from core.timing import TimingAccumulator
 from model import GPT
-from sample_utils import DrawRule
 
 CONFIDENCE_GROUPS = 8  # network calls of a self-confidence, as in sample.py
 TRIALS = 9  # most trials of a dial for one number of trunk calls

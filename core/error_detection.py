@@ -36,6 +36,7 @@ from torch import Tensor
 from core.calibration import calibration_error, fit_calibration, reliability, write_calibration
 from core.checkpoint import CheckpointKind
 from core.corruption import apply_mask, draw_exact_mask
+from core.drawing import DrawRule
 from core.error_plots import plot_errors
 from core.errors import UserError
 from core.evaluation import Cell, Evaluation, Measure, Result, checkpoint_hash
@@ -45,7 +46,7 @@ from core.quality import FEWEST_TEXTS, Statistic, bootstrap
 from core.randomness import Purpose, RowRandom, keyed
 from core.schedule import started_heads
 from model import GPT, ModelMode
-from sample_utils import DrawRule, fill_positions, independent_fill, pseudo_log_likelihood, wrong_probabilities
+from sample_utils import fill_positions, independent_fill, pseudo_log_likelihood, wrong_probabilities
 
 SHARES = tuple(tenths / 10 for tenths in range(1, 10))  # of positions masked
 SHOWN_SHARE = 0.5  # whose errors the printed summary and the reliability diagram are of

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from core.checkpoint import CheckpointKind, build_model, load_checkpoint
 from core.data import Vocabulary, ensure_corpus
+from core.drawing import allowed_ids
 from core.error_detection import ERRORS
 from core.errors import UserError, raise_problems
 from core.evaluation import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache, checkpoint_hash
@@ -27,7 +28,6 @@ from core.schedule import started_heads
 from core.study import write_report
 from core.study_remasking import SECTIONS as REMASKING_SECTIONS
 from core.study_sections import SECTIONS as RESULT_SECTIONS
-from sample_utils import allowed_ids
 
 NELBO_WINDOWS = 512
 

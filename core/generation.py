@@ -21,15 +21,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from core.drawing import Chosen, DrawRule, draw, revealed_ids
 from core.errors import UserError
 from core.policies import Counts, Policy, PolicyView, Prediction
 from core.prompt import Layout
 from core.randomness import Purpose, RowRandom
 from core.timing import TimingAccumulator
 from model import GPT, KeyValueCache
-from sample_utils import (DrawRule, Draws, Fill, SelfConfidence, causal_confidence, draw, draw_wave, independent_fill,
-                          neighbour_tables, revealed_ids, sampler_wavefront_fill, self_confidence,
-                          wrong_probabilities)
+from sample_utils import (Fill, SelfConfidence, causal_confidence, draw_wave, independent_fill, neighbour_tables,
+                          sampler_wavefront_fill, self_confidence, wrong_probabilities)
 
 Method = Literal['diffusion', 'sampler', 'multinomial', 'standard']
 
@@ -113,7 +113,7 @@ class Network:
 
     def __init__(self, model: GPT, timer: TimingAccumulator, autocast: torch.dtype | None = None,
                  encode: Callable[..., Tensor] | None = None, remasking_model: GPT | None = None,
-                 wave: Callable[..., Draws] = draw_wave) -> None:
+                 wave: Callable[..., Chosen] = draw_wave) -> None:
         self.model, self.timer, self.autocast, self.remasking_model = model, timer, autocast, remasking_model
         self._encode, self._wave = encode or model.encode, wave
         self.compiled = encode is not None  # then every call is to have the same shape

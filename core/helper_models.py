@@ -16,13 +16,14 @@ from core.batches import Corruption
 from core.checkpoint import CheckpointKind, build_model, load_checkpoint
 from core.corruption import apply_mask
 from core.data import Vocabulary
+from core.drawing import DrawRule, allowed_ids
 from core.errors import UserError
 from core.kinds import GENERATORS
 from core.randomness import RowRandom
 from core.runtime import Runtime
 from core.schedule import started_heads
 from model import GPT
-from sample_utils import DrawRule, allowed_ids, predict_and_sample_tokens
+from sample_utils import predict_and_sample_tokens
 
 REMASKING_KINDS = (CheckpointKind.REMASKING, CheckpointKind.CLASSIFIER)
 HOW_TO_TRAIN = {  # a command for every kind that helps

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoint import CheckpointKind
+from core.drawing import DrawRule
 from core.errors import UserError, raise_problems
 from core.evaluation import Cell, Evaluation, Measure, Result
 from core.evaluator import bits_of, fixed_windows
@@ -33,7 +34,7 @@ from core.likelihood_plots import plot_likelihood
 from core.policies import POLICIES, Counts, Policy, PolicyView, Prediction
 from core.randomness import RowRandom, keyed
 from core.timing import TimingAccumulator
-from sample_utils import DrawRule, fill_positions
+from sample_utils import fill_positions
 
 Head = Literal['none', 'wave', 'left_to_right']  # who fills a step's positions: the trunk, or the head in that order
 HEADS: tuple[Head, ...] = get_args(Head)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.batches import Batch
+from core.drawing import DrawRule
 from core.randomness import RowRandom
 from core.schedule import Stage
 from model import GPT, ModelMode
-from sample_utils import DrawRule, build_critic_artifacts_from_logits, prepare_sampler_inputs, wrong_from_logits
+from sample_utils import build_critic_artifacts_from_logits, prepare_sampler_inputs, wrong_from_logits
 
 # Logits, N * V, beyond which the losses go through the positions in chunks. The softmax and its gradient keep about
 # four float32 copies of them, 0.5 GiB at this limit. With less, the chunks of a vocabulary of 50,000 would hold fewer

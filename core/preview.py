@@ -3,13 +3,14 @@
 import torch
 
 from core.data import Vocabulary
+from core.drawing import DrawRule
 from core.generation import GenerationSettings, Network, generate
 from core.policies import remask_policy
 from core.prompt import Layout
 from core.randomness import keyed
 from core.timing import TimingAccumulator
 from model import GPT
-from sample_utils import DrawRule, linear_remasking_schedule
+from sample_utils import linear_remasking_schedule
 
 PREDICTIONS = 16
 TEMPERATURE = 0.8

@@ -30,12 +30,12 @@ import torch
 
 from core.copied_spans import CopyIndex, code_points
 from core.data import Corpus, Vocabulary
+from core.drawing import allowed_ids
 from core.errors import UserError
 from core.generation import Network, score_confidence
 from core.randomness import keyed
 from core.timing import TimingAccumulator
 from model import GPT
-from sample_utils import allowed_ids
 
 SIZES = (1, 2, 3, 4, 5)  # characters of the n-grams
 REPEATED = 4  # characters of the n-grams whose repetition is counted

@@ -22,6 +22,7 @@ from core.animation import TerminalAnimation
 from core.calibration import find_calibration
 from core.checkpoint import build_model, load_checkpoint, model_config_from_dict
 from core.data import Vocabulary
+from core.drawing import DrawRule, allowed_ids
 from core.errors import UserError, raise_problems
 from core.generation import (GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows)
 from core.helper_models import load_judge, load_remasking_model, require_block
@@ -34,7 +35,7 @@ from core.sampling_options import (DIFFUSION, build_policy, guidance_problems, m
 from core.schedule import started_heads
 from core.timing import TimingAccumulator, get_global_timer
 from model import GPT
-from sample_utils import DrawRule, allowed_ids, draw_wave, judge_scores
+from sample_utils import draw_wave, judge_scores
 
 PREVIEW = 100  # characters of a preview
 

@@ -31,6 +31,7 @@ from core.benchmark_cases import SPECIAL
 from core.benchmark_files import RecordKind, file_problems, name_problems, read_json_record, show_and_write
 from core.benchmark_report import machine_lines
 from core.benchmark_training import TOKENS, TRAINING
+from core.drawing import allowed_ids
 from core.errors import UserError, raise_problems, run_script
 from core.markdown import markdown_table
 from core.runtime import PEAK_RATES, measure_matrix_rate, start_runtime, stop_runtime
@@ -38,7 +39,6 @@ from core.scaling import (CHARACTERS, PLANNED, SIZES, Size, link_bytes, paramete
                           rank_operations)
 from core.training_step import TrainingState, training_step
 from model import GPT
-from sample_utils import allowed_ids
 
 Say = Callable[[str], None]
 

@@ -15,6 +15,7 @@ from core.batches import BatchPlan
 from core.checkpoint import (Checkpoint, CheckpointKind, check_resume, initialise_from, load_checkpoint, load_weights,
                              model_config_to_dict)
 from core.data import Corpus, ensure_corpus
+from core.drawing import allowed_ids
 from core.errors import UserError, raise_problems
 from core.evaluator import Validation
 from core.helper_models import load_corruption
@@ -31,7 +32,6 @@ from core.sharding import cut, gathered, whole, whole_weights
 from core.step_guard import MOST_IN_A_ROW
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
-from sample_utils import allowed_ids
 
 TRAJECTORY = ('seed', 'loss_weighting', 'remasking_loss_type', 'remasking_corruption', 'corruption_checkpoint',
               'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters',

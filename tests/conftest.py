@@ -14,10 +14,10 @@ from core.batches import BatchPlan
 from core.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
 from core.corpora import character_vocabulary, write_corpus
 from core.data import load_corpus
+from core.drawing import allowed_ids
 from core.runtime import Runtime
 from core.training_step import TrainingState
 from model import GPT, GPTConfig
-from sample_utils import allowed_ids
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ['OMP_NUM_THREADS'] = '1'

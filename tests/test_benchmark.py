@@ -24,6 +24,7 @@ from core.benchmark_report import (KIND, added_share, fastest, floors, gap, over
 from core.benchmark_sampling import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
                                      fill_operations, policy_runs, sampling_cases)
 from core.benchmark_training import baseline_bytes, step_bytes, step_operations
+from core.drawing import DrawRule
 from core.errors import UserError
 from core.generation import Generation, Network
 from core.markdown import write_between
@@ -36,7 +37,7 @@ from core.timing import TimingAccumulator
 from core.training_step import TrainingState
 from conftest import toy_plan
 from model import GPT
-from sample_utils import DrawRule, sampler_wavefront_fill
+from sample_utils import sampler_wavefront_fill
 
 BEGIN, END = KIND.begin, KIND.end
 TINY = Shape(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4)

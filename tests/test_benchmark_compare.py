@@ -81,6 +81,18 @@ def test_another_shape_of_the_same_name_is_left_out(tmp_path, capsys):
     assert len(warnings) == 1 and 'other' in warnings[0] and '### tiny' in lines and '### other' not in lines
 
 
+def test_a_record_older_than_a_part_of_the_shape_is_read(tmp_path, capsys):
+    """A shape is told apart by what a record says of it; what it does not say was as it is by default."""
+    fill = group(**{'trunk call': [1.0] * 3, 'wavefront fill': [1.0] * 3})
+    before = a_record(fill=fill)
+    shape = before['shapes']['tiny']['shape']
+    before['shapes']['tiny']['shape'] = {key: shape[key] for key in shape if key not in ('base_size', 'sampler_output')}
+    warnings, rows, _ = compared(tmp_path, capsys, before, a_record(fill=fill))
+    assert warnings == [] and rows['trunk call'][2] == '1.000'
+    with pytest.raises(UserError, match='no row in common'):
+        compared(tmp_path, capsys, before, a_record(fill=fill, shape=dataclasses.replace(TINY, base_size=30)))
+
+
 def test_records_without_a_common_row_are_refused_with_what_they_hold(tmp_path, capsys):
     fill = group(**{'trunk call': [1.0] * 3, 'wavefront fill': [1.0] * 3})
     for other in (a_record(name='small', fill=fill), a_record(policies={'bare_seconds': [1.0], 'runs': {}}),

@@ -17,6 +17,7 @@ from core.corpora import character_vocabulary, write_corpus
 from core.curves import (DIALS, POLICY_DEFAULTS, Budget, Writer, at_entropy, budgets_of, held_out_texts, load_causal,
                          make_policy, nearest_setting, shuffled_characters, shuffled_words, write)
 from core.data import load_corpus
+from core.drawing import DrawRule, allowed_ids
 from core.errors import UserError
 from core.evaluation_run import run_evaluation
 from core.generation import GenerationSettings, Network, generate
@@ -30,7 +31,6 @@ from core.timing import TimingAccumulator
 from core.trainer import Run
 from evaluate import EvaluateConfig
 from sample import SampleConfig
-from sample_utils import DrawRule, allowed_ids
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent

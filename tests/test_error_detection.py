@@ -16,6 +16,7 @@ from core import error_detection
 from core.calibration import find_calibration
 from core.corpora import write_corpus
 from core.data import Vocabulary, load_corpus
+from core.drawing import allowed_ids
 from core.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrated, detectors, error_cells,
                                   expected_auroc, measured, one_shot)
 from core.errors import UserError
@@ -24,7 +25,6 @@ from core.helper_validation import auroc
 from core.randomness import Purpose, keyed
 from evaluate import EvaluateConfig
 from model import GPT
-from sample_utils import allowed_ids
 
 ALLOWED = allowed_ids(V0 + 4, V0)
 VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh'))

@@ -13,6 +13,7 @@ from configurator import configure
 from core import likelihood
 from core.checkpoint import Checkpoint, build_model, load_checkpoint, model_config_to_dict, save_checkpoint
 from core.data import Vocabulary
+from core.drawing import allowed_ids
 from core.errors import UserError, run_script
 from core.evaluation import CACHE_FORMAT, ResultCache
 from core.evaluation_run import run_evaluation, table
@@ -20,7 +21,6 @@ from core.evaluator import validate
 from core.runtime import Runtime
 from evaluate import EvaluateConfig, main
 from model import GPT, GPTConfig
-from sample_utils import allowed_ids
 
 
 def write_checkpoint(corpus, name, kind='unmasking', vocabulary=None, config=None, broken=False, **changes):

@@ -10,11 +10,11 @@ import torch
 
 from conftest import awake
 from core.corruption import draw_mask, low_discrepancy_times
+from core.drawing import allowed_ids
 from core.evaluator import bits_of, fixed_windows, validate
 from core.randomness import keyed
 from core.runtime import Runtime
 from model import GPT, GPTConfig
-from sample_utils import allowed_ids
 
 RUNTIME = Runtime(torch.device('cpu'), torch.float32, False)
 

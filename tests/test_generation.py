@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from core.drawing import DrawRule, allowed_ids
 from core.errors import UserError
 from core.generation import GenerationSettings, Network, Trace, generate, score_confidence, windows
 from core.policies import Policy, remask_policy
@@ -12,7 +13,6 @@ from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.randomness import RowRandom, keyed
 from core.timing import TimingAccumulator
 from model import GPT, GPTConfig
-from sample_utils import DrawRule, allowed_ids
 
 BASE, MASK, V, T = 10, 10, 14, 16
 RULE = DrawRule(allowed_ids(V, BASE))

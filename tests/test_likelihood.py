@@ -10,6 +10,7 @@ import torch
 from conftest import awake, toy_config
 from policy_laws import ORACLE, V, V0, T, law_of, tokens_of
 
+from core.drawing import DrawRule, allowed_ids
 from core.evaluator import fixed_windows
 from core.generation import GenerationSettings, Network, generate
 from core.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, log_likelihood,
@@ -19,7 +20,6 @@ from core.prompt import Layout
 from core.randomness import Purpose, RowRandom, keyed
 from core.timing import TimingAccumulator
 from model import GPT
-from sample_utils import DrawRule, allowed_ids
 
 ALLOWED = allowed_ids(V, V0)
 

@@ -12,12 +12,12 @@ import core.objective
 from conftest import V0, awake, toy_config, toy_plan
 from core.batches import BATCH_MAKERS, unmasking_batches
 from core.corruption import MINIMUM_TIME, low_discrepancy_times
+from core.drawing import allowed_ids
 from core.evaluator import any_order_terms
 from core.objective import Objective, weighted_cross_entropy
 from core.randomness import keyed
 from core.schedule import Stage
 from model import GPT
-from sample_utils import allowed_ids
 
 ALLOWED = allowed_ids(V0 + 4, V0)
 MAIN, SAMPLER, CRITIC = Stage(False, False), Stage(True, False), Stage(True, True)

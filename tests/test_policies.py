@@ -17,6 +17,7 @@ from policy_laws import MASK, ORACLE, V, V0, T, law_of, tokens_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.drawing import DrawRule, allowed_ids
 from core.generation import GenerationSettings, Network, Trace, _Soundness, _WindowRun, generate, windows
 from core.policies import POLICIES, Policy, Prediction
 from core.prompt import Layout, lay_out_prompt
@@ -25,7 +26,7 @@ from core.sampling_options import build_policy
 from core.timing import TimingAccumulator
 from model import GPT, GPTConfig
 from sample import SampleConfig
-from sample_utils import DrawRule, allowed_ids, linear_remasking_schedule
+from sample_utils import linear_remasking_schedule
 
 ALARM = 1e-4
 ROWS = 20_000

@@ -16,6 +16,7 @@ from conftest import SPECIAL, V0, awake, toy_config, toy_plan, toy_state
 from core.batches import BATCH_MAKERS, Corruption, judge_batches, judged_text, remasking_batches
 from core.checkpoint import load_checkpoint
 from core.corruption import draw_mask, low_discrepancy_times, replace_tokens
+from core.drawing import allowed_ids
 from core.errors import UserError
 from core.helper_models import one_shot_fill
 from core.helper_validation import auroc, validate_judge, validate_remasking
@@ -28,7 +29,7 @@ from core.schedule import Stage
 from core.trainer import train
 from core.training_step import TrainingState, training_step
 from model import GPT
-from sample_utils import allowed_ids, wrong_probabilities
+from sample_utils import wrong_probabilities
 
 ALLOWED = allowed_ids(V0 + 4, V0)
 MAIN = Stage(False, False)

@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 
+from core.drawing import DrawRule, allowed_ids
 from core.errors import UserError
 from core.generation import GenerationSettings, Network, Trace, TraceStep, generate
 from core.policies import POLICIES, remask_policy
@@ -18,7 +19,6 @@ from core.randomness import keyed
 from core.replay import embedded_json, replay_data, write_html
 from core.timing import TimingAccumulator
 from model import GPT, GPTConfig
-from sample_utils import DrawRule, allowed_ids
 
 LETTERS = 'abcde \n<&"'
 BASE, V, T = len(LETTERS), len(LETTERS) + 4, 16

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
+from core.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw, draw_tokens, penalise_repetition
 from core.errors import UserError
 from core.randomness import keyed
 from model import GPT, GPTConfig
-from sample_utils import (DrawRule, allowed_ids, allowed_log_probabilities, apply_remasking_step,
-                          build_critic_artifacts_from_logits, cosine_remasking_schedule, draw, draw_tokens,
-                          independent_fill, linear_remasking_schedule, nucleus_sample, penalise_repetition,
-                          predict_and_sample_tokens, self_confidence)
+from sample_utils import (apply_remasking_step, build_critic_artifacts_from_logits, cosine_remasking_schedule,
+                          independent_fill, linear_remasking_schedule, nucleus_sample, predict_and_sample_tokens,
+                          self_confidence)
 
 V, BASE, MASK = 9, 5, 5
 ALLOWED = allowed_ids(V, BASE)

@@ -22,6 +22,7 @@ from core.batches import BatchPlan, unmasking_batches
 from core.benchmark_cases import SPECIAL
 from core.benchmark_files import read_json_record
 from core.benchmark_training import TRAINING
+from core.drawing import allowed_ids
 from core.errors import UserError
 from core.runtime import Runtime
 from core.scaling import (PLANNED, SIZES, Size, iteration_operations, link_bytes, micro_step_bytes, parameters,
@@ -29,7 +30,6 @@ from core.scaling import (PLANNED, SIZES, Size, iteration_operations, link_bytes
 from core.scaling_run import FORMAT, KIND, VERSION, measure_here, scaling_report
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
-from sample_utils import allowed_ids
 
 BEGIN, END = KIND.begin, KIND.end
 TINY = Size(2, 2, 16, 16, 20, rows=4, micro_steps=1, steps=2)

@@ -14,11 +14,11 @@ import core.trainer
 import core.training_step
 from conftest import V0, awake, toy_config, toy_plan, toy_state
 from core.checkpoint import load_checkpoint
+from core.drawing import allowed_ids
 from core.runtime import Runtime
 from core.step_guard import WINDOW, Skipped, StepGuard
 from core.training_step import TrainingState, training_step
 from model import GPT
-from sample_utils import allowed_ids
 from test_trainer import equal_runs, refused, run
 
 STAGED = {'add_sampler_head': True, 'start_sampler_iteration': 0, 'add_critic_head': True, 'start_critic_iteration': 2,

@@ -13,12 +13,13 @@ import torch
 
 from conftest import V0, toy_config, toy_plan, toy_state
 from core.batches import Corruption, unmasking_batches
+from core.drawing import allowed_ids
 from core.optimizer import Muon, orthogonalise
 from core.runtime import Runtime
 from core.schedule import Stage, all_heads_trained_from, critic_alpha, learning_rate_at, stage_at
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
-from sample_utils import allowed_ids, prepare_sampler_inputs
+from sample_utils import prepare_sampler_inputs
 
 STAGED = {'add_sampler_head': True, 'start_sampler_iteration': 2, 'add_critic_head': True,
           'start_critic_iteration': 4, 'end_critic_iteration': 8}

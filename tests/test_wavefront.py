@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample_utils
+from core.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw_tokens
 from core.randomness import RowRandom, keyed
 from model import GPT, GPTConfig
-from sample_utils import (DrawRule, _bootstrap_fill_by_confidence, allowed_ids, allowed_log_probabilities, draw_tokens,
-                          draw_wave, group_schedule, neighbour_tables, neighbour_tokens, predict_and_sample_tokens,
-                          prepare_sampler_inputs, sampler_wavefront_fill, wave_schedule)
+from sample_utils import (_bootstrap_fill_by_confidence, draw_wave, group_schedule, neighbour_tables, neighbour_tokens,
+                          predict_and_sample_tokens, prepare_sampler_inputs, sampler_wavefront_fill, wave_schedule)
 
 BASE, MASK, V, T = 10, 10, 14, 24
 
@@ -235,3 +235,20 @@ def test_a_wave_is_one_graph_and_draws_the_same_tokens(model):
                                         wave=wave)
         assert torch.equal(plain.tokens, traced.tokens) and plain.statistics.waves > 1
         torch.testing.assert_close(plain.log_probabilities, traced.log_probabilities)
+
+
+@pytest.mark.parametrize('penalty', [1.0, 1.5])
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_the_most_logits_held_at_once_change_nothing(model, monkeypatch, temperature, penalty):
+    """From all positions of the fill at once down to each wave by itself."""
+    rule = replace(RULE, temperature=temperature, repetition_penalty=penalty)
+    tokens = torch.full((4, T), MASK)
+    hidden = model.encode(tokens)
+    whole = sampler_wavefront_fill(model, tokens, hidden, rule, keyed(2, 0, 0, 4))
+    for most in (1, 5 * V):
+        monkeypatch.setattr(sample_utils, '_CHUNK', most)
+        parts = sampler_wavefront_fill(model, tokens, hidden, rule, keyed(2, 0, 0, 4))
+        assert torch.equal(whole.tokens, parts.tokens)
+        torch.testing.assert_close(whole.log_probabilities, parts.log_probabilities)
+        torch.testing.assert_close(whole.confidence, parts.confidence)
+        assert (whole.confidence == whole.log_probabilities).all() == (temperature == penalty == 1)

@@ -10,9 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from core.drawing import DrawRule, allowed_log_probabilities
 from core.randomness import Purpose, RowRandom
 from model import GPT
-from sample_utils import DrawRule, Fill, allowed_log_probabilities, flat_positions, highest_positions, independent_fill
+from sample_utils import Fill, flat_positions, highest_positions, independent_fill
 
 ROUNDING = 1e-9  # added before a count is cut to a whole number, so that a cosine of 1/2 counts as one
 _CHUNK = 1 << 24  # most logits held at once

@@ -1,0 +1,159 @@
+"""Exact draws of tokens from logits: what may come out, how probable it was, and one uniform number for each.
+
+Letters: B batch (rows), T sequence length, V vocabulary with the special ids, N positions picked out of a batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DrawRule:
+    """How tokens are drawn from logits.
+
+    allowed: bool [V], False for ids that never come out. temperature 0 takes the most probable token. top_k None and
+    top_p 1 leave the distribution whole. repetition_penalty: see `penalise_repetition`; 1 is off.
+    """
+
+    allowed: Tensor
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+class Draws(NamedTuple):
+    """tokens int64 [...]; log_probabilities float64 [...] under the distribution they were drawn from; confidence
+    float64 [...], the log-probability under the model itself (temperature 1, nothing cut), one scale for all draws."""
+
+    tokens: Tensor
+    log_probabilities: Tensor
+    confidence: Tensor
+
+
+def allowed_ids(vocab_size: int, base_size: int, device: torch.device | str = 'cpu') -> Tensor:
+    """bool [V]: the base vocabulary is allowed, the special ids behind it are not."""
+    return torch.arange(vocab_size, device=device) < base_size
+
+
+def allowed_log_probabilities(logits: Tensor, allowed: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                              top_p: float = 1.0) -> Tensor:
+    """Normalised log-probabilities, float64 [..., V], of logits [..., V]; minus infinity for ids that cannot come out.
+
+    First the temperature, then top_k, then top_p (each renormalised). Temperature 0 gives the most probable id all
+    the weight. Logits that are not a number stay so, hence a broken network shows in the log-probabilities of draws.
+    """
+    log_probabilities = logits.double().masked_fill(~allowed, -math.inf)  # [..., V]
+    if temperature == 0:
+        highest, token = log_probabilities.max(-1, keepdim=True)  # [..., 1]
+        return torch.full_like(log_probabilities, -math.inf).scatter(-1, token, highest - highest)
+    if temperature != 1:
+        log_probabilities = log_probabilities / temperature
+    log_probabilities = F.log_softmax(log_probabilities, dim=-1)
+    if top_k is not None and top_k < logits.size(-1):
+        order = log_probabilities.argsort(dim=-1, descending=True, stable=True)
+        log_probabilities = F.log_softmax(log_probabilities.scatter(-1, order[..., top_k:], -math.inf), dim=-1)
+    return nucleus(log_probabilities, top_p) if top_p < 1 else log_probabilities
+
+
+def nucleus(log_probabilities: Tensor, top_p: float) -> Tensor:
+    """Log-probabilities [..., V] cut to the smallest set of ids that holds at least `top_p` (Holtzman et al. 2020)."""
+    ordered, order = log_probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # weight of all more probable ids
+    outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    outside = outside.scatter(-1, order[..., :1], False)  # the most probable id stays
+    return F.log_softmax(log_probabilities.masked_fill(outside, -math.inf), dim=-1)
+
+
+def draw_tokens(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """int64 [...]: exact draws by inverse distribution function, one number of `uniform` [...] in (0, 1) per draw.
+
+    No Gumbel noise, so no lowered temperature by rounding (Zheng et al. 2024).
+    """
+    return _first_beyond(log_probabilities.detach().exp().cumsum(-1), uniform)
+
+
+def _first_beyond(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """int64 [...]: the first id whose cumulative weight [..., V] exceeds `uniform` [...] times the total.
+
+    The weight rises there, so an id of weight zero never comes out, whatever the rounding. Id 0 where weights are not
+    numbers.
+    """
+    wanted = uniform[..., None] * cumulative[..., -1:]  # [..., 1]
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).remainder_(cumulative.size(-1))
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [N, V] of ids in `seen` bool [N, V] divided by `penalty` where positive, multiplied where negative
+    (Keskar et al. 2019, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def revealed_ids(tokens: Tensor, vocab_size: int, mask_token_id: int | None) -> Tensor:
+    """bool [B, V]: which ids stand revealed in each row of tokens [B, T]."""
+    seen = torch.zeros(tokens.size(0), vocab_size, dtype=torch.bool, device=tokens.device).scatter(1, tokens, True)
+    if mask_token_id is not None:
+        seen[:, mask_token_id] = False
+    return seen
+
+
+class Chosen(NamedTuple):
+    """Tokens int64 [N] and what tells how probable they were, for `completed`: scores float64 [N, V], log-probabilities
+    up to a constant of the row; total [N, 1], the sum of scores.exp(); model_scores [N, V] under the model itself, None
+    where they are the same."""
+
+    tokens: Tensor
+    scores: Tensor
+    total: Tensor
+    model_scores: Tensor | None
+
+
+def choose_tokens(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None) -> Chosen:
+    """Tokens drawn from logits [N, V] under `rule` with uniform [N]; seen [N, V] is read when repetition is
+    penalised."""
+    scores, model_scores = _scores(logits, rule, seen)  # [N, V]
+    cumulative = scores.exp().cumsum(-1)
+    return Chosen(_first_beyond(cumulative, uniform), scores, cumulative[:, -1:], model_scores)
+
+
+def place_tokens(logits: Tensor, rule: DrawRule, tokens: Tensor, seen: Tensor | None) -> Chosen:
+    """The given tokens int64 [N] in place of drawn ones, else as `choose_tokens`."""
+    scores, model_scores = _scores(logits, rule, seen)  # [N, V]
+    return Chosen(tokens, scores, scores.exp().sum(-1, keepdim=True), model_scores)
+
+
+def completed(parts: Sequence[Chosen]) -> Draws:
+    """The tokens of all `parts`, one or more, with their log-probabilities, which nothing waits for while drawing."""
+    tokens, scores, total = (torch.cat(columns) for columns in zip(*(part[:3] for part in parts)))
+    found = scores.gather(-1, tokens[:, None]) - total.log()  # [N, 1]
+    confidence = found.detach()
+    if parts[0].model_scores is not None:
+        model_scores = torch.cat([part.model_scores for part in parts]).detach()
+        confidence = model_scores.gather(-1, tokens[:, None]) - model_scores.exp().sum(-1, keepdim=True).log()
+    return Draws(tokens, found.squeeze(-1), confidence.squeeze(-1))
+
+
+def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = None) -> Draws:
+    """`Draws` of logits [N, V] under `rule` with uniform [N]; seen [N, V] is read when repetition is penalised."""
+    return completed([choose_tokens(logits, rule, uniform, seen)])
+
+
+def _scores(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities float64 [N, V] under `rule`, and under the model itself: each up to a constant of its row that
+    makes the highest 0. The second is None where the rule changes nothing."""
+    model_scores = logits.double().masked_fill(~rule.allowed, -math.inf)
+    model_scores = model_scores - model_scores.amax(-1, keepdim=True)
+    if rule.repetition_penalty != 1:
+        logits = penalise_repetition(logits, seen, rule.repetition_penalty)
+        scores = allowed_log_probabilities(logits, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
+        return scores - scores.amax(-1, keepdim=True), model_scores
+    if rule.top_k is not None or rule.top_p < 1 or rule.temperature == 0:
+        scores = allowed_log_probabilities(model_scores, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
+        return scores - scores.amax(-1, keepdim=True), model_scores
+    return (model_scores, None) if rule.temperature == 1 else (model_scores / rule.temperature, model_scores)
