@@ -1,7 +1,7 @@
 # GPT-2's smallest shape as a diffusion model of OpenWebText: 124 million parameters, 1,024 tokens, a sampler head.
 # First: python data/openwebtext/prepare.py, or the same with --input FILE ... for text at hand.
 # Eight GPUs: torchrun --nproc_per_node=8 train.py config/train_gpt2_diffusion.py; not measured yet.
-# Two CPU cores: a reduced shape, to see that everything runs; not measured yet.
+# Two CPU cores: a reduced shape, to see that everything runs; REDUCED
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 
