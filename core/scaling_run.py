@@ -147,6 +147,7 @@ def measure_here(size: Size) -> dict[str, Any] | None:
             found['predicted'].append(runtime.total_count(sum(found['positions'][-1])))
         # kilobytes on Linux, and what a parent held before its child began counts, so parents measure nothing
         found['peak_bytes'] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        state.leave_ranks()
         return found if runtime.is_writer else None
     finally:
         stop_runtime(runtime)

@@ -222,6 +222,7 @@ class Run:
                 if self.folder is not None:
                     self.draw_curve()
         finally:
+            self.state.leave_ranks()
             if self.folder is not None:
                 self.folder.close()
 

@@ -51,6 +51,14 @@ class TrainingState:
         if self.runtime.world_size > 1 and self.mesh is None:
             self.parallel = nn.parallel.DistributedDataParallel(self.objective)
 
+    def leave_ranks(self) -> None:
+        """Let go of what talks to the other ranks, to be called before `stop_runtime`.
+
+        Were it the last to hold the group of processes, its end would wait for gloo's threads without letting go of
+        Python, which such a thread may be waiting for (pytorch issue 56297): the process would never end.
+        """
+        self.parallel = self.objective
+
     def clip_gradients(self) -> tuple[Tensor, Tensor]:
         """Clip the sampler head's gradients apart from all others, so that it moves nothing outside itself.
 

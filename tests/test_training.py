@@ -1,15 +1,18 @@
 """Steps: stage gates, isolation of the sampler head, exact resume, averaging, freezing, and ranks."""
 
 import copy
+import dataclasses
 import math
 import os
 import runpy
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as distributed
 
 from conftest import V0, toy_config, toy_plan, toy_state
 from core.batches import Corruption, unmasking_batches
@@ -256,6 +259,7 @@ state.objective.forward = bad_once
 losses = [[-1.0 if part is None else part.item() for part in training_step(state, i, 1e-2)] for i in range(8)]
 found = losses, state.model.state_dict(), tuple(state.guard.skipped())
 torch.save(found, f'{{sys.argv[1]}}.{{runtime.rank}}')
+state.leave_ranks()
 stop_runtime(runtime)
 '''
 
@@ -285,6 +289,23 @@ def test_two_ranks_give_the_losses_of_one(tmp_path, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(found[2][1].values(), other_rank[1].values()))
     assert found[1][2] == found[2][2] == other_rank[2] == (1, 0)
     assert math.isnan(found[2][0][5][0]) and math.isfinite(found[2][0][6][0])
+
+
+def test_nothing_holds_the_ranks_together_once_they_are_left():
+    """A wrapper that outlives the group of processes would wait for a thread that waits for it."""
+    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        state = toy_state(toy_config(), toy_plan())
+        state.runtime = dataclasses.replace(state.runtime, world_size=2)
+        state.enter(Stage(False, False), trunk_frozen=False)
+        wrapper = weakref.ref(state.parallel)
+        batch, *_ = unmasking_batches(state.plan, 0, lambda count: count)
+        state.parallel(batch, Stage(False, False), 0.0, None).total.backward()
+        assert wrapper() is not state.objective
+        state.leave_ranks()
+        assert wrapper() is None and state.parallel is state.objective
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_trained_head_knows_more_than_the_trunk(small_corpus):
