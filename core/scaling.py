@@ -79,7 +79,7 @@ SIZES = {  # to be measured
     'long': replace(_WIDE, block_size=1024, rows=4, steps=3),
     'long-recomputed': replace(_WIDE, block_size=1024, rows=4, recompute=True, steps=3),
     'vocabulary': Size(4, 4, 128, 256, rows=8, **WORDS),
-    'gpt2': Size(12, 12, 768, 1024, rows=1, steps=2, **WORDS),
+    'gpt2': Size(12, 12, 768, 1024, rows=1, steps=3, **WORDS),
     'small-2-ranks': Size(4, 4, 128, 128, rows=32, ranks=2, sampler_n_embd=3 * 128, steps=6, **CHARACTERS),
     'large-2-ranks': _PAIR,
     'large-2-ranks-sharded': replace(_PAIR, sharded=True),

@@ -45,7 +45,7 @@ Say = Callable[[str], None]
 FORMAT, VERSION = 'masked-diffusion-scaling', 1
 KIND = RecordKind('bench.py --scaling', FORMAT, (VERSION,), '<!-- bench.py --scaling writes from here -->',
                   '<!-- bench.py --scaling writes to here -->')
-FEWEST_STEPS = 2  # moments exist from the second on
+FEWEST_STEPS = 3  # moments are there from the second on; DDP's buckets, made anew behind the first, in the third
 EMPTY = Size(2, 1, 8, 8, rows=4, steps=FEWEST_STEPS, **CHARACTERS)  # shows what a process holds beside a size
 ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a peak rate, and what a step makes of it
 
