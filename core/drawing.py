@@ -49,7 +49,7 @@ def allowed_log_probabilities(logits: Tensor, allowed: Tensor, temperature: floa
     First the temperature, then top_k, then top_p (each renormalised). Temperature 0 gives the most probable id all
     the weight. Logits that are not a number stay so, hence a broken network shows in the log-probabilities of draws.
     """
-    log_probabilities = logits.double().masked_fill(~allowed, -math.inf)  # [..., V]
+    log_probabilities = torch.where(allowed, logits, -math.inf).double()  # [..., V]
     if temperature == 0:
         highest, token = log_probabilities.max(-1, keepdim=True)  # [..., 1]
         return torch.full_like(log_probabilities, -math.inf).scatter(-1, token, highest - highest)
@@ -147,7 +147,7 @@ def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = 
 def _scores(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities float64 [N, V] under `rule`, and under the model itself: each up to a constant of its row that
     makes the highest 0. The second is None where the rule changes nothing."""
-    model_scores = logits.double().masked_fill(~rule.allowed, -math.inf)
+    model_scores = torch.where(rule.allowed, logits, -math.inf).double()
     model_scores = model_scores - model_scores.amax(-1, keepdim=True)
     if rule.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen, rule.repetition_penalty)
