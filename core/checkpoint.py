@@ -217,7 +217,8 @@ def load_checkpoint(path: Path | str, device: torch.device | str = 'cpu') -> Che
 
 def _read(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
     if not path.is_file():
-        raise UserError(f'there is no checkpoint {path}; make one with: {HOW_TO_TRAIN}')
+        raise UserError(f'there is no checkpoint {path}; make one with: {HOW_TO_TRAIN}, or with the config '
+                        f'that writes into {path.parent}')
     _compare_checksums(path)
     try:
         payload = torch.load(path, map_location=device, mmap=mapped, weights_only=True)
