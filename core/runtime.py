@@ -120,12 +120,17 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
     else:
         torch.set_flush_denormal(True)  # numbers near zero would cost a hundred times as much
         _keep_freed_memory()
+        # Else a compiled step adds up the gradient of the embedding in the order in which threads come.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs that costs a pass
     return runtime
 
 
 def stop_runtime(runtime: Runtime) -> None:
     """Leave the other ranks and the process as it was before."""
     torch.set_flush_denormal(False)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     if runtime.world_size > 1:
         distributed.destroy_process_group()
 

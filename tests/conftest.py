@@ -60,9 +60,11 @@ def toy_state(config: GPTConfig, plan: BatchPlan, kind: str | None = None, **cha
 
 @pytest.fixture(autouse=True)
 def whole_floats():
-    """A runtime on a CPU flushes denormal numbers for speed; the next test shall not inherit that."""
+    """A runtime on a CPU flushes denormal numbers and is deterministic; the next test shall not inherit that."""
     yield
     torch.set_flush_denormal(False)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 import core.runtime as runtime
+from core.batches import Batch
+from core.benchmark_cases import Shape, base_vocabulary, model_config
 from core.errors import UserError
+from core.objective import Objective
+from core.schedule import Stage
+from model import GPT
 
 
 def test_devices_that_are_not_there_are_refused():
@@ -36,6 +41,40 @@ def test_precision_follows_the_processor(monkeypatch):
     assert runtime.start_runtime('cpu', 'bfloat16', False, width=8, iterations=1).dtype is torch.bfloat16
     with pytest.raises(UserError, match='float16'):
         runtime.start_runtime('cpu', 'float16', False, width=8, iterations=1)
+
+
+def test_threads_change_no_number_on_a_cpu_while_a_run_lasts():
+    chosen = runtime.start_runtime('cpu', 'float32', False, width=8, iterations=1)
+    assert torch.are_deterministic_algorithms_enabled()
+    runtime.stop_runtime(chosen)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not runtime.has_compiler(), reason='no C++ compiler')
+def test_compiled_gradients_are_the_same_each_time():
+    shape = Shape(n_layer=1, n_head=2, n_embd=64, block_size=128, batch_size=64)
+    config, threads = model_config(shape), torch.get_num_threads()
+    tokens = torch.randint(0, shape.base_size, (shape.batch_size, shape.block_size),
+                           generator=torch.Generator().manual_seed(1))
+    count = tokens.numel()
+    inputs = tokens.masked_fill(tokens % 2 == 0, config.mask_token_id)  # many threads add to the row of one id
+    batch = Batch(inputs, tokens, torch.arange(count), torch.full((count,), 1 / count), torch.full((count,), 1 / count),
+                  torch.empty(count, 0, dtype=torch.int64), torch.arange(shape.batch_size), torch.tensor(0.0))
+    runtime.start_runtime('cpu', 'float32', True, width=64, iterations=1)
+    torch.set_num_threads(2)
+    try:
+        model = GPT(config)
+        objective = Objective(model, base_vocabulary(config, torch.device('cpu')))
+        objective.compile_parts()
+        found = []
+        for _ in range(6):
+            model.zero_grad()
+            objective(batch, Stage(False, False), 0.0, None).total.backward()
+            found.append([weight.grad.clone() for weight in model.parameters()])
+        assert all(torch.equal(one, other) for later in found[1:] for one, other in zip(found[0], later))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_matrix_rate_is_plausible():

@@ -217,7 +217,7 @@ def test_what_an_empty_process_holds_is_taken_off_either_way(monkeypatch):
     record = scaling_run.measure_sizes({'one': TINY, 'two': replace(TINY, steps=5), 'pair': pair}, lambda line: None)
     assert [(one['tensor_bytes'], one['process_bytes']) for one in record['sizes'].values()] == [(7, 7)] * 3
     assert len(asked) == 2 * 3 + 2 * 2, 'nothing is measured once for each number of ranks'
-    assert asked[-3:] == [(2, True, 2), (2, False, 2), (2, False, 5)] and 'peak_bytes' not in record['sizes']['one']
+    assert asked[-3:] == [(2, True, 3), (2, False, 3), (2, False, 5)] and 'peak_bytes' not in record['sizes']['one']
 
 
 def test_processes_share_the_processors_and_a_failed_one_is_a_clear_sentence(monkeypatch):
