@@ -17,7 +17,7 @@ from functools import partial
 from typing import Literal
 
 from configurator import configure, option
-from core.errors import run_script
+from core.common.errors import run_script
 
 
 @dataclass
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     arguments = ['--baseline=True' if argument == '--baseline' else argument for argument in arguments]
     configuration = configure(BenchConfig, arguments, usage=__doc__)
     from core.benchmark_report import run_benchmark  # after the options, so that a typo is answered at once
-    from core.runtime import resolve_device
+    from core.common.runtime import resolve_device
 
     config = configuration.config
     config.device = resolve_device(config.device)

@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from core.errors import UserError, raise_problems
-from core.expressions import (Refused, bounded, check_expression, closest, evaluate, name_of, one_line, parse, shown,
-                              shown_name)
+from core.common.errors import UserError, raise_problems
+from core.common.expressions import (Refused, bounded, check_expression, closest, evaluate, name_of, one_line, parse,
+                                     shown, shown_name)
 
 Options = TypeVar('Options')
 

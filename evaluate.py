@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configurator import configure, option
-from core.errors import run_script
+from core.common.errors import run_script
 from core.evaluation_run import measure_help, run_evaluation
 from core.study import PAGE
 

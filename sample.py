@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configurator import configure, option
-from core.errors import run_script
+from core.common.errors import run_script
 from core.sampling_options import policy_help
 from core.sampling_run import run_sampling
 

@@ -1,7 +1,7 @@
 """Sampling utilities: pure functions that return new tensors and take their random numbers from a `RowRandom`.
 
 The sampler head's wavefront fill, independent draws, remasking, the critic's filled-in text and self-confidence. Exact
-draws from logits are in core/drawing.py; the loop that calls the network again and again is core/generation.py.
+draws from logits are in core/common/drawing.py; the loop that calls the network again and again is core/generation.py.
 
 Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, C = sampler_context, W width
 of the sampler head, N positions picked out of a batch.
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.drawing import (Chosen, DrawRule, Draws, allowed_log_probabilities, choose_tokens, completed, draw_tokens,
-                          place_tokens, revealed_ids)
-from core.errors import UserError
-from core.randomness import Purpose, RowRandom
+from core.common.drawing import (Chosen, DrawRule, Draws, allowed_log_probabilities, choose_tokens, completed,
+                                 draw_tokens, place_tokens, revealed_ids)
+from core.common.errors import UserError
+from core.common.randomness import Purpose, RowRandom
 from model import GPT, GPTConfig, ModelMode
 
 Order = Literal['wave', 'left_to_right']

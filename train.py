@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configurator import configure, option
-from core.errors import run_script
-from core.runtime import resolve_device
+from core.common.errors import run_script
+from core.common.runtime import resolve_device
 
 
 @dataclass

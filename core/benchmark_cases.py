@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.drawing import allowed_ids
+from core.common.drawing import allowed_ids
 from model import GPTConfig
 
 SPECIAL = 4  # ids after the base vocabulary: mask, wrong, pad and CLS

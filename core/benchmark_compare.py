@@ -8,8 +8,8 @@ from typing import Any
 from core.benchmark import COPY
 from core.benchmark_cases import Shape
 from core.benchmark_report import TITLES, Spread, machine_lines, ratios, read_record
-from core.errors import UserError
-from core.markdown import markdown_table
+from core.common.errors import UserError
+from core.common.tables import markdown_table
 
 USAGE = 'bench.py --compare before.json after.json'
 TOLERANCE = 0.1  # rates that differ by a larger share are warned of

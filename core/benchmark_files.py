@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.errors import UserError
-from core.files import atomic_writer
-from core.markdown import split_at_markers, write_between
+from core.common.errors import UserError
+from core.common.files import atomic_writer
+from core.common.tables import split_at_markers, write_between
 
 PAGE = 'docs/performance.md'
 

@@ -9,8 +9,8 @@ from core.benchmark import COPY, FORMAT, GROUPS, VERSION, Say, benchmark
 from core.benchmark_cases import SHAPES, Shape
 from core.benchmark_files import RecordKind, file_problems, name_problems, read_json_record, show_and_write
 from core.benchmark_sampling import FILL_ROWS, POLICY_ROWS, PREDICTIONS
-from core.errors import raise_problems
-from core.markdown import markdown_table
+from core.common.errors import raise_problems
+from core.common.tables import markdown_table
 
 KIND = RecordKind('bench.py', FORMAT, (1, VERSION), '<!-- bench.py writes from here -->',
                   '<!-- bench.py writes to here -->')

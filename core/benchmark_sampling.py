@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from core.benchmark_cases import Case, Shape, base_vocabulary, model_config, short_name
-from core.drawing import DrawRule
+from core.common.drawing import DrawRule
+from core.common.randomness import RowRandom
+from core.common.timing import TimingAccumulator
 from core.generation import GenerationSettings, Method, Network, generate
 from core.policies import POLICIES, Policy, remask_policy
 from core.prompt import Layout
-from core.randomness import RowRandom
-from core.timing import TimingAccumulator
 from model import GPT, GPTConfig
 from sample_utils import linear_remasking_schedule
 

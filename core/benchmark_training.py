@@ -15,8 +15,8 @@ from core.baseline import Baseline, BaselineTraining
 from core.batches import BatchPlan
 from core.benchmark_cases import Case, Shape, base_vocabulary, model_config
 from core.benchmark_sampling import fill_operations
+from core.common.runtime import Runtime
 from core.optimizer import is_matrix
-from core.runtime import Runtime
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
 

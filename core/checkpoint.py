@@ -27,9 +27,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from core.errors import UserError, raise_problems, run_script
-from core.expressions import excerpt, shown, shown_name
-from core.files import atomic_writer, unwritable
+from core.common.errors import UserError, raise_problems, run_script
+from core.common.expressions import excerpt, shown, shown_name
+from core.common.files import atomic_writer, unwritable
 from model import GPT, GPTConfig
 
 FORMAT_VERSION = 1

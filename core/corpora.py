@@ -12,18 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.data import (
-    META_FORMAT,
-    META_VERSION,
-    SPECIAL_NAMES,
-    SPLITS,
-    Corpus,
-    Vocabulary,
-    file_hash,
-    hash_of_hashes,
-    load_corpus,
-)
-from core.errors import UserError, raise_problems
+from core.common.errors import UserError, raise_problems
+from core.data import (META_FORMAT, META_VERSION, SPECIAL_NAMES, SPLITS, Corpus, Vocabulary, file_hash, hash_of_hashes,
+                       load_corpus)
 from core.fetching import download, pip_command, wheel_from_index
 from core.plays import clean_play
 

@@ -9,7 +9,7 @@ Letters: B rows held here, G rows of the global batch, T sequence length.
 import torch
 from torch import Tensor
 
-from core.randomness import Purpose, RowRandom
+from core.common.randomness import Purpose, RowRandom
 
 MINIMUM_TIME = 1e-3  # epsilon: times below it are never drawn, so 1 / t stays bounded
 

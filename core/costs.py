@@ -20,9 +20,9 @@ import torch
 from core.benchmark_cases import SHAPES
 from core.benchmark_training import training_cases
 from core.checkpoint import load_checkpoint, save_checkpoint
-from core.errors import run_script
-from core.randomness import RowRandom
-from core.runtime import start_runtime, stop_runtime
+from core.common.errors import run_script
+from core.common.randomness import RowRandom
+from core.common.runtime import start_runtime, stop_runtime
 
 SHAPE = SHAPES['small']  # a larger model spends a smaller share on its random numbers
 CRITIC_ROW_STRIDE = 4  # as in the full recipe

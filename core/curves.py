@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from core.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.common.drawing import DrawRule
+from core.common.errors import UserError
+from core.common.randomness import keyed
+from core.common.runtime import Runtime
+from core.common.timing import TimingAccumulator
 from core.data import Corpus, Vocabulary
-from core.drawing import DrawRule
-from core.errors import UserError
 from core.evaluator import fixed_windows
 from core.generation import GenerationSettings, Network, generate, score_confidence
 from core.policies import POLICIES, Policy
 from core.prompt import lay_out_prompt
 from core.quality import Reference
-from core.randomness import keyed
-from core.runtime import Runtime
 from core.sampling_options import build_policy
-from core.timing import TimingAccumulator
 from model import GPT
 
 CONFIDENCE_GROUPS = 8  # network calls of a self-confidence, as in sample.py

@@ -23,8 +23,8 @@ import numpy as np
 import tiktoken
 import torch
 
-from core.errors import UserError
-from core.expressions import excerpt
+from core.common.errors import UserError
+from core.common.expressions import excerpt
 
 META_FORMAT = 'masked-diffusion-corpus'
 META_VERSION = 1

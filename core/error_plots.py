@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.plots import INK, tidy
+from core.common.plots import INK, tidy
 
 COLOURS = {  # Okabe and Ito's
     'random': '#999999', 'self_confidence': '#0072B2', 'marginal': '#56B4E9', 'pseudo_likelihood': '#009E73',

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from core.checkpoint import WEIGHTS_FILE, Checkpoint
+from core.common.errors import UserError
+from core.common.files import atomic_writer
+from core.common.runtime import Runtime
 from core.data import Corpus, Vocabulary, file_hash
-from core.errors import UserError
-from core.files import atomic_writer
-from core.runtime import Runtime
 from model import GPT
 
 CACHE_NAME = 'evaluation.json'

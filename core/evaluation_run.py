@@ -14,16 +14,16 @@ import torch
 from tqdm import tqdm
 
 from core.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.common.drawing import allowed_ids
+from core.common.errors import UserError, raise_problems
+from core.common.expressions import closest
+from core.common.runtime import DTYPES, Runtime, resolve_device
 from core.data import Vocabulary, ensure_corpus
-from core.drawing import allowed_ids
 from core.error_detection import ERRORS
-from core.errors import UserError, raise_problems
 from core.evaluation import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache, checkpoint_hash
 from core.evaluator import validate
-from core.expressions import closest
 from core.likelihood import LIKELIHOOD
 from core.quality_run import QUALITY_MEASURES
-from core.runtime import DTYPES, Runtime, resolve_device
 from core.schedule import started_heads
 from core.study import write_report
 from core.study_remasking import SECTIONS as REMASKING_SECTIONS

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.common.randomness import keyed
+from core.common.runtime import Runtime
 from core.corruption import apply_mask, draw_exact_mask, stratified_mask_counts
 from core.data import Corpus, gather_windows
-from core.randomness import keyed
-from core.runtime import Runtime
 from model import GPT
 
 VALIDATION_SEED = 20_240_607  # one for all runs, so that their figures compare

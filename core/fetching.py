@@ -7,7 +7,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from core.errors import UserError
+from core.common.errors import UserError
 
 DOWNLOAD_SECONDS = 120
 

@@ -21,12 +21,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from core.drawing import Chosen, DrawRule, draw, revealed_ids
-from core.errors import UserError
+from core.common.drawing import Chosen, DrawRule, draw, revealed_ids
+from core.common.errors import UserError
+from core.common.randomness import Purpose, RowRandom
+from core.common.timing import TimingAccumulator
 from core.policies import Counts, Policy, PolicyView, Prediction
 from core.prompt import Layout
-from core.randomness import Purpose, RowRandom
-from core.timing import TimingAccumulator
 from model import GPT, KeyValueCache
 from sample_utils import (Fill, SelfConfidence, causal_confidence, draw_wave, independent_fill, neighbour_tables,
                           sampler_wavefront_fill, self_confidence, wrong_probabilities)

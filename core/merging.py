@@ -11,12 +11,12 @@ import torch
 
 from core.checkpoint import (TRAINING_FIELDS, Checkpoint, CheckpointKind, build_model, load_checkpoint,
                              model_config_from_dict, model_config_to_dict, save_checkpoint)
+from core.common.drawing import allowed_ids
+from core.common.errors import UserError
+from core.common.runtime import Runtime, resolve_device
 from core.data import Vocabulary, ensure_corpus
-from core.drawing import allowed_ids
-from core.errors import UserError
 from core.helper_models import load_corruption
 from core.helper_validation import validate_kind
-from core.runtime import Runtime, resolve_device
 
 
 def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, say: Callable[[str], None]) -> Checkpoint:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.batches import Batch
-from core.drawing import DrawRule
-from core.randomness import RowRandom
+from core.common.drawing import DrawRule
+from core.common.randomness import RowRandom
 from core.schedule import Stage
 from model import GPT, ModelMode
 from sample_utils import build_critic_artifacts_from_logits, prepare_sampler_inputs, wrong_from_logits

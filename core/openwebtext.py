@@ -20,10 +20,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from core.common.errors import UserError, raise_problems
+from core.common.expressions import excerpt
 from core.corpora import Say, make_meta, read_arguments, replacing_together, summary, write_temporary
 from core.data import DOCUMENT_END, SPLITS, Vocabulary, load_corpus
-from core.errors import UserError, raise_problems
-from core.expressions import excerpt
 from core.gpt2_tokenizer import gpt2_vocabulary
 
 DATASET = 'Skylion007/openwebtext'

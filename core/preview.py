@@ -2,13 +2,13 @@
 
 import torch
 
+from core.common.drawing import DrawRule
+from core.common.randomness import keyed
+from core.common.timing import TimingAccumulator
 from core.data import Vocabulary
-from core.drawing import DrawRule
 from core.generation import GenerationSettings, Network, generate
 from core.policies import remask_policy
 from core.prompt import Layout
-from core.randomness import keyed
-from core.timing import TimingAccumulator
 from model import GPT
 from sample_utils import linear_remasking_schedule
 

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from core.errors import UserError
-from core.randomness import Purpose, RowRandom
+from core.common.errors import UserError
+from core.common.randomness import Purpose, RowRandom
 
 
 class Layout(NamedTuple):

@@ -28,13 +28,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from core.common.drawing import allowed_ids
+from core.common.errors import UserError
+from core.common.randomness import keyed
+from core.common.timing import TimingAccumulator
 from core.copied_spans import CopyIndex, code_points
 from core.data import Corpus, Vocabulary
-from core.drawing import allowed_ids
-from core.errors import UserError
 from core.generation import Network, score_confidence
-from core.randomness import keyed
-from core.timing import TimingAccumulator
 from model import GPT
 
 SIZES = (1, 2, 3, 4, 5)  # characters of the n-grams

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.plots import INK, tidy
+from core.common.plots import INK, tidy
 
 PANELS = (('reference_bits', 'reference bits per character'), ('entropy_3', 'trigram entropy, nats'),
           ('divergence_3', 'trigram divergence, nats'), ('known_words', 'share of corpus words'),

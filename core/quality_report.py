@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.common.files import atomic_writer
+from core.common.tables import markdown_table, split_at_markers, write_between
 from core.curves import at_entropy
 from core.evaluation import Evaluation, Result
-from core.files import atomic_writer
-from core.markdown import markdown_table, split_at_markers, write_between
 from core.policies import POLICIES
 from core.quality_plots import Curve, plot_curves, plot_quality
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.files import atomic_writer
+from core.common.files import atomic_writer
 from core.generation import Trace
 
 Decode = Callable[[list[int]], str]

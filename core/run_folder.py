@@ -20,8 +20,8 @@ from types import TracebackType
 import torch
 
 from core.checkpoint import HOW_TO_TRAIN, Checkpoint, CheckpointSummary, save_checkpoint, verify_checkpoint
-from core.errors import UserError
-from core.files import TEMPORARY_SUFFIX, atomic_writer, unwritable
+from core.common.errors import UserError
+from core.common.files import TEMPORARY_SUFFIX, atomic_writer, unwritable
 
 LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_previous.pt', 'ckpt_best.pt'
 LOCK_FILE = 'run.lock'

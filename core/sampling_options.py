@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from core.expressions import closest
+from core.common.expressions import closest
 from core.policies import POLICIES, REMASKING, Policy
 from model import GPTConfig
 from sample_utils import cosine_remasking_schedule, linear_remasking_schedule

@@ -21,19 +21,19 @@ from tqdm import tqdm
 from core.animation import TerminalAnimation
 from core.calibration import find_calibration
 from core.checkpoint import build_model, load_checkpoint, model_config_from_dict
+from core.common.drawing import DrawRule, allowed_ids
+from core.common.errors import UserError, raise_problems
+from core.common.randomness import RowRandom
+from core.common.runtime import DTYPES, resolve_device
+from core.common.timing import TimingAccumulator, get_global_timer
 from core.data import Vocabulary
-from core.drawing import DrawRule, allowed_ids
-from core.errors import UserError, raise_problems
-from core.generation import (GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows)
+from core.generation import GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows
 from core.helper_models import load_judge, load_remasking_model, require_block
 from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
-from core.randomness import RowRandom
 from core.replay import write_html
-from core.runtime import DTYPES, resolve_device
 from core.sampling_options import (DIFFUSION, build_policy, guidance_problems, model_problems, option_problems,
                                    reads_thresholds)
 from core.schedule import started_heads
-from core.timing import TimingAccumulator, get_global_timer
 from model import GPT
 from sample_utils import draw_wave, judge_scores
 

@@ -31,12 +31,11 @@ from core.benchmark_cases import SPECIAL
 from core.benchmark_files import RecordKind, file_problems, name_problems, read_json_record, show_and_write
 from core.benchmark_report import machine_lines
 from core.benchmark_training import TOKENS, TRAINING
-from core.drawing import allowed_ids
-from core.errors import UserError, raise_problems, run_script
-from core.markdown import markdown_table
-from core.runtime import PEAK_RATES, measure_matrix_rate, start_runtime, stop_runtime
-from core.scaling import (CHARACTERS, PLANNED, SIZES, Size, link_bytes, parameters, peak_bytes,
-                          rank_operations)
+from core.common.drawing import allowed_ids
+from core.common.errors import UserError, raise_problems, run_script
+from core.common.runtime import PEAK_RATES, measure_matrix_rate, start_runtime, stop_runtime
+from core.common.tables import markdown_table
+from core.scaling import CHARACTERS, PLANNED, SIZES, Size, link_bytes, parameters, peak_bytes, rank_operations
 from core.training_step import TrainingState, training_step
 from model import GPT
 

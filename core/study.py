@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from core.errors import UserError
+from core.common.errors import UserError
+from core.common.files import atomic_writer
+from core.common.tables import markdown_table, split_at_markers, write_between
 from core.evaluation import Result
-from core.files import atomic_writer
-from core.markdown import markdown_table, split_at_markers, write_between
 from core.quality_report import CURVE_COLUMNS, command_of, markers, rounded
 
 PAGE = 'docs/results.md'

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from core.common.tables import markdown_table
 from core.error_detection import SHOWN_SHARE
-from core.markdown import markdown_table
 from core.quality_report import at_equal_entropy
 from core.study import Experiment, Record, Records, Section
 from core.study_sections import MAIN

@@ -8,11 +8,11 @@ Letters: K trunk calls, C neighbours that a head sees on each side.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from core.common.files import atomic_writer
+from core.common.tables import markdown_table
 from core.error_detection import DETECTORS, SHOWN_SHARE, arranged as arranged_errors
 from core.error_plots import plot_errors
-from core.files import atomic_writer
 from core.likelihood import draw as draw_likelihood
-from core.markdown import markdown_table
 from core.quality_report import REAL, Equal, at_equal_entropy, curves_text, draw_curves
 from core.study import Experiment, Record, Records, Section
 from core.study_words import SEEDS, Row, calls_at, commands, difference, figure, signed, spread

@@ -14,19 +14,19 @@ import torch.distributed as distributed
 from core.batches import BatchPlan
 from core.checkpoint import (Checkpoint, CheckpointKind, check_resume, initialise_from, load_checkpoint, load_weights,
                              model_config_to_dict)
+from core.common.drawing import allowed_ids
+from core.common.errors import UserError, raise_problems
+from core.common.plots import plot_loss_curve
+from core.common.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
 from core.data import Corpus, ensure_corpus
-from core.drawing import allowed_ids
-from core.errors import UserError, raise_problems
 from core.evaluator import Validation
 from core.helper_models import load_corruption
 from core.helper_validation import HelperValidation, validate_kind
 from core.kinds import GENERATORS, OWN_OUTPUT, kind_of, kind_problems, mode_of, run_label, wandb_name
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.objective import position_metrics
-from core.plots import plot_loss_curve
 from core.preview import preview
 from core.run_folder import LATEST, RunFolder, latest_checkpoint
-from core.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
 from core.schedule import all_heads_trained_from, learning_rate_at, stage_at
 from core.sharding import cut, gathered, whole, whole_weights
 from core.step_guard import MOST_IN_A_ROW

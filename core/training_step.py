@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from core.batches import BATCH_MAKERS, BatchPlan
+from core.common.randomness import Purpose, RowRandom
+from core.common.runtime import Runtime
 from core.objective import Losses, Objective
 from core.optimizer import make_optimizers, set_learning_rate
-from core.randomness import Purpose, RowRandom
-from core.runtime import Runtime
 from core.schedule import Stage, critic_alpha, stage_at
 from core.sharding import shard
 from core.step_guard import StepGuard

@@ -15,27 +15,27 @@ from torch.utils.flop_counter import FlopCounterMode
 import core.benchmark as benchmark_module
 import core.benchmark_training as benchmark_training
 from bench import main
+from conftest import toy_plan
 from core.baseline import Baseline
 from core.batches import BATCH_MAKERS
 from core.benchmark import COPY, GROUPS, another_round, benchmark, measure_in_turns, measure_policies
 from core.benchmark_cases import Case, Shape, base_vocabulary, model_config
-from core.benchmark_report import (KIND, added_share, fastest, floors, gap, overhead, rate_share, ratio,
-                                   ratios, read_record, report)
+from core.benchmark_report import (KIND, added_share, fastest, floors, gap, overhead, rate_share, ratio, ratios,
+                                   read_record, report)
 from core.benchmark_sampling import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
                                      fill_operations, policy_runs, sampling_cases)
 from core.benchmark_training import baseline_bytes, step_bytes, step_operations
-from core.drawing import DrawRule
-from core.errors import UserError
+from core.common.drawing import DrawRule
+from core.common.errors import UserError
+from core.common.randomness import RowRandom, keyed
+from core.common.runtime import Runtime
+from core.common.tables import write_between
+from core.common.timing import TimingAccumulator
 from core.generation import Generation, Network
-from core.markdown import write_between
 from core.objective import Objective
 from core.policies import POLICIES
-from core.randomness import RowRandom, keyed
-from core.runtime import Runtime
 from core.schedule import Stage
-from core.timing import TimingAccumulator
 from core.training_step import TrainingState
-from conftest import toy_plan
 from model import GPT
 from sample_utils import sampler_wavefront_fill
 
@@ -175,7 +175,7 @@ def test_overhead_is_the_time_outside_the_network_per_round():
 def test_a_runs_overhead_is_what_happens_beside_its_network_calls(monkeypatch):
     """A trunk call of 2 s, a critic call of 1 s, a quarter of a second of choosing: all three in one run."""
     clock = Clock(monkeypatch)
-    monkeypatch.setattr('core.timing.time', benchmark_module.time)
+    monkeypatch.setattr('core.common.timing.time', benchmark_module.time)
 
     def taking(seconds, of):
         def slow(*given):

@@ -7,7 +7,7 @@ import pytest
 
 from bench import main
 from core.benchmark import COPY
-from core.errors import UserError
+from core.common.errors import UserError
 from test_benchmark import TINY, group
 
 MACHINE = {'versions': {'python': '3', 'torch': '2', 'numpy': '1'}, 'processor': 'P', 'processors': 2, 'threads': 2,

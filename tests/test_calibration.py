@@ -11,10 +11,10 @@ from configurator import configure
 from conftest import model_that_knows, save_model
 from core.calibration import (CALIBRATION_NAME, Calibration, Reliability, calibration_error, find_calibration,
                               fit_calibration, reliability, write_calibration)
+from core.common.errors import UserError
+from core.common.randomness import Purpose, keyed
 from core.data import Vocabulary
-from core.errors import UserError
 from core.evaluation import checkpoint_hash
-from core.randomness import Purpose, keyed
 from core.sampling_run import run_sampling
 from sample import SampleConfig
 

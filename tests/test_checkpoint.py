@@ -22,8 +22,8 @@ from core import checkpoint as room
 from core.checkpoint import (Checkpoint, CheckpointKind, build_model, check_resume, export_checkpoint, initialise_from,
                              load_checkpoint, load_weights, main, model_config_from_dict, model_config_to_dict,
                              save_checkpoint, verify_checkpoint)
-from core.errors import UserError
-from core.files import TEMPORARY_SUFFIX
+from core.common.errors import UserError
+from core.common.files import TEMPORARY_SUFFIX
 from model import GPT, GPTConfig, ModelMode
 
 ROOT = Path(__file__).parent.parent

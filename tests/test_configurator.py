@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from configurator import configure, help_text, option
-from core.errors import UserError
+from core.common.errors import UserError
 
 
 @dataclass(frozen=True)

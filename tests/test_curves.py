@@ -9,25 +9,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import model_over, model_that_knows, save_model
-
 from configurator import configure
+from conftest import model_over, model_that_knows, save_model
 from core.checkpoint import load_checkpoint
+from core.common.drawing import DrawRule, allowed_ids
+from core.common.errors import UserError
+from core.common.randomness import keyed
+from core.common.runtime import Runtime
+from core.common.timing import TimingAccumulator
 from core.corpora import character_vocabulary, write_corpus
 from core.curves import (DIALS, POLICY_DEFAULTS, Budget, Writer, at_entropy, budgets_of, held_out_texts, load_causal,
                          make_policy, nearest_setting, shuffled_characters, shuffled_words, write)
 from core.data import load_corpus
-from core.drawing import DrawRule, allowed_ids
-from core.errors import UserError
 from core.evaluation_run import run_evaluation
 from core.generation import GenerationSettings, Network, generate
 from core.policies import POLICIES
 from core.prompt import lay_out_prompt
 from core.quality_report import REAL, at_equal_entropy, curves_text, markers, one_line, policies_text, tell_curves
-from core.randomness import keyed
-from core.runtime import Runtime
 from core.sampling_options import POLICY_OPTIONS
-from core.timing import TimingAccumulator
 from core.trainer import Run
 from evaluate import EvaluateConfig
 from sample import SampleConfig

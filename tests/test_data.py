@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import corpora, data
+from core.common.errors import UserError
 from core.corpora import character_vocabulary, split_plays, split_text, train_bpe, write_corpus
 from core.data import Vocabulary, ensure_corpus, gather_windows, load_corpus, read_plain_pickle
-from core.errors import UserError
 from core.plays import clean_play
 
 REPOSITORY = Path(__file__).resolve().parents[1]

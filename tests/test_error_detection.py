@@ -14,15 +14,15 @@ from configurator import configure
 from conftest import V0, awake, model_over, model_that_knows, save_model, toy_config
 from core import error_detection
 from core.calibration import find_calibration
+from core.common.drawing import allowed_ids
+from core.common.errors import UserError
+from core.common.randomness import Purpose, keyed
 from core.corpora import write_corpus
 from core.data import Vocabulary, load_corpus
-from core.drawing import allowed_ids
 from core.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrated, detectors, error_cells,
                                   expected_auroc, measured, one_shot)
-from core.errors import UserError
 from core.evaluation_run import load_evaluation, run_evaluation
 from core.helper_validation import auroc
-from core.randomness import Purpose, keyed
 from evaluate import EvaluateConfig
 from model import GPT
 

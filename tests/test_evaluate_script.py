@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import awake
-
 from configurator import configure
+from conftest import awake
 from core import likelihood
 from core.checkpoint import Checkpoint, build_model, load_checkpoint, model_config_to_dict, save_checkpoint
+from core.common.drawing import allowed_ids
+from core.common.errors import UserError, run_script
+from core.common.runtime import Runtime
 from core.data import Vocabulary
-from core.drawing import allowed_ids
-from core.errors import UserError, run_script
 from core.evaluation import CACHE_FORMAT, ResultCache
 from core.evaluation_run import run_evaluation, table
 from core.evaluator import validate
-from core.runtime import Runtime
 from evaluate import EvaluateConfig, main
 from model import GPT, GPTConfig
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conftest import awake
+from core.common.drawing import allowed_ids
+from core.common.randomness import keyed
+from core.common.runtime import Runtime
 from core.corruption import draw_mask, low_discrepancy_times
-from core.drawing import allowed_ids
 from core.evaluator import bits_of, fixed_windows, validate
-from core.randomness import keyed
-from core.runtime import Runtime
 from model import GPT, GPTConfig
 
 RUNTIME = Runtime(torch.device('cpu'), torch.float32, False)

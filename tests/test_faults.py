@@ -14,11 +14,11 @@ import torch
 
 import core.trainer
 from core.checkpoint import load_checkpoint
+from core.common.errors import UserError, run_script
+from core.common.runtime import Runtime, is_lost_rank
 from core.corpora import character_vocabulary, write_corpus
-from core.errors import UserError, run_script
 from core.logger import read_metrics
 from core.run_folder import RunFolder
-from core.runtime import Runtime, is_lost_rank
 from test_trainer import ROOT, equal_runs, refused, run
 
 
@@ -119,7 +119,7 @@ def test_a_second_run_in_a_folder_is_refused(small_corpus):
 TWO_RANKS = """
 import os
 import torch._dynamo  # once for both
-from core.errors import run_script
+from core.common.errors import run_script
 from test_trainer import run
 child = os.fork()
 if child:
@@ -171,7 +171,7 @@ def test_the_first_rank_of_a_machine_speaks_for_all(monkeypatch, capsys):
 
 
 def test_a_reader_of_the_output_that_leaves_early_ends_the_script_quietly():
-    script = "from core.errors import run_script\nrun_script(lambda arguments: print('line ' * 9 + '\\n' * 100000))"
+    script = "from core.common.errors import run_script\nrun_script(lambda arguments: print('line ' * 9 + '\\n' * 100000))"
     done = subprocess.run(['bash', '-c', f'{shlex.quote(sys.executable)} -c {shlex.quote(script)} | head -n 1; '
                            'echo ${PIPESTATUS[0]}'], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.splitlines()[-1] == '141' and done.stderr == ''

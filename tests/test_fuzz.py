@@ -22,9 +22,9 @@ import torch
 import train as script
 from configurator import configure
 from core.checkpoint import save_checkpoint, verify_checkpoint
+from core.common.errors import UserError
 from core.corpora import split_text, train_bpe, write_corpus
 from core.data import load_corpus
-from core.errors import UserError
 from model import GPT, GPTConfig
 from test_checkpoint import checkpoint_of
 

@@ -8,18 +8,17 @@ import policy_laws as laws
 import pytest
 import torch
 from conftest import awake, toy_config
-from policy_laws import ORACLE, V, V0, T, law_of, tokens_of
-
-from core.drawing import DrawRule, allowed_ids
+from core.common.drawing import DrawRule, allowed_ids
+from core.common.randomness import Purpose, RowRandom, keyed
+from core.common.timing import TimingAccumulator
 from core.evaluator import fixed_windows
 from core.generation import GenerationSettings, Network, generate
-from core.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, log_likelihood,
-                             policy_problems, window_likelihoods)
+from core.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, log_likelihood, policy_problems,
+                             window_likelihoods)
 from core.policies import POLICIES
 from core.prompt import Layout
-from core.randomness import Purpose, RowRandom, keyed
-from core.timing import TimingAccumulator
 from model import GPT
+from policy_laws import ORACLE, T, V, V0, law_of, tokens_of
 
 ALLOWED = allowed_ids(V, V0)
 

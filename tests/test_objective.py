@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import core.objective
 from conftest import V0, awake, toy_config, toy_plan
 from core.batches import BATCH_MAKERS, unmasking_batches
+from core.common.drawing import allowed_ids
+from core.common.randomness import keyed
 from core.corruption import MINIMUM_TIME, low_discrepancy_times
-from core.drawing import allowed_ids
 from core.evaluator import any_order_terms
 from core.objective import Objective, weighted_cross_entropy
-from core.randomness import keyed
 from core.schedule import Stage
 from model import GPT
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import train as script
 from configurator import configure
 from core import openwebtext
+from core.common.errors import UserError
 from core.data import DOCUMENT_END, Vocabulary, ensure_corpus, load_corpus
-from core.errors import UserError
 from core.gpt2_tokenizer import PATTERN, tokens_of
 from core.openwebtext import Passage, file_passages, prepare_openwebtext, split_of, write_passages
 

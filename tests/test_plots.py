@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from core.plots import _smoothed, plot_loss_curve
+from core.common.plots import _smoothed, plot_loss_curve
 
 
 def write(path, records):
@@ -68,5 +68,5 @@ def test_the_smoothing_is_a_centred_mean():
 
 
 def test_importing_the_room_does_not_import_matplotlib():
-    code = 'import core.plots, sys; sys.exit("matplotlib" in sys.modules)'
+    code = 'import core.common.plots, sys; sys.exit("matplotlib" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

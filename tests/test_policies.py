@@ -13,17 +13,17 @@ import pytest
 import torch
 from conftest import awake
 from hypothesis import given, settings as hypothesis_settings, strategies
-from policy_laws import MASK, ORACLE, V, V0, T, law_of, tokens_of
+from policy_laws import MASK, ORACLE, T, V, V0, law_of, tokens_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.drawing import DrawRule, allowed_ids
+from core.common.drawing import DrawRule, allowed_ids
+from core.common.randomness import RowRandom, keyed
+from core.common.timing import TimingAccumulator
 from core.generation import GenerationSettings, Network, Trace, _Soundness, _WindowRun, generate, windows
 from core.policies import POLICIES, Policy, Prediction
 from core.prompt import Layout, lay_out_prompt
-from core.randomness import RowRandom, keyed
 from core.sampling_options import build_policy
-from core.timing import TimingAccumulator
 from model import GPT, GPTConfig
 from sample import SampleConfig
 from sample_utils import linear_remasking_schedule

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given, settings, strategies as st
 
-from core.randomness import Purpose, RowRandom, keyed, philox4x32
+from core.common.randomness import Purpose, RowRandom, keyed, philox4x32
 
 
 def test_philox_known_answers():

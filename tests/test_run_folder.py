@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from core.checkpoint import Checkpoint, load_checkpoint
-from core.errors import UserError
-from core.files import TEMPORARY_SUFFIX
+from core.common.errors import UserError
+from core.common.files import TEMPORARY_SUFFIX
 from core.run_folder import RunFolder, environment, latest_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import core.runtime as runtime
+import core.common.runtime as runtime
 from core.batches import Batch
 from core.benchmark_cases import Shape, base_vocabulary, model_config
-from core.errors import UserError
+from core.common.errors import UserError
 from core.objective import Objective
 from core.schedule import Stage
 from model import GPT
@@ -84,7 +84,7 @@ def test_the_matrix_rate_is_plausible():
 
 FAULTS = """
 import resource, torch
-from core.runtime import start_runtime
+from core.common.runtime import start_runtime
 start_runtime('cpu', 'float32', False, width=8, iterations=1)
 for number in range(31):
     torch.ones(64 * 2 ** 20 // 4)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from core.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw, draw_tokens, penalise_repetition
-from core.errors import UserError
-from core.randomness import keyed
+from core.common.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw, draw_tokens, penalise_repetition
+from core.common.errors import UserError
+from core.common.randomness import keyed
 from model import GPT, GPTConfig
 from sample_utils import (apply_remasking_step, build_critic_artifacts_from_logits, cosine_remasking_schedule,
                           independent_fill, linear_remasking_schedule, nucleus_sample, predict_and_sample_tokens,

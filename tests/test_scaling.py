@@ -22,9 +22,9 @@ from core.batches import BatchPlan, unmasking_batches
 from core.benchmark_cases import SPECIAL
 from core.benchmark_files import read_json_record
 from core.benchmark_training import TRAINING
-from core.drawing import allowed_ids
-from core.errors import UserError
-from core.runtime import Runtime
+from core.common.drawing import allowed_ids
+from core.common.errors import UserError
+from core.common.runtime import Runtime
 from core.scaling import (PLANNED, SIZES, Size, iteration_operations, link_bytes, micro_step_bytes, parameters,
                           peak_bytes, rank_operations, staying_bytes, update_bytes, update_operations)
 from core.scaling_run import FORMAT, KIND, VERSION, measure_here, scaling_report

@@ -111,7 +111,7 @@ def soak(kills: int, seed: int = 0) -> None:
     import torch._dynamo  # the optimizers import it, and every run would spend its time on that
 
     from core.run_folder import RunFolder
-    from core.runtime import Runtime
+    from core.common.runtime import Runtime
     from core.trainer import Run
     from test_trainer import equal_runs
 

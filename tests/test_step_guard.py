@@ -14,8 +14,8 @@ import core.trainer
 import core.training_step
 from conftest import V0, awake, toy_config, toy_plan, toy_state
 from core.checkpoint import load_checkpoint
-from core.drawing import allowed_ids
-from core.runtime import Runtime
+from core.common.drawing import allowed_ids
+from core.common.runtime import Runtime
 from core.step_guard import WINDOW, Skipped, StepGuard
 from core.training_step import TrainingState, training_step
 from model import GPT

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import UserError
-from core.markdown import split_at_markers
+from core.common.errors import UserError
+from core.common.tables import split_at_markers
 from core.quality_report import markers
 from core.study import Experiment, Section, read_records, total_text, training_facts, write_report
 from core.study_remasking import SECTIONS as REMASKING_SECTIONS

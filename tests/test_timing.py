@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from core.timing import TimingAccumulator, get_global_timer
+from core.common.timing import TimingAccumulator, get_global_timer
 
 
 def test_totals_counts_and_shares():

@@ -15,7 +15,7 @@ import model
 import train as script
 from configurator import configure
 from core.checkpoint import load_checkpoint
-from core.errors import UserError
+from core.common.errors import UserError
 from core.logger import read_metrics
 from core.trainer import train
 

@@ -16,9 +16,9 @@ import torch.distributed as distributed
 
 from conftest import V0, toy_config, toy_plan, toy_state
 from core.batches import Corruption, unmasking_batches
-from core.drawing import allowed_ids
+from core.common.drawing import allowed_ids
+from core.common.runtime import Runtime
 from core.optimizer import Muon, orthogonalise
-from core.runtime import Runtime
 from core.schedule import Stage, all_heads_trained_from, critic_alpha, learning_rate_at, stage_at
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
@@ -239,7 +239,7 @@ import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 from conftest import toy_config, toy_plan, toy_state
 import core.objective
-from core.runtime import start_runtime, stop_runtime
+from core.common.runtime import start_runtime, stop_runtime
 from core.training_step import training_step
 runtime = start_runtime('cpu', 'float32', False, width=8, iterations=8)
 config = toy_config(add_sampler_head=True, start_sampler_iteration=2, add_critic_head=True, start_critic_iteration=4,

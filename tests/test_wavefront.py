@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sample_utils
-from core.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw_tokens
-from core.randomness import RowRandom, keyed
+from core.common.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw_tokens
+from core.common.randomness import RowRandom, keyed
 from model import GPT, GPTConfig
 from sample_utils import (_bootstrap_fill_by_confidence, draw_wave, group_schedule, neighbour_tables, neighbour_tokens,
                           predict_and_sample_tokens, prepare_sampler_inputs, sampler_wavefront_fill, wave_schedule)

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from core.drawing import DrawRule, allowed_log_probabilities
-from core.randomness import Purpose, RowRandom
+from core.common.drawing import DrawRule, allowed_log_probabilities
+from core.common.randomness import Purpose, RowRandom
 from model import GPT
 from sample_utils import Fill, flat_positions, highest_positions, independent_fill
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
 from core.corpora import prepare_own_text  # noqa: E402
-from core.errors import run_script  # noqa: E402
+from core.common.errors import run_script  # noqa: E402
 
 if __name__ == '__main__':
     run_script(lambda arguments: prepare_own_text(arguments, ROOT / 'data'))

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
-from core.errors import run_script  # noqa: E402
+from core.common.errors import run_script  # noqa: E402
 from core.openwebtext import prepare_openwebtext  # noqa: E402
 
 if __name__ == '__main__':

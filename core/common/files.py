@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from core.errors import UserError
+from core.common.errors import UserError
 
 TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves behind
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as distributed
 
-from core.errors import UserError
+from core.common.errors import UserError
 
 # Dense bfloat16 peak, operations per second, by vendors' data sheets; any other device is measured.
 PEAK_RATES = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}

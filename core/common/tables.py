@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.errors import UserError
-from core.files import atomic_writer
+from core.common.errors import UserError
+from core.common.files import atomic_writer
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
