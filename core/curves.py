@@ -27,7 +27,7 @@ from core.common.errors import UserError
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.common.timing import TimingAccumulator
-from core.data import Corpus, Vocabulary
+from core.data.corpus import Corpus, Vocabulary
 from core.evaluator import fixed_windows
 from core.generation import GenerationSettings, Network, generate, score_confidence
 from core.policies import POLICIES, Policy

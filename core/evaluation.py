@@ -18,7 +18,7 @@ from core.checkpoint import WEIGHTS_FILE, Checkpoint
 from core.common.errors import UserError
 from core.common.files import atomic_writer
 from core.common.runtime import Runtime
-from core.data import Corpus, Vocabulary, file_hash
+from core.data.corpus import Corpus, Vocabulary, file_hash
 from model import GPT
 
 CACHE_NAME = 'evaluation.json'

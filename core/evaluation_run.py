@@ -18,7 +18,7 @@ from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.runtime import DTYPES, Runtime, resolve_device
-from core.data import Vocabulary, ensure_corpus
+from core.data.corpus import Vocabulary, ensure_corpus
 from core.error_detection import ERRORS
 from core.evaluation import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache, checkpoint_hash
 from core.evaluator import validate

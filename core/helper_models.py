@@ -19,7 +19,7 @@ from core.common.errors import UserError
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime
 from core.corruption import apply_mask
-from core.data import Vocabulary
+from core.data.corpus import Vocabulary
 from core.kinds import GENERATORS
 from core.schedule import started_heads
 from model import GPT

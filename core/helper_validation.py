@@ -16,7 +16,7 @@ from core.checkpoint import CheckpointKind
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.corruption import draw_exact_mask, replace_tokens, stratified_mask_counts
-from core.data import Corpus
+from core.data.corpus import Corpus
 from core.evaluator import VALIDATION_SEED, Validation, fixed_windows, validate
 from core.objective import PositionSums, position_metrics, position_sums, remasking_terms, wrong_shares
 from model import GPT, ModelMode

@@ -14,7 +14,7 @@ from core.checkpoint import (TRAINING_FIELDS, Checkpoint, CheckpointKind, build_
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.runtime import Runtime, resolve_device
-from core.data import Vocabulary, ensure_corpus
+from core.data.corpus import Vocabulary, ensure_corpus
 from core.helper_models import load_corruption
 from core.helper_validation import validate_kind
 

@@ -33,7 +33,7 @@ from core.common.errors import UserError
 from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
 from core.copied_spans import CopyIndex, code_points
-from core.data import Corpus, Vocabulary
+from core.data.corpus import Corpus, Vocabulary
 from core.generation import Network, score_confidence
 from model import GPT
 

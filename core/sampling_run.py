@@ -26,7 +26,7 @@ from core.common.errors import UserError, raise_problems
 from core.common.randomness import RowRandom
 from core.common.runtime import DTYPES, resolve_device
 from core.common.timing import TimingAccumulator, get_global_timer
-from core.data import Vocabulary
+from core.data.corpus import Vocabulary
 from core.generation import GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows
 from core.helper_models import load_judge, load_remasking_model, require_block
 from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill

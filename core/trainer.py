@@ -18,7 +18,7 @@ from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.plots import plot_loss_curve
 from core.common.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
-from core.data import Corpus, ensure_corpus
+from core.data.corpus import Corpus, ensure_corpus
 from core.evaluator import Validation
 from core.helper_models import load_corruption
 from core.helper_validation import HelperValidation, validate_kind

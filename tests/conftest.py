@@ -14,8 +14,8 @@ from core.batches import BatchPlan
 from core.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
-from core.corpora import character_vocabulary, write_corpus
-from core.data import load_corpus
+from core.data.corpus import load_corpus
+from core.data.prepare import character_vocabulary, write_corpus
 from core.training_step import TrainingState
 from model import GPT, GPTConfig
 

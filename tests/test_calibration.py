@@ -13,7 +13,7 @@ from core.calibration import (CALIBRATION_NAME, Calibration, Reliability, calibr
                               fit_calibration, reliability, write_calibration)
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
-from core.data import Vocabulary
+from core.data.corpus import Vocabulary
 from core.evaluation import checkpoint_hash
 from core.sampling_run import run_sampling
 from sample import SampleConfig

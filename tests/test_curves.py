@@ -17,10 +17,10 @@ from core.common.errors import UserError
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.common.timing import TimingAccumulator
-from core.corpora import character_vocabulary, write_corpus
 from core.curves import (DIALS, POLICY_DEFAULTS, Budget, Writer, at_entropy, budgets_of, held_out_texts, load_causal,
                          make_policy, nearest_setting, shuffled_characters, shuffled_words, write)
-from core.data import load_corpus
+from core.data.corpus import load_corpus
+from core.data.prepare import character_vocabulary, write_corpus
 from core.evaluation_run import run_evaluation
 from core.generation import GenerationSettings, Network, generate
 from core.policies import POLICIES

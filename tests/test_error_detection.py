@@ -17,8 +17,8 @@ from core.calibration import find_calibration
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
-from core.corpora import write_corpus
-from core.data import Vocabulary, load_corpus
+from core.data.corpus import Vocabulary, load_corpus
+from core.data.prepare import write_corpus
 from core.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrated, detectors, error_cells,
                                   expected_auroc, measured, one_shot)
 from core.evaluation_run import load_evaluation, run_evaluation

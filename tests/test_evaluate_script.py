@@ -14,7 +14,7 @@ from core.checkpoint import Checkpoint, build_model, load_checkpoint, model_conf
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime
-from core.data import Vocabulary
+from core.data.corpus import Vocabulary
 from core.evaluation import CACHE_FORMAT, ResultCache
 from core.evaluation_run import run_evaluation, table
 from core.evaluator import validate

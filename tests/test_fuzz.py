@@ -23,8 +23,8 @@ import train as script
 from configurator import configure
 from core.checkpoint import save_checkpoint, verify_checkpoint
 from core.common.errors import UserError
-from core.corpora import split_text, train_bpe, write_corpus
-from core.data import load_corpus
+from core.data.corpus import load_corpus
+from core.data.prepare import split_text, train_bpe, write_corpus
 from model import GPT, GPTConfig
 from test_checkpoint import checkpoint_of
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from core import fetching, gpt2_tokenizer
 from core.common.errors import UserError
-from core.corpora import character_vocabulary
-from core.data import DOCUMENT_END, Vocabulary
-from core.gpt2_tokenizer import PATTERN, fetch_merges, gpt2_vocabulary, tokens_of
+from core.data import fetching, gpt2_bpe as gpt2_tokenizer
+from core.data.corpus import DOCUMENT_END, Vocabulary
+from core.data.gpt2_bpe import PATTERN, fetch_merges, gpt2_vocabulary, tokens_of
+from core.data.prepare import character_vocabulary
 
 MERGES = '#version: 0.2\nt h\nth e\nĠ the\nĊ Ċ\nĠ Ġ\nĠ Ċ\n'
 LEARNT = (b'th', b'the', b' the', b'\n\n', b'  ', b' \n')

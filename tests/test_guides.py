@@ -13,7 +13,7 @@ import pytest
 import sample
 from configurator import configure
 from conftest import model_over, model_that_knows, save_model
-from core.data import Vocabulary
+from core.data.corpus import Vocabulary
 
 VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n ' + string.ascii_letters))
 BLOCK = 256

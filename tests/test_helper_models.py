@@ -11,7 +11,7 @@ import torch
 from configurator import configure
 from conftest import model_over, model_that_knows, save_model
 from core.common.errors import UserError
-from core.data import Vocabulary
+from core.data.corpus import Vocabulary
 from core.sampling_run import run_sampling
 from model import GPT
 from sample import SampleConfig

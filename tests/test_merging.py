@@ -10,7 +10,7 @@ from configurator import configure
 from conftest import model_over, save_model
 from core.checkpoint import build_model, load_checkpoint, main, save_checkpoint
 from core.common.errors import UserError
-from core.data import Vocabulary
+from core.data.corpus import Vocabulary
 from core.trainer import train
 
 SMALL = ('--dataset=tiny --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=2 '

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from core.common.errors import UserError
 from core.copied_spans import CopyIndex, code_points, suffix_array
-from core.data import Vocabulary
+from core.data.corpus import Vocabulary
 from core.quality import (METRICS, SIZES, GramTable, Reference, Texts, Yardstick, bootstrap, copied_span, distinct,
                           divergence, entropy, known_words, make_yardstick, measure_texts, ratio_of_sums,
                           reference_bits, reference_doubts, repetition, whole_words_of, words_of)

@@ -11,7 +11,7 @@ import pytest
 from configurator import configure
 from core.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
 from core.common.errors import UserError
-from core.data import Vocabulary
+from core.data.corpus import Vocabulary
 from core.policies import POLICIES
 from core.sampling_options import option_problems, policy_help, remasking_levels
 from core.sampling_run import character_distribution, frequent_patterns, run_sampling, started_heads

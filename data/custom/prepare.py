@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
-from core.corpora import prepare_own_text  # noqa: E402
+from core.data.prepare import prepare_own_text  # noqa: E402
 from core.common.errors import run_script  # noqa: E402
 
 if __name__ == '__main__':

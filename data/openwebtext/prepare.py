@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
 from core.common.errors import run_script  # noqa: E402
-from core.openwebtext import prepare_openwebtext  # noqa: E402
+from core.data.openwebtext import prepare_openwebtext  # noqa: E402
 
 if __name__ == '__main__':
     run_script(lambda arguments: prepare_openwebtext(arguments, ROOT / 'data'))

@@ -1,4 +1,4 @@
-"""Corpora as the program reads them: vocabulary, token files and windows. Preparing them is `core/corpora.py`.
+"""Corpora as the program reads them: vocabulary, token files and windows. Preparing them is `core/data/corpus/prepare.py`.
 
 A corpus is a folder with `train.bin`, `val.bin`, perhaps `ref.bin` (flat token ids) and `meta.pkl` (one plain dict of
 built-in types). Files come from other people's machines, so `meta.pkl` is read by an unpickler that can build nothing
@@ -223,7 +223,7 @@ def gather_windows(tokens: np.ndarray, starts: torch.Tensor | np.ndarray, length
 
 def ensure_corpus(name: str, say: Callable[[str], None] = print, root: Path | str = 'data') -> Corpus:
     """Load a corpus, preparing it first where it is missing; `say` is told. UserError for a name nobody knows."""
-    from core.corpora import RECIPES  # preparing needs more packages and modules than reading does
+    from core.data.prepare import RECIPES  # preparing needs more packages and modules than reading does
 
     folder = Path(root) / name
     if not (folder / 'meta.pkl').is_file():
@@ -308,7 +308,7 @@ _META_TYPES = {
 
 
 def _checked_meta(meta: object) -> dict:
-    """`meta` with every key and type as `core/corpora.py` writes them, or a UserError."""
+    """`meta` with every key and type as `core/data/corpus/prepare.py` writes them, or a UserError."""
     if type(meta) is not dict or meta.get('format') != META_FORMAT:
         raise UserError('it was not written by this program')
     if meta.get('version') != META_VERSION:

@@ -1,6 +1,6 @@
 """Preparing corpora: fetching, splitting, tokenising, and writing a corpus folder so that it is whole or absent.
 
-`core/plays.py` cleans the plays; `core/data.py` reads what is written here.
+`core/data/corpus/plays.py` cleans the plays; `core/data/corpus/corpus.py` reads what is written here.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.common.errors import UserError, raise_problems
-from core.data import (META_FORMAT, META_VERSION, SPECIAL_NAMES, SPLITS, Corpus, Vocabulary, file_hash, hash_of_hashes,
-                       load_corpus)
-from core.fetching import download, pip_command, wheel_from_index
-from core.plays import clean_play
+from core.data.corpus import (META_FORMAT, META_VERSION, SPECIAL_NAMES, SPLITS, Corpus, Vocabulary, file_hash,
+                              hash_of_hashes, load_corpus)
+from core.data.fetching import download, pip_command, wheel_from_index
+from core.data.plays import clean_play
 
 Say = Callable[[str], None]
 
