@@ -21,12 +21,12 @@ from core.benchmark_cases import Case, Shape, base_vocabulary, model_config, sho
 from core.benchmark_sampling import (POLICY_ROWS, TEMPERATURE, PolicyRun, decode_cases, fill_cases, policy_runs,
                                      sampling_cases, sampling_network)
 from core.benchmark_training import baseline_case, training_cases
+from core.checkpoints.run_folder import environment
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, has_fast_bfloat16, measure_matrix_rate, start_runtime
 from core.generation import GenerationSettings, Network, generate
 from core.prompt import Layout
-from core.run_folder import environment
 from core.sampling_run import choose_autocast
 from model import GPT
 

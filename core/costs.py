@@ -19,7 +19,7 @@ import torch
 
 from core.benchmark_cases import SHAPES
 from core.benchmark_training import training_cases
-from core.checkpoint import load_checkpoint, save_checkpoint
+from core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from core.common.errors import run_script
 from core.common.randomness import RowRandom
 from core.common.runtime import start_runtime, stop_runtime

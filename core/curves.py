@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.checkpoints.checkpoint import CheckpointKind, build_model, load_checkpoint
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import keyed

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from core.calibration import calibration_error, fit_calibration, reliability, write_calibration
-from core.checkpoint import CheckpointKind
+from core.checkpoints.checkpoint import CheckpointKind
+from core.checkpoints.helpers import helper_path, load_remasking_model, require_block
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import Purpose, RowRandom, keyed
@@ -42,7 +43,6 @@ from core.corruption import apply_mask, draw_exact_mask
 from core.error_plots import plot_errors
 from core.evaluation import Cell, Evaluation, Measure, Result, checkpoint_hash
 from core.evaluator import VALIDATION_SEED, fixed_windows
-from core.helper_models import helper_path, load_remasking_model, require_block
 from core.quality import FEWEST_TEXTS, Statistic, bootstrap
 from core.schedule import started_heads
 from model import GPT, ModelMode

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from core.checkpoint import WEIGHTS_FILE, Checkpoint
+from core.checkpoints.checkpoint import WEIGHTS_FILE, Checkpoint
 from core.common.errors import UserError
 from core.common.files import atomic_writer
 from core.common.runtime import Runtime

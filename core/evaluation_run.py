@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.checkpoints.checkpoint import CheckpointKind, build_model, load_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.batches import Corruption, behind_cls, corrupt, judged_text, position_weights
-from core.checkpoint import CheckpointKind
+from core.checkpoints.checkpoint import CheckpointKind
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.corruption import draw_exact_mask, replace_tokens, stratified_mask_counts

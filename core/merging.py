@@ -1,6 +1,6 @@
 """Merging: a model whose weights lie on the line between those of two models of one architecture.
 
-`python -m core.checkpoint merge A B --weight=w` calls `merge_checkpoints`.
+`python -m core.checkpoints.checkpoint merge A B --weight=w` calls `merge_checkpoints`.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import torch
 
-from core.checkpoint import (TRAINING_FIELDS, Checkpoint, CheckpointKind, build_model, load_checkpoint,
-                             model_config_from_dict, model_config_to_dict, save_checkpoint)
+from core.checkpoints.checkpoint import (TRAINING_FIELDS, Checkpoint, CheckpointKind, build_model, load_checkpoint,
+                                         model_config_from_dict, model_config_to_dict, save_checkpoint)
+from core.checkpoints.helpers import load_corruption
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.runtime import Runtime, resolve_device
 from core.data.corpus import Vocabulary, ensure_corpus
-from core.helper_models import load_corruption
 from core.helper_validation import validate_kind
 
 

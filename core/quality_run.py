@@ -10,14 +10,14 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from core.checkpoint import CheckpointKind
+from core.checkpoints.checkpoint import CheckpointKind
+from core.checkpoints.helpers import HOW_TO_TRAIN, helper_path, load_remasking_model, require_block
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.copied_spans import CopyIndex
 from core.curves import (Budget, Writer, Written, budgets_of, held_out_texts, load_causal, make_policy,
                          shuffled_characters, shuffled_words, write)
 from core.evaluation import Cell, Evaluation, Measure, Result, checkpoint_hash
-from core.helper_models import HOW_TO_TRAIN, helper_path, load_remasking_model, require_block
 from core.policies import POLICIES
 from core.quality import FEWEST_TEXTS, Yardstick, make_yardstick, measure_texts, reference_doubts
 from core.quality_report import CAUSAL, REAL, check_page, draw_quality, report_policies, tell_curves

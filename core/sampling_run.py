@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from core.animation import TerminalAnimation
 from core.calibration import find_calibration
-from core.checkpoint import build_model, load_checkpoint, model_config_from_dict
+from core.checkpoints.checkpoint import build_model, load_checkpoint, model_config_from_dict
+from core.checkpoints.helpers import load_judge, load_remasking_model, require_block
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.randomness import RowRandom
@@ -28,7 +29,6 @@ from core.common.runtime import DTYPES, resolve_device
 from core.common.timing import TimingAccumulator, get_global_timer
 from core.data.corpus import Vocabulary
 from core.generation import GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows
-from core.helper_models import load_judge, load_remasking_model, require_block
 from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.replay import write_html
 from core.sampling_options import (DIFFUSION, build_policy, guidance_problems, model_problems, option_problems,

@@ -12,21 +12,21 @@ from typing import Any
 import torch.distributed as distributed
 
 from core.batches import BatchPlan
-from core.checkpoint import (Checkpoint, CheckpointKind, check_resume, initialise_from, load_checkpoint, load_weights,
-                             model_config_to_dict)
+from core.checkpoints.checkpoint import (Checkpoint, CheckpointKind, check_resume, initialise_from, load_checkpoint,
+                                         load_weights, model_config_to_dict)
+from core.checkpoints.helpers import load_corruption
+from core.checkpoints.kinds import GENERATORS, OWN_OUTPUT, kind_of, kind_problems, mode_of, run_label, wandb_name
+from core.checkpoints.run_folder import LATEST, RunFolder, latest_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.plots import plot_loss_curve
 from core.common.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
 from core.data.corpus import Corpus, ensure_corpus
 from core.evaluator import Validation
-from core.helper_models import load_corruption
 from core.helper_validation import HelperValidation, validate_kind
-from core.kinds import GENERATORS, OWN_OUTPUT, kind_of, kind_problems, mode_of, run_label, wandb_name
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.objective import position_metrics
 from core.preview import preview
-from core.run_folder import LATEST, RunFolder, latest_checkpoint
 from core.schedule import all_heads_trained_from, learning_rate_at, stage_at
 from core.sharding import cut, gathered, whole, whole_weights
 from core.step_guard import MOST_IN_A_ROW

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from core.batches import BatchPlan
-from core.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
 from core.data.corpus import load_corpus

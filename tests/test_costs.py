@@ -4,7 +4,7 @@ import os
 
 from core import costs
 from core.benchmark import Shape
-from core.checkpoint import save_checkpoint
+from core.checkpoints.checkpoint import save_checkpoint
 from core.common.randomness import RowRandom
 from model import GPT
 from test_checkpoint import SMALL, checkpoint_of

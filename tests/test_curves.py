@@ -11,7 +11,7 @@ import pytest
 import torch
 from configurator import configure
 from conftest import model_over, model_that_knows, save_model
-from core.checkpoint import load_checkpoint
+from core.checkpoints.checkpoint import load_checkpoint
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import keyed

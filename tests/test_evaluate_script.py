@@ -10,7 +10,7 @@ import torch
 from configurator import configure
 from conftest import awake
 from core import likelihood
-from core.checkpoint import Checkpoint, build_model, load_checkpoint, model_config_to_dict, save_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, build_model, load_checkpoint, model_config_to_dict, save_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime

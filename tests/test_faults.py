@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import core.trainer
-from core.checkpoint import load_checkpoint
+from core.checkpoints.checkpoint import load_checkpoint
+from core.checkpoints.run_folder import RunFolder
 from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime, is_lost_rank
 from core.data.prepare import character_vocabulary, write_corpus
 from core.logger import read_metrics
-from core.run_folder import RunFolder
 from test_trainer import ROOT, equal_runs, refused, run
 
 

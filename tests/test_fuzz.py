@@ -21,7 +21,7 @@ import torch
 
 import train as script
 from configurator import configure
-from core.checkpoint import save_checkpoint, verify_checkpoint
+from core.checkpoints.checkpoint import save_checkpoint, verify_checkpoint
 from core.common.errors import UserError
 from core.data.corpus import load_corpus
 from core.data.prepare import split_text, train_bpe, write_corpus

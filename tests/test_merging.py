@@ -1,4 +1,4 @@
-"""python -m core.checkpoint merge: the weights between two models, their validation, and what cannot be merged."""
+"""python -m core.checkpoints.checkpoint merge: the weights between two models, their validation, and what cannot be merged."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 import train as script
 from configurator import configure
 from conftest import model_over, save_model
-from core.checkpoint import build_model, load_checkpoint, main, save_checkpoint
+from core.checkpoints.checkpoint import build_model, load_checkpoint, main, save_checkpoint
 from core.common.errors import UserError
 from core.data.corpus import Vocabulary
 from core.trainer import train

@@ -14,15 +14,15 @@ import train as script
 from configurator import configure
 from conftest import SPECIAL, V0, awake, toy_config, toy_plan, toy_state
 from core.batches import BATCH_MAKERS, Corruption, judge_batches, judged_text, remasking_batches
-from core.checkpoint import load_checkpoint
+from core.checkpoints.checkpoint import load_checkpoint
+from core.checkpoints.helpers import one_shot_fill
+from core.checkpoints.kinds import run_label, wandb_name
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom, keyed
 from core.common.runtime import Runtime
 from core.corruption import draw_mask, low_discrepancy_times, replace_tokens
-from core.helper_models import one_shot_fill
 from core.helper_validation import auroc, validate_judge, validate_remasking
-from core.kinds import run_label, wandb_name
 from core.logger import read_metrics
 from core.objective import Objective
 from core.schedule import Stage

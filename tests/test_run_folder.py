@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.checkpoint import Checkpoint, load_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from core.checkpoints.run_folder import RunFolder, environment, latest_checkpoint
 from core.common.errors import UserError
 from core.common.files import TEMPORARY_SUFFIX
-from core.run_folder import RunFolder, environment, latest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -139,7 +139,7 @@ def test_best_is_replaced(folder: RunFolder) -> None:
 
 def test_second_run_is_refused(tmp_path: Path) -> None:
     holder = subprocess.Popen(
-        [sys.executable, '-c', 'import sys, time; from core.run_folder import RunFolder\n'
+        [sys.executable, '-c', 'import sys, time; from core.checkpoints.run_folder import RunFolder\n'
          'folder = RunFolder(sys.argv[1]); print("held", flush=True); time.sleep(60)', str(tmp_path)],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configurator import configure
-from core.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
 from core.common.errors import UserError
 from core.data.corpus import Vocabulary
 from core.policies import POLICIES

@@ -10,7 +10,7 @@ import torch
 
 import train as script
 from configurator import configure
-from core.checkpoint import build_model, load_checkpoint, verify_checkpoint
+from core.checkpoints.checkpoint import build_model, load_checkpoint, verify_checkpoint
 from core.common.errors import UserError
 from core.logger import read_metrics
 from core.trainer import train

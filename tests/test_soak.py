@@ -93,8 +93,8 @@ def ended(child: int, seconds: float, board: Board | None = None, within: float 
 
 def newest(folder: Path) -> int:
     """The iteration that a run in `folder` would go on from, 0 where it would begin anew; every file must verify."""
-    from core.checkpoint import load_checkpoint, verify_checkpoint
-    from core.run_folder import latest_checkpoint
+    from core.checkpoints.checkpoint import load_checkpoint, verify_checkpoint
+    from core.checkpoints.run_folder import latest_checkpoint
 
     paths = [path for path in folder.glob('ckpt*.pt') if verify_checkpoint(path)] if folder.exists() else []
     if not {'ckpt.pt', 'ckpt_previous.pt'} & {path.name for path in paths}:
@@ -110,7 +110,7 @@ def soak(kills: int, seed: int = 0) -> None:
     and compare every run that ends with one that was left alone. Prints what it found."""
     import torch._dynamo  # the optimizers import it, and every run would spend its time on that
 
-    from core.run_folder import RunFolder
+    from core.checkpoints.run_folder import RunFolder
     from core.common.runtime import Runtime
     from core.trainer import Run
     from test_trainer import equal_runs

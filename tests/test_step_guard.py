@@ -13,7 +13,7 @@ import core.step_guard
 import core.trainer
 import core.training_step
 from conftest import V0, awake, toy_config, toy_plan, toy_state
-from core.checkpoint import load_checkpoint
+from core.checkpoints.checkpoint import load_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
 from core.step_guard import WINDOW, Skipped, StepGuard

@@ -14,7 +14,7 @@ import torch
 import model
 import train as script
 from configurator import configure
-from core.checkpoint import load_checkpoint
+from core.checkpoints.checkpoint import load_checkpoint
 from core.common.errors import UserError
 from core.logger import read_metrics
 from core.trainer import train

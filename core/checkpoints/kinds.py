@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from core.checkpoint import CheckpointKind
+from core.checkpoints.checkpoint import CheckpointKind
 from model import ModelMode
 
 MODES = {CheckpointKind.CLASSIFIER: ModelMode.TOKEN_CLASSIFIER, CheckpointKind.JUDGE: ModelMode.SEQUENCE_SCORER}

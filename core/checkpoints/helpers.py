@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from core.batches import Corruption
-from core.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.checkpoints.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.checkpoints.kinds import GENERATORS
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime
 from core.corruption import apply_mask
 from core.data.corpus import Vocabulary
-from core.kinds import GENERATORS
 from core.schedule import started_heads
 from model import GPT
 from sample_utils import predict_and_sample_tokens

@@ -1,8 +1,8 @@
 """Checkpoints: saved so that no failure loses the previous one, and read so that no file can do harm.
 
-    python -m core.checkpoint verify out/ckpt.pt           read every byte again and say what the file holds
-    python -m core.checkpoint export out/ckpt_best.pt FOLDER   weights as safetensors, the rest as JSON, for sharing
-    python -m core.checkpoint merge A B --weight=0.5       interpolate two models of one architecture, and validate
+    python -m core.checkpoints.checkpoint verify out/ckpt.pt           read every byte again and say what the file holds
+    python -m core.checkpoints.checkpoint export out/ckpt_best.pt FOLDER   weights as safetensors, the rest as JSON, for sharing
+    python -m core.checkpoints.checkpoint merge A B --weight=0.5       interpolate two models of one architecture, and validate
 
 A checkpoint is one zip file as `torch.save` writes it. Every member carries a CRC-32, which `torch.load` ignores and
 which is compared here before anything is unpickled; unpickling admits tensors and built-in types only.
@@ -477,7 +477,7 @@ def _from_json(value: object) -> object:
 
 def main(arguments: list[str]) -> None:
     """The commands at the top of this file."""
-    parser = argparse.ArgumentParser(prog='python -m core.checkpoint', description='Check or share a checkpoint.')
+    parser = argparse.ArgumentParser(prog='python -m core.checkpoints.checkpoint', description='Check or share a checkpoint.')
     commands = parser.add_subparsers(dest='command', required=True)
     verify = commands.add_parser('verify', help='read every byte again and say what the file holds')
     export = commands.add_parser('export', help='weights as safetensors, the rest as JSON')

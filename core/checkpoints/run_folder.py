@@ -19,7 +19,7 @@ from types import TracebackType
 
 import torch
 
-from core.checkpoint import HOW_TO_TRAIN, Checkpoint, CheckpointSummary, save_checkpoint, verify_checkpoint
+from core.checkpoints.checkpoint import HOW_TO_TRAIN, Checkpoint, CheckpointSummary, save_checkpoint, verify_checkpoint
 from core.common.errors import UserError
 from core.common.files import TEMPORARY_SUFFIX, atomic_writer, unwritable
 
