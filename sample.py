@@ -15,8 +15,8 @@ from typing import Literal
 
 from configurator import configure, option
 from core.common.errors import run_script
-from core.sampling_options import policy_help
-from core.sampling_run import run_sampling
+from core.sampling.options import policy_help
+from core.sampling.run import run_sampling
 
 
 @dataclass(frozen=True)

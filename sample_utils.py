@@ -1,7 +1,7 @@
 """Sampling utilities: pure functions that return new tensors and take their random numbers from a `RowRandom`.
 
 The sampler head's wavefront fill, independent draws, remasking, the critic's filled-in text and self-confidence. Exact
-draws from logits are in core/common/drawing.py; the loop that calls the network again and again is core/generation.py.
+draws from logits are in core/common/drawing.py; the loop that calls the network again and again is core/sampling/generation.py.
 
 Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, C = sampler_context, W width
 of the sampler head, N positions picked out of a batch.

@@ -25,9 +25,9 @@ from core.checkpoints.run_folder import environment
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, has_fast_bfloat16, measure_matrix_rate, start_runtime
-from core.generation import GenerationSettings, Network, generate
-from core.prompt import Layout
-from core.sampling_run import choose_autocast
+from core.sampling.generation import GenerationSettings, Network, generate
+from core.sampling.prompt import Layout
+from core.sampling.run import choose_autocast
 from model import GPT
 
 Say = Callable[[str], None]

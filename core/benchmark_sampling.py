@@ -16,9 +16,9 @@ from core.benchmark_cases import Case, Shape, base_vocabulary, model_config, sho
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator
-from core.generation import GenerationSettings, Method, Network, generate
-from core.policies import POLICIES, Policy, remask_policy
-from core.prompt import Layout
+from core.sampling.generation import GenerationSettings, Method, Network, generate
+from core.sampling.policies import POLICIES, Policy, remask_policy
+from core.sampling.prompt import Layout
 from model import GPT, GPTConfig
 from sample_utils import linear_remasking_schedule
 

@@ -1,6 +1,6 @@
 """Samples of many settings and their quality: which policy, how many trunk calls, what temperature.
 
-A setting is written by `write` (the loop of sample.py, core/generation.py) and measured by core/quality.py, beside
+A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by core/quality.py, beside
 controls of the same number and length. Since a lower temperature alone improves the bits under a reference model, the
 settings of one policy and budget are compared at equal trigram entropy: temperature is swept and every figure
 interpolated to the entropy that real text of the same size has.
@@ -29,11 +29,11 @@ from core.common.runtime import Runtime
 from core.common.timing import TimingAccumulator
 from core.data.corpus import Corpus, Vocabulary
 from core.evaluator import fixed_windows
-from core.generation import GenerationSettings, Network, generate, score_confidence
-from core.policies import POLICIES, Policy
-from core.prompt import lay_out_prompt
 from core.quality import Reference
-from core.sampling_options import build_policy
+from core.sampling.generation import GenerationSettings, Network, generate, score_confidence
+from core.sampling.options import build_policy
+from core.sampling.policies import POLICIES, Policy
+from core.sampling.prompt import lay_out_prompt
 from model import GPT
 
 CONFIDENCE_GROUPS = 8  # network calls of a self-confidence, as in sample.py

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.calibration import calibration_error, fit_calibration, reliability, write_calibration
 from core.checkpoints.checkpoint import CheckpointKind
 from core.checkpoints.helpers import helper_path, load_remasking_model, require_block
 from core.common.drawing import DrawRule
@@ -44,6 +43,7 @@ from core.error_plots import plot_errors
 from core.evaluation import Cell, Evaluation, Measure, Result, checkpoint_hash
 from core.evaluator import VALIDATION_SEED, fixed_windows
 from core.quality import FEWEST_TEXTS, Statistic, bootstrap
+from core.sampling.calibration import calibration_error, fit_calibration, reliability, write_calibration
 from core.schedule import started_heads
 from model import GPT, ModelMode
 from sample_utils import fill_positions, independent_fill, pseudo_log_likelihood, wrong_probabilities

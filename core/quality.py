@@ -34,7 +34,7 @@ from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
 from core.copied_spans import CopyIndex, code_points
 from core.data.corpus import Corpus, Vocabulary
-from core.generation import Network, score_confidence
+from core.sampling.generation import Network, score_confidence
 from model import GPT
 
 SIZES = (1, 2, 3, 4, 5)  # characters of the n-grams

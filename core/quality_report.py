@@ -14,8 +14,8 @@ from core.common.files import atomic_writer
 from core.common.tables import markdown_table, split_at_markers, write_between
 from core.curves import at_entropy
 from core.evaluation import Evaluation, Result
-from core.policies import POLICIES
 from core.quality_plots import Curve, plot_curves, plot_quality
+from core.sampling.policies import POLICIES
 
 REAL, CAUSAL = 'real text', 'causal model'  # the controls that others are compared with
 SAMPLE = 56  # characters of a sample in a table

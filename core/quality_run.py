@@ -18,9 +18,9 @@ from core.copied_spans import CopyIndex
 from core.curves import (Budget, Writer, Written, budgets_of, held_out_texts, load_causal, make_policy,
                          shuffled_characters, shuffled_words, write)
 from core.evaluation import Cell, Evaluation, Measure, Result, checkpoint_hash
-from core.policies import POLICIES
 from core.quality import FEWEST_TEXTS, Yardstick, make_yardstick, measure_texts, reference_doubts
 from core.quality_report import CAUSAL, REAL, check_page, draw_quality, report_policies, tell_curves
+from core.sampling.policies import POLICIES
 from core.schedule import started_heads
 
 TRUNK_CALLS = (8, 16, 32, 64)

@@ -26,7 +26,7 @@ from core.evaluator import Validation
 from core.helper_validation import HelperValidation, validate_kind
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.objective import position_metrics
-from core.preview import preview
+from core.sampling.preview import preview
 from core.schedule import all_heads_trained_from, learning_rate_at, stage_at
 from core.sharding import cut, gathered, whole, whole_weights
 from core.step_guard import MOST_IN_A_ROW

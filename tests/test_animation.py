@@ -7,8 +7,8 @@ from collections import namedtuple
 import pytest
 import torch
 
-from core.animation import TerminalAnimation
-from core.generation import TraceStep
+from core.sampling.animation import TerminalAnimation
+from core.sampling.generation import TraceStep
 
 LETTERS, MASK = ['a', 'b', 'c', '\n', '\x1b', '漢', 'é'], 7
 SIZE = namedtuple('Size', 'columns lines')
@@ -81,7 +81,7 @@ def animation(stream, protected=(), length=12):
 def terminal(monkeypatch):
     """The size of the terminal, to be changed by a test."""
     sizes = [SIZE(90, 10)]
-    monkeypatch.setattr('core.animation.shutil.get_terminal_size', lambda: sizes[-1])
+    monkeypatch.setattr('core.sampling.animation.shutil.get_terminal_size', lambda: sizes[-1])
     monkeypatch.delenv('NO_COLOR', raising=False)
     monkeypatch.setenv('TERM', 'xterm')
     return sizes
@@ -207,13 +207,13 @@ def test_the_cursor_comes_back_after_a_failure():
 
 def test_frames_keep_their_pace(monkeypatch):
     clock, slept = [100.0], []
-    monkeypatch.setattr('core.animation.time.perf_counter', lambda: clock[0])
+    monkeypatch.setattr('core.sampling.animation.time.perf_counter', lambda: clock[0])
 
     def sleep(seconds):
         slept.append(seconds)
         clock[0] += seconds
 
-    monkeypatch.setattr('core.animation.time.sleep', sleep)
+    monkeypatch.setattr('core.sampling.animation.time.sleep', sleep)
     animate = TerminalAnimation(lambda ids: 'a', MASK, torch.zeros(2, 2, dtype=torch.bool), Screen(), 0.5)
     for passed in (0.0, 0.25, 2.0):
         clock[0] += passed

@@ -31,9 +31,9 @@ from core.common.randomness import RowRandom, keyed
 from core.common.runtime import Runtime
 from core.common.tables import write_between
 from core.common.timing import TimingAccumulator
-from core.generation import Generation, Network
 from core.objective import Objective
-from core.policies import POLICIES
+from core.sampling.generation import Generation, Network
+from core.sampling.policies import POLICIES
 from core.schedule import Stage
 from core.training_step import TrainingState
 from model import GPT

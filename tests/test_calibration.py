@@ -9,13 +9,13 @@ from hypothesis import given, settings, strategies as st
 
 from configurator import configure
 from conftest import model_that_knows, save_model
-from core.calibration import (CALIBRATION_NAME, Calibration, Reliability, calibration_error, find_calibration,
-                              fit_calibration, reliability, write_calibration)
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
 from core.data.corpus import Vocabulary
 from core.evaluation import checkpoint_hash
-from core.sampling_run import run_sampling
+from core.sampling.calibration import (CALIBRATION_NAME, Calibration, Reliability, calibration_error, find_calibration,
+                                       fit_calibration, reliability, write_calibration)
+from core.sampling.run import run_sampling
 from sample import SampleConfig
 
 VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh'))

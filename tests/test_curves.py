@@ -22,11 +22,11 @@ from core.curves import (DIALS, POLICY_DEFAULTS, Budget, Writer, at_entropy, bud
 from core.data.corpus import load_corpus
 from core.data.prepare import character_vocabulary, write_corpus
 from core.evaluation_run import run_evaluation
-from core.generation import GenerationSettings, Network, generate
-from core.policies import POLICIES
-from core.prompt import lay_out_prompt
 from core.quality_report import REAL, at_equal_entropy, curves_text, markers, one_line, policies_text, tell_curves
-from core.sampling_options import POLICY_OPTIONS
+from core.sampling.generation import GenerationSettings, Network, generate
+from core.sampling.options import POLICY_OPTIONS
+from core.sampling.policies import POLICIES
+from core.sampling.prompt import lay_out_prompt
 from core.trainer import Run
 from evaluate import EvaluateConfig
 from sample import SampleConfig

@@ -13,7 +13,6 @@ import torch
 from configurator import configure
 from conftest import V0, awake, model_over, model_that_knows, save_model, toy_config
 from core import error_detection
-from core.calibration import find_calibration
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
@@ -23,6 +22,7 @@ from core.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrate
                                   expected_auroc, measured, one_shot)
 from core.evaluation_run import load_evaluation, run_evaluation
 from core.helper_validation import auroc
+from core.sampling.calibration import find_calibration
 from evaluate import EvaluateConfig
 from model import GPT
 

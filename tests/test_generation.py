@@ -9,9 +9,9 @@ from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom, keyed
 from core.common.timing import TimingAccumulator
-from core.generation import GenerationSettings, Network, Trace, generate, score_confidence, windows
-from core.policies import Policy, remask_policy
-from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
+from core.sampling.generation import GenerationSettings, Network, Trace, generate, score_confidence, windows
+from core.sampling.policies import Policy, remask_policy
+from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from model import GPT, GPTConfig
 
 BASE, MASK, V, T = 10, 10, 14, 16

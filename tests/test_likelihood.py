@@ -12,11 +12,11 @@ from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.timing import TimingAccumulator
 from core.evaluator import fixed_windows
-from core.generation import GenerationSettings, Network, generate
 from core.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, log_likelihood, policy_problems,
                              window_likelihoods)
-from core.policies import POLICIES
-from core.prompt import Layout
+from core.sampling.generation import GenerationSettings, Network, generate
+from core.sampling.policies import POLICIES
+from core.sampling.prompt import Layout
 from model import GPT
 from policy_laws import ORACLE, T, V, V0, law_of, tokens_of
 

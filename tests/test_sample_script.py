@@ -12,9 +12,9 @@ from configurator import configure
 from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
 from core.common.errors import UserError
 from core.data.corpus import Vocabulary
-from core.policies import POLICIES
-from core.sampling_options import option_problems, policy_help, remasking_levels
-from core.sampling_run import character_distribution, frequent_patterns, run_sampling, started_heads
+from core.sampling.options import option_problems, policy_help, remasking_levels
+from core.sampling.policies import POLICIES
+from core.sampling.run import character_distribution, frequent_patterns, run_sampling, started_heads
 from model import GPT, GPTConfig
 from sample import SampleConfig
 

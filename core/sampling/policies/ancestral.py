@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from core.policies.interface import Policy, PolicyView
+from core.sampling.policies.interface import Policy, PolicyView
 
 
 def mdlm(*, iterations: int, idle_cache: bool) -> Policy:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.common.files import atomic_writer
-from core.generation import Trace
+from core.sampling.generation import Trace
 
 Decode = Callable[[list[int]], str]
 

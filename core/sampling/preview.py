@@ -6,9 +6,9 @@ from core.common.drawing import DrawRule
 from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
 from core.data.corpus import Vocabulary
-from core.generation import GenerationSettings, Network, generate
-from core.policies import remask_policy
-from core.prompt import Layout
+from core.sampling.generation import GenerationSettings, Network, generate
+from core.sampling.policies import remask_policy
+from core.sampling.prompt import Layout
 from model import GPT
 from sample_utils import linear_remasking_schedule
 

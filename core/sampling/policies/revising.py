@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from core.policies.interface import ROUNDING, Policy, PolicyView
+from core.sampling.policies.interface import ROUNDING, Policy, PolicyView
 from sample_utils import apply_remasking_step
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from core.policies.interface import Policy, PolicyView
-from core.policies.ordered import entropy_of
+from core.sampling.policies.interface import Policy, PolicyView
+from core.sampling.policies.ordered import entropy_of
 
 
 def _sorted(score: Tensor, masked: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Sampling policies: which masked positions a step reveals and which positions it masks again.
 
-The loop in core/generation.py owns the network, calls it and counts the calls. A policy is a pair of functions of what
+The loop in core/sampling/generation.py owns the network, calls it and counts the calls. A policy is a pair of functions of what
 the loop shows it; a new one is one function that builds the pair, one row of `POLICIES` and one test of its law. With a
 sampler head the positions are the policy's and the tokens the head's: it draws each group wave by wave.
 """
@@ -8,9 +8,9 @@ sampler head the positions are the policy's and the tokens the head's: it draws 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from core.policies import adaptive, ancestral, ordered, revising
-from core.policies.interface import Counts, Policy, PolicyView, Prediction
-from core.policies.revising import remask_policy
+from core.sampling.policies import adaptive, ancestral, ordered, revising
+from core.sampling.policies.interface import Counts, Policy, PolicyView, Prediction
+from core.sampling.policies.revising import remask_policy
 
 __all__ = ['POLICIES', 'REMASKING', 'Counts', 'Policy', 'PolicyRow', 'PolicyView', 'Prediction', 'remask_policy']
 

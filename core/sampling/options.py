@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from core.common.expressions import closest
-from core.policies import POLICIES, REMASKING, Policy
+from core.sampling.policies import POLICIES, REMASKING, Policy
 from model import GPTConfig
 from sample_utils import cosine_remasking_schedule, linear_remasking_schedule
 

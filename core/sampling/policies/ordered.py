@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from core.policies.interface import ROUNDING, Policy, PolicyView, equal_shares, gumbel
+from core.sampling.policies.interface import ROUNDING, Policy, PolicyView, equal_shares, gumbel
 
 
 def _best_first(iterations: int, score: Callable[[PolicyView], Tensor]) -> Policy:

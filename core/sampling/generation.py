@@ -1,6 +1,6 @@
 """Generation: the loop that calls the network and counts the calls, blocks beyond the block size, and the trace.
 
-    diffusion    predict, then remask, as a policy of core/policies.py says; through the sampler head if there is one
+    diffusion    predict, then remask, as a policy of core/sampling/policies.py says; through the sampler head if there is one
     sampler      the same, but the head is required
     multinomial  every unprotected position is redrawn at each iteration from the network's own softmax
     standard     left to right; a causal model reads with a key-value cache
@@ -25,8 +25,8 @@ from core.common.drawing import Chosen, DrawRule, draw, revealed_ids
 from core.common.errors import UserError
 from core.common.randomness import Purpose, RowRandom
 from core.common.timing import TimingAccumulator
-from core.policies import Counts, Policy, PolicyView, Prediction
-from core.prompt import Layout
+from core.sampling.policies import Counts, Policy, PolicyView, Prediction
+from core.sampling.prompt import Layout
 from model import GPT, KeyValueCache
 from sample_utils import (Fill, SelfConfidence, causal_confidence, draw_wave, independent_fill, neighbour_tables,
                           sampler_wavefront_fill, self_confidence, wrong_probabilities)

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.animation import TerminalAnimation
-from core.calibration import find_calibration
 from core.checkpoints.checkpoint import build_model, load_checkpoint, model_config_from_dict
 from core.checkpoints.helpers import load_judge, load_remasking_model, require_block
 from core.common.drawing import DrawRule, allowed_ids
@@ -28,11 +26,13 @@ from core.common.randomness import RowRandom
 from core.common.runtime import DTYPES, resolve_device
 from core.common.timing import TimingAccumulator, get_global_timer
 from core.data.corpus import Vocabulary
-from core.generation import GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows
-from core.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
-from core.replay import write_html
-from core.sampling_options import (DIFFUSION, build_policy, guidance_problems, model_problems, option_problems,
+from core.sampling.animation import TerminalAnimation
+from core.sampling.calibration import find_calibration
+from core.sampling.generation import GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows
+from core.sampling.options import (DIFFUSION, build_policy, guidance_problems, model_problems, option_problems,
                                    reads_thresholds)
+from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
+from core.sampling.replay import write_html
 from core.schedule import started_heads
 from model import GPT
 from sample_utils import draw_wave, judge_scores
