@@ -16,7 +16,7 @@ from typing import Literal
 
 from configurator import configure, option
 from core.common.errors import run_script
-from core.evaluation_run import measure_help, run_evaluation
+from core.evaluation.run import measure_help, run_evaluation
 from core.study import PAGE
 
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from core.common.errors import UserError
 from core.common.files import atomic_writer
 from core.common.tables import markdown_table, split_at_markers, write_between
-from core.evaluation import Result
-from core.quality_report import CURVE_COLUMNS, command_of, markers, rounded
+from core.evaluation.measure import Result
+from core.evaluation.quality_tables import CURVE_COLUMNS, command_of, markers, rounded
 
 PAGE = 'docs/results.md'
 TOTAL = 'total'  # name of the markers around `total_text`

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from core.common.tables import markdown_table
-from core.error_detection import SHOWN_SHARE
-from core.quality_report import at_equal_entropy
+from core.evaluation.error_detection import SHOWN_SHARE
+from core.evaluation.quality_tables import at_equal_entropy
 from core.study import Experiment, Record, Records, Section
 from core.study_sections import MAIN
 from core.study_words import SEEDS, calls_at, commands, spread

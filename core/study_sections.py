@@ -10,10 +10,10 @@ from pathlib import Path
 
 from core.common.files import atomic_writer
 from core.common.tables import markdown_table
-from core.error_detection import DETECTORS, SHOWN_SHARE, arranged as arranged_errors
-from core.error_plots import plot_errors
-from core.likelihood import draw as draw_likelihood
-from core.quality_report import REAL, Equal, at_equal_entropy, curves_text, draw_curves
+from core.evaluation.error_detection import DETECTORS, SHOWN_SHARE, arranged as arranged_errors
+from core.evaluation.error_plots import plot_errors
+from core.evaluation.likelihood import draw as draw_likelihood
+from core.evaluation.quality_tables import REAL, Equal, at_equal_entropy, curves_text, draw_curves
 from core.study import Experiment, Record, Records, Section
 from core.study_words import SEEDS, Row, calls_at, commands, difference, figure, signed, spread
 

@@ -12,7 +12,7 @@ from conftest import model_that_knows, save_model
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
 from core.data.corpus import Vocabulary
-from core.evaluation import checkpoint_hash
+from core.evaluation.measure import checkpoint_hash
 from core.sampling.calibration import (CALIBRATION_NAME, Calibration, Reliability, calibration_error, find_calibration,
                                        fit_calibration, reliability, write_calibration)
 from core.sampling.run import run_sampling

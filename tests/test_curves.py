@@ -17,12 +17,14 @@ from core.common.errors import UserError
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.common.timing import TimingAccumulator
-from core.curves import (DIALS, POLICY_DEFAULTS, Budget, Writer, at_entropy, budgets_of, held_out_texts, load_causal,
-                         make_policy, nearest_setting, shuffled_characters, shuffled_words, write)
 from core.data.corpus import load_corpus
 from core.data.prepare import character_vocabulary, write_corpus
-from core.evaluation_run import run_evaluation
-from core.quality_report import REAL, at_equal_entropy, curves_text, markers, one_line, policies_text, tell_curves
+from core.evaluation.quality_tables import (REAL, at_equal_entropy, curves_text, markers, one_line, policies_text,
+                                            tell_curves)
+from core.evaluation.run import run_evaluation
+from core.evaluation.written_samples import (DIALS, POLICY_DEFAULTS, Budget, Writer, at_entropy, budgets_of,
+                                             held_out_texts, load_causal, make_policy, nearest_setting,
+                                             shuffled_characters, shuffled_words, write)
 from core.sampling.generation import GenerationSettings, Network, generate
 from core.sampling.options import POLICY_OPTIONS
 from core.sampling.policies import POLICIES
@@ -227,7 +229,7 @@ def test_policies_from_checkpoint_to_page_and_again(runs, monkeypatch):
     assert policies_text(record) in text and text.startswith('by hand\n') and text.endswith('by hand too\n')
     assert '### 2 trunk calls' in text and 'parallel_factor' in text and 'reference_bits' not in record['rows'][0]
     assert any('out-reference' in line and 'config/train_char_reference.py' in line for line in said)
-    monkeypatch.setattr('core.curves.generate', lambda *_: pytest.fail('written again'))
+    monkeypatch.setattr('core.evaluation.written_samples.generate', lambda *_: pytest.fail('written again'))
     assert evaluate(**chosen)['policies'] == rows  # from the cache
 
 

@@ -12,15 +12,15 @@ import torch
 
 from configurator import configure
 from conftest import V0, awake, model_over, model_that_knows, save_model, toy_config
-from core import error_detection
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
 from core.data.corpus import Vocabulary, load_corpus
 from core.data.prepare import write_corpus
-from core.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrated, detectors, error_cells,
-                                  expected_auroc, measured, one_shot)
-from core.evaluation_run import load_evaluation, run_evaluation
+from core.evaluation import error_detection
+from core.evaluation.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrated, detectors, error_cells,
+                                             expected_auroc, measured, one_shot)
+from core.evaluation.run import load_evaluation, run_evaluation
 from core.helper_validation import auroc
 from core.sampling.calibration import find_calibration
 from evaluate import EvaluateConfig

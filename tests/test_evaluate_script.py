@@ -9,14 +9,14 @@ import pytest
 import torch
 from configurator import configure
 from conftest import awake
-from core import likelihood
 from core.checkpoints.checkpoint import Checkpoint, build_model, load_checkpoint, model_config_to_dict, save_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime
 from core.data.corpus import Vocabulary
-from core.evaluation import CACHE_FORMAT, ResultCache
-from core.evaluation_run import run_evaluation, table
+from core.evaluation import likelihood
+from core.evaluation.measure import CACHE_FORMAT, ResultCache
+from core.evaluation.run import run_evaluation, table
 from core.evaluator import validate
 from evaluate import EvaluateConfig, main
 from model import GPT, GPTConfig

@@ -11,9 +11,9 @@ from conftest import awake, toy_config
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.timing import TimingAccumulator
+from core.evaluation.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, log_likelihood,
+                                        policy_problems, window_likelihoods)
 from core.evaluator import fixed_windows
-from core.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, log_likelihood, policy_problems,
-                             window_likelihoods)
 from core.sampling.generation import GenerationSettings, Network, generate
 from core.sampling.policies import POLICIES
 from core.sampling.prompt import Layout

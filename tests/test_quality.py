@@ -11,11 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from core.common.errors import UserError
-from core.copied_spans import CopyIndex, code_points, suffix_array
 from core.data.corpus import Vocabulary
-from core.quality import (METRICS, SIZES, GramTable, Reference, Texts, Yardstick, bootstrap, copied_span, distinct,
-                          divergence, entropy, known_words, make_yardstick, measure_texts, ratio_of_sums,
-                          reference_bits, reference_doubts, repetition, whole_words_of, words_of)
+from core.evaluation.copied_spans import CopyIndex, code_points, suffix_array
+from core.evaluation.text_metrics import (METRICS, SIZES, GramTable, Reference, Texts, Yardstick, bootstrap,
+                                          copied_span, distinct, divergence, entropy, known_words, make_yardstick,
+                                          measure_texts, ratio_of_sums, reference_bits, reference_doubts, repetition,
+                                          whole_words_of, words_of)
 from model import GPT, GPTConfig
 
 LETTERS = st.text('abc \n\u00e9', max_size=12)
@@ -125,7 +126,7 @@ def test_the_longest_copied_span_is_exact(text, queries):
 
 
 def test_a_long_text_is_looked_up_in_parts(monkeypatch):
-    monkeypatch.setattr('core.copied_spans._CHUNK', 100)
+    monkeypatch.setattr('core.evaluation.copied_spans._CHUNK', 100)
     generator = np.random.default_rng(3)
     text, query = (''.join(generator.choice(list('ab'), size)) for size in (400, 90))
     best = max(size for size in range(91) if any(span in text for span in grams(query, size)))

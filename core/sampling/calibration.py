@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.common.errors import UserError
 from core.common.files import atomic_writer
-from core.evaluation import checkpoint_hash
+from core.evaluation.measure import checkpoint_hash
 
 CALIBRATION_NAME = 'calibration.json'
 CALIBRATION_FORMAT = 1

@@ -39,10 +39,10 @@ from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.corruption import apply_mask, draw_exact_mask
-from core.error_plots import plot_errors
-from core.evaluation import Cell, Evaluation, Measure, Result, checkpoint_hash
+from core.evaluation.error_plots import plot_errors
+from core.evaluation.measure import Cell, Evaluation, Measure, Result, checkpoint_hash
+from core.evaluation.text_metrics import FEWEST_TEXTS, Statistic, bootstrap
 from core.evaluator import VALIDATION_SEED, fixed_windows
-from core.quality import FEWEST_TEXTS, Statistic, bootstrap
 from core.sampling.calibration import calibration_error, fit_calibration, reliability, write_calibration
 from core.schedule import started_heads
 from model import GPT, ModelMode
@@ -146,7 +146,7 @@ def expected_auroc(probability: Tensor) -> float | None:
 def measured(scores: Tensor, wrong: Tensor, filled: Tensor, is_probability: bool) -> Result:
     """Figures of one detector's scores float64 [W, T] for wrong among filled bool [W, T].
 
-    The interval (95 %) of the AUROC is over windows, from half-samples of them (`core.quality.bootstrap`); None where
+    The interval (95 %) of the AUROC is over windows, from half-samples of them (`core.evaluation.text_metrics.bootstrap`); None where
     all or none are wrong. A probability has its Brier score, expected calibration error and reliability table too.
     """
     error_rate = wrong[filled].double().mean().item()

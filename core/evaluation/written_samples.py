@@ -1,6 +1,6 @@
 """Samples of many settings and their quality: which policy, how many trunk calls, what temperature.
 
-A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by core/quality.py, beside
+A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by core/evaluation/measure/text_metrics.py, beside
 controls of the same number and length. Since a lower temperature alone improves the bits under a reference model, the
 settings of one policy and budget are compared at equal trigram entropy: temperature is swept and every figure
 interpolated to the entropy that real text of the same size has.
@@ -28,8 +28,8 @@ from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.common.timing import TimingAccumulator
 from core.data.corpus import Corpus, Vocabulary
+from core.evaluation.text_metrics import Reference
 from core.evaluator import fixed_windows
-from core.quality import Reference
 from core.sampling.generation import GenerationSettings, Network, generate, score_confidence
 from core.sampling.options import build_policy
 from core.sampling.policies import POLICIES, Policy

@@ -1,6 +1,6 @@
 """What the samples' measures say: tables in Markdown, pictures, and the small records that docs keep.
 
-`rows` are settings and result of a cell in one dict, as core/quality_run.py makes them; a control has a name under
+`rows` are settings and result of a cell in one dict, as core/evaluation/measure/quality.py makes them; a control has a name under
 'control', every other row one under 'policy'. All figures are read from rows, so a kept record makes the same page.
 """
 
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from core.common.files import atomic_writer
 from core.common.tables import markdown_table, split_at_markers, write_between
-from core.curves import at_entropy
-from core.evaluation import Evaluation, Result
-from core.quality_plots import Curve, plot_curves, plot_quality
+from core.evaluation.measure import Evaluation, Result
+from core.evaluation.quality_plots import Curve, plot_curves, plot_quality
+from core.evaluation.written_samples import at_entropy
 from core.sampling.policies import POLICIES
 
 REAL, CAUSAL = 'real text', 'causal model'  # the controls that others are compared with

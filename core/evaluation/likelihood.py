@@ -29,9 +29,9 @@ from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.randomness import RowRandom, keyed
 from core.common.timing import TimingAccumulator
-from core.evaluation import Cell, Evaluation, Measure, Result
+from core.evaluation.likelihood_plots import plot_likelihood
+from core.evaluation.measure import Cell, Evaluation, Measure, Result
 from core.evaluator import bits_of, fixed_windows
-from core.likelihood_plots import plot_likelihood
 from core.sampling.generation import Network
 from core.sampling.policies import POLICIES, Counts, Policy, PolicyView, Prediction
 from sample_utils import fill_positions

@@ -1,7 +1,7 @@
 """What evaluate.py's measures share: the checkpoint under measurement, the cells of a measure, and the result cache.
 
 A measure is a list of cells. A cell is a setting and a function that computes its result; the run in
-core/evaluation_run.py computes only those that the cache lacks. A new measure is one `Measure` and one row of MEASURES
+core/evaluation/measure/run.py computes only those that the cache lacks. A new measure is one `Measure` and one row of MEASURES
 there.
 """
 

@@ -19,11 +19,11 @@ from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.runtime import DTYPES, Runtime, resolve_device
 from core.data.corpus import Vocabulary, ensure_corpus
-from core.error_detection import ERRORS
-from core.evaluation import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache, checkpoint_hash
+from core.evaluation.error_detection import ERRORS
+from core.evaluation.likelihood import LIKELIHOOD
+from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache, checkpoint_hash
+from core.evaluation.quality import QUALITY_MEASURES
 from core.evaluator import validate
-from core.likelihood import LIKELIHOOD
-from core.quality_run import QUALITY_MEASURES
 from core.schedule import started_heads
 from core.study import write_report
 from core.study_remasking import SECTIONS as REMASKING_SECTIONS

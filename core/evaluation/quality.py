@@ -1,7 +1,7 @@
 """The measures of evaluate.py that look at samples: quality, policies and curves.
 
-Their cells write texts (core/curves.py) and measure them (core/quality.py); what they say of all cells is
-core/quality_report.py. Metrics stand in a result as `name`, with their 95 % interval as `name_interval`.
+Their cells write texts (core/evaluation/measure/written_samples.py) and measure them (core/evaluation/measure/text_metrics.py); what they say of all cells is
+core/evaluation/measure/quality_tables.py. Metrics stand in a result as `name`, with their 95 % interval as `name_interval`.
 """
 
 import math
@@ -14,12 +14,12 @@ from core.checkpoints.checkpoint import CheckpointKind
 from core.checkpoints.helpers import HOW_TO_TRAIN, helper_path, load_remasking_model, require_block
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
-from core.copied_spans import CopyIndex
-from core.curves import (Budget, Writer, Written, budgets_of, held_out_texts, load_causal, make_policy,
-                         shuffled_characters, shuffled_words, write)
-from core.evaluation import Cell, Evaluation, Measure, Result, checkpoint_hash
-from core.quality import FEWEST_TEXTS, Yardstick, make_yardstick, measure_texts, reference_doubts
-from core.quality_report import CAUSAL, REAL, check_page, draw_quality, report_policies, tell_curves
+from core.evaluation.copied_spans import CopyIndex
+from core.evaluation.measure import Cell, Evaluation, Measure, Result, checkpoint_hash
+from core.evaluation.quality_tables import CAUSAL, REAL, check_page, draw_quality, report_policies, tell_curves
+from core.evaluation.text_metrics import FEWEST_TEXTS, Yardstick, make_yardstick, measure_texts, reference_doubts
+from core.evaluation.written_samples import (Budget, Writer, Written, budgets_of, held_out_texts, load_causal,
+                                             make_policy, shuffled_characters, shuffled_words, write)
 from core.sampling.policies import POLICIES
 from core.schedule import started_heads
 
