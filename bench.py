@@ -41,16 +41,16 @@ class BenchConfig:
 def main(arguments: list[str]) -> None:
     """Read the options and measure."""
     if any(argument.partition('=')[0] == '--compare' for argument in arguments):
-        from core.benchmark_compare import run_comparison
+        from core.bench.compare import run_comparison
 
         return run_comparison(arguments, print)
     if '--scaling' in arguments:
-        from core.scaling_run import run_scaling
+        from core.bench.scaling_run import run_scaling
 
         return run_scaling([one for one in arguments if one != '--scaling'], partial(print, flush=True))
     arguments = ['--baseline=True' if argument == '--baseline' else argument for argument in arguments]
     configuration = configure(BenchConfig, arguments, usage=__doc__)
-    from core.benchmark_report import run_benchmark  # after the options, so that a typo is answered at once
+    from core.bench.report import run_benchmark  # after the options, so that a typo is answered at once
     from core.common.runtime import resolve_device
 
     config = configuration.config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.baseline import BETAS, GRAD_CLIP, LEARNING_RATE, WEIGHT_DECAY, Baseline, BaselineTraining
+from core.bench.yardstick import BETAS, GRAD_CLIP, LEARNING_RATE, WEIGHT_DECAY, Baseline, BaselineTraining
 
 V, T, D, H = 11, 6, 8, 2
 

@@ -12,19 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import core.benchmark as benchmark_module
-import core.benchmark_training as benchmark_training
+import core.bench.measuring as benchmark_module
+import core.bench.training_cases as benchmark_training
 from bench import main
 from conftest import toy_plan
-from core.baseline import Baseline
 from core.batches import BATCH_MAKERS
-from core.benchmark import COPY, GROUPS, another_round, benchmark, measure_in_turns, measure_policies
-from core.benchmark_cases import Case, Shape, base_vocabulary, model_config
-from core.benchmark_report import (KIND, added_share, fastest, floors, gap, overhead, rate_share, ratio, ratios,
-                                   read_record, report)
-from core.benchmark_sampling import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
-                                     fill_operations, policy_runs, sampling_cases)
-from core.benchmark_training import baseline_bytes, step_bytes, step_operations
+from core.bench.cases import Case, Shape, base_vocabulary, model_config
+from core.bench.measuring import COPY, GROUPS, another_round, benchmark, measure_in_turns, measure_policies
+from core.bench.report import (KIND, added_share, fastest, floors, gap, overhead, rate_share, ratio, ratios,
+                               read_record, report)
+from core.bench.sampling_cases import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
+                                       fill_operations, policy_runs, sampling_cases)
+from core.bench.training_cases import baseline_bytes, step_bytes, step_operations
+from core.bench.yardstick import Baseline
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import RowRandom, keyed
@@ -323,7 +323,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(benchmark_module, 'SHORTEST', 0.0)
     monkeypatch.setattr(benchmark_module, 'COPIED', 2 ** 16)
     monkeypatch.setattr(benchmark_training, 'TOKENS', 1000)
-    monkeypatch.setattr('core.benchmark_report.SHAPES', {'small': TINY, 'large': TINY})
+    monkeypatch.setattr('core.bench.report.SHAPES', {'small': TINY, 'large': TINY})
     monkeypatch.setattr(benchmark_module, 'measure_matrix_rate', lambda device, dtype: 1e9)
 
 
@@ -494,7 +494,7 @@ def test_written_page_follows_the_written_record():
 ])
 def test_wrong_input_is_named_before_anything_is_measured(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('core.benchmark_report.benchmark', lambda *_, **__: pytest.fail('measured'))
+    monkeypatch.setattr('core.bench.report.benchmark', lambda *_, **__: pytest.fail('measured'))
     (tmp_path / 'unmarked.md').write_text(f'{END} {BEGIN}')
     (tmp_path / 'other.json').write_text(json.dumps({'format': 'something'}))
     with pytest.raises(UserError) as raised:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bench import main
-from core.benchmark import COPY
+from core.bench.measuring import COPY
 from core.common.errors import UserError
 from test_benchmark import TINY, group
 

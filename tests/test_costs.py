@@ -2,8 +2,8 @@
 
 import os
 
-from core import costs
-from core.benchmark import Shape
+from core.bench import costs
+from core.bench.measuring import Shape
 from core.checkpoints.checkpoint import save_checkpoint
 from core.common.randomness import RowRandom
 from model import GPT

@@ -11,7 +11,7 @@ import torch
 
 import core.common.runtime as runtime
 from core.batches import Batch
-from core.benchmark_cases import Shape, base_vocabulary, model_config
+from core.bench.cases import Shape, base_vocabulary, model_config
 from core.common.errors import UserError
 from core.objective import Objective
 from core.schedule import Stage

@@ -14,20 +14,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+import core.bench.scaling
+import core.bench.scaling_run as scaling_run
 import core.objective
-import core.scaling
-import core.scaling_run as scaling_run
 from bench import main
 from core.batches import BatchPlan, unmasking_batches
-from core.benchmark_cases import SPECIAL
-from core.benchmark_files import read_json_record
-from core.benchmark_training import TRAINING
+from core.bench.cases import SPECIAL
+from core.bench.records import read_json_record
+from core.bench.scaling import (PLANNED, SIZES, Size, iteration_operations, link_bytes, micro_step_bytes, parameters,
+                                peak_bytes, rank_operations, staying_bytes, update_bytes, update_operations)
+from core.bench.scaling_run import FORMAT, KIND, VERSION, measure_here, scaling_report
+from core.bench.training_cases import TRAINING
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.runtime import Runtime
-from core.scaling import (PLANNED, SIZES, Size, iteration_operations, link_bytes, micro_step_bytes, parameters,
-                          peak_bytes, rank_operations, staying_bytes, update_bytes, update_operations)
-from core.scaling_run import FORMAT, KIND, VERSION, measure_here, scaling_report
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
 
@@ -113,7 +113,7 @@ def allocated(call):
 def test_bytes_of_a_micro_step_and_of_the_update_are_what_the_allocator_gives(changes, most_logits, monkeypatch):
     """Of a single micro-step, which finds no gradients. What formulas leave out: norms' roots, ids, random numbers."""
     monkeypatch.setattr(core.objective, 'MOST_LOGITS', most_logits)
-    monkeypatch.setattr(core.scaling, 'MOST_LOGITS', most_logits)
+    monkeypatch.setattr(core.bench.scaling, 'MOST_LOGITS', most_logits)
     size = replace(BROAD, **changes)
     state, plan = a_state(size)
     training_step(state, 0, 1e-3)
@@ -158,7 +158,7 @@ def test_bytes_by_hand():
 def test_operations_are_those_that_torch_counts(changes, most_logits, monkeypatch):
     """To the last one, but for the critic's draws: they fill as many positions as are masked, not one in two."""
     monkeypatch.setattr(core.objective, 'MOST_LOGITS', most_logits)
-    monkeypatch.setattr(core.scaling, 'MOST_LOGITS', most_logits)
+    monkeypatch.setattr(core.bench.scaling, 'MOST_LOGITS', most_logits)
     size = replace(BROAD, **changes)
     state, plan = a_state(size)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no kernel of a CPU

@@ -1,6 +1,6 @@
 """What dependability costs: saving with verification against a bare save, and random numbers by counter.
 
-    python -m core.costs out/ckpt.pt        with nothing else running; the checkpoint is read, never changed
+    python -m core.bench.costs out/ckpt.pt        with nothing else running; the checkpoint is read, never changed
 
 Prints how many times `torch.save` with `fsync` a verified save takes, and which share of a training step goes into
 drawing random numbers. Both are medians over rounds, the two sides of a ratio measured in turns.
@@ -17,8 +17,8 @@ from unittest import mock
 
 import torch
 
-from core.benchmark_cases import SHAPES
-from core.benchmark_training import training_cases
+from core.bench.cases import SHAPES
+from core.bench.training_cases import training_cases
 from core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from core.common.errors import run_script
 from core.common.randomness import RowRandom
@@ -78,7 +78,7 @@ def randomness_shares(steps: int) -> list[float]:
 
 def main(arguments: list[str]) -> None:
     """The command at the top of this file."""
-    parser = argparse.ArgumentParser(prog='python -m core.costs', description='Measure what dependability costs.')
+    parser = argparse.ArgumentParser(prog='python -m core.bench.costs', description='Measure what dependability costs.')
     parser.add_argument('checkpoint', type=Path, help='a checkpoint that a run goes on from, such as out/ckpt.pt')
     parser.add_argument('--rounds', type=int, default=21, help='saves of either kind, and steps')
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""Speed: what bench.py measures. Raw seconds go into one record of built-in types; core/benchmark_report.py reads it.
+"""Speed: what bench.py measures. Raw seconds go into one record of built-in types; core/bench/report.py reads it.
 
 A noisy machine drifts, so the cases of a group run in turns (A B C A B C) together with the machine's own rates, and
-every ratio is taken within a round. core/benchmark_training.py and core/benchmark_sampling.py say what the cases are.
+every ratio is taken within a round. core/bench/training_cases.py and core/bench/sampling_cases.py say what the cases are.
 """
 
 import math
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.benchmark_cases import Case, Shape, base_vocabulary, model_config, short_name
-from core.benchmark_sampling import (POLICY_ROWS, TEMPERATURE, PolicyRun, decode_cases, fill_cases, policy_runs,
-                                     sampling_cases, sampling_network)
-from core.benchmark_training import baseline_case, training_cases
+from core.bench.cases import Case, Shape, base_vocabulary, model_config, short_name
+from core.bench.sampling_cases import (POLICY_ROWS, TEMPERATURE, PolicyRun, decode_cases, fill_cases, policy_runs,
+                                       sampling_cases, sampling_network)
+from core.bench.training_cases import baseline_case, training_cases
 from core.checkpoints.run_folder import environment
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom

@@ -1,4 +1,4 @@
-"""Memory and step time of the sizes of core/scaling.py: measured on this processor, and by formula beyond.
+"""Memory and step time of the sizes of core/bench/scaling.py: measured on this processor, and by formula beyond.
 
     python bench.py --scaling                                       every size, nothing else running meanwhile
     python bench.py --scaling --sizes=small,large                   some of them
@@ -26,16 +26,16 @@ import torch
 
 from configurator import configure, option
 from core.batches import BatchPlan, unmasking_batches
-from core.benchmark import describe_machine
-from core.benchmark_cases import SPECIAL
-from core.benchmark_files import RecordKind, file_problems, name_problems, read_json_record, show_and_write
-from core.benchmark_report import machine_lines
-from core.benchmark_training import TOKENS, TRAINING
+from core.bench.cases import SPECIAL
+from core.bench.measuring import describe_machine
+from core.bench.records import RecordKind, file_problems, name_problems, read_json_record, show_and_write
+from core.bench.report import machine_lines
+from core.bench.scaling import CHARACTERS, PLANNED, SIZES, Size, link_bytes, parameters, peak_bytes, rank_operations
+from core.bench.training_cases import TOKENS, TRAINING
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems, run_script
 from core.common.runtime import PEAK_RATES, measure_matrix_rate, start_runtime, stop_runtime
 from core.common.tables import markdown_table
-from core.scaling import CHARACTERS, PLANNED, SIZES, Size, link_bytes, parameters, peak_bytes, rank_operations
 from core.training_step import TrainingState, training_step
 from model import GPT
 
@@ -103,7 +103,7 @@ def measure_apart(name: str, size: Size, tidy: bool) -> dict[str, Any]:
     tidy: the C library gives each freed block back. Else it keeps blocks of up to 32 MiB, among which new ones do not
     always fit, and a process holds more than its tensors.
     """
-    module = ['-m', 'core.scaling_run', json.dumps(size.described())]
+    module = ['-m', 'core.bench.scaling_run', json.dumps(size.described())]
     ranks = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={size.ranks}'] if size.ranks > 1 else []
     environment = {**os.environ, 'OMP_NUM_THREADS': str(max(1, torch.get_num_threads() // size.ranks))} | \
         ({'MALLOC_MMAP_THRESHOLD_': '131072'} if tidy else {})
@@ -160,7 +160,7 @@ def step_seconds(found: Mapping[str, Any]) -> float:
 
 
 def formula_bytes(found: Mapping[str, Any]) -> int:
-    """What `peak_bytes` of core/scaling.py expects of a measured size."""
+    """What `peak_bytes` of core/bench/scaling.py expects of a measured size."""
     return peak_bytes(Size(**found['size']), max(max(one) for one in found['positions']))
 
 

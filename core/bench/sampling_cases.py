@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.benchmark_cases import Case, Shape, base_vocabulary, model_config, short_name
+from core.bench.cases import Case, Shape, base_vocabulary, model_config, short_name
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator

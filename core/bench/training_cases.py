@@ -11,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from core.baseline import Baseline, BaselineTraining
 from core.batches import BatchPlan
-from core.benchmark_cases import Case, Shape, base_vocabulary, model_config
-from core.benchmark_sampling import fill_operations
+from core.bench.cases import Case, Shape, base_vocabulary, model_config
+from core.bench.sampling_cases import fill_operations
+from core.bench.yardstick import Baseline, BaselineTraining
 from core.common.runtime import Runtime
 from core.optimizer import is_matrix
 from core.training_step import TrainingState, training_step
@@ -49,7 +49,7 @@ def _training_run(config: GPTConfig, shape: Shape, runtime: Runtime) -> Callable
 
 
 def baseline_case(shape: Shape, device: torch.device) -> Case:
-    """A training step of the yardstick (core/baseline.py) of the same shape: causal, eager, float32."""
+    """A training step of the yardstick (core/bench/yardstick.py) of the same shape: causal, eager, float32."""
     model = Baseline(shape.block_size, shape.vocabulary_size, shape.n_layer, shape.n_head, shape.n_embd).to(device)
     training = BaselineTraining(model, _corpus(shape), shape.batch_size, shape.block_size)
     operations = step_operations(model_config(shape, attention_type='causal'), shape)

@@ -1,6 +1,6 @@
 """How memory and time grow: bytes and operations of training as formulas of a size, and the sizes that are compared.
 
-docs/performance.md writes the formulas out; core/scaling_run.py measures what can be measured. They hold for masked
+docs/performance.md writes the formulas out; core/bench/scaling_run.py measures what can be measured. They hold for masked
 diffusion without dropout, biases and compilation.
 
 Letters: L layers, D channels, T tokens a row, V ids with the four special ones, C neighbours and W channels of the
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from core.batches import CAPACITIES
-from core.benchmark_cases import SPECIAL, Shape, model_config
+from core.bench.cases import SPECIAL, Shape, model_config
 from core.objective import MOST_LOGITS
 from core.optimizer import iterates_squares
 from model import GPTConfig

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.benchmark import COPY, FORMAT, GROUPS, VERSION, Say, benchmark
-from core.benchmark_cases import SHAPES, Shape
-from core.benchmark_files import RecordKind, file_problems, name_problems, read_json_record, show_and_write
-from core.benchmark_sampling import FILL_ROWS, POLICY_ROWS, PREDICTIONS
+from core.bench.cases import SHAPES, Shape
+from core.bench.measuring import COPY, FORMAT, GROUPS, VERSION, Say, benchmark
+from core.bench.records import RecordKind, file_problems, name_problems, read_json_record, show_and_write
+from core.bench.sampling_cases import FILL_ROWS, POLICY_ROWS, PREDICTIONS
 from core.common.errors import raise_problems
 from core.common.tables import markdown_table
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.benchmark import COPY
-from core.benchmark_cases import Shape
-from core.benchmark_report import TITLES, Spread, machine_lines, ratios, read_record
+from core.bench.cases import Shape
+from core.bench.measuring import COPY
+from core.bench.report import TITLES, Spread, machine_lines, ratios, read_record
 from core.common.errors import UserError
 from core.common.tables import markdown_table
 
