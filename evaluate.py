@@ -17,7 +17,7 @@ from typing import Literal
 from configurator import configure, option
 from core.common.errors import run_script
 from core.evaluation.run import measure_help, run_evaluation
-from core.study import PAGE
+from core.study.pages import PAGE
 
 
 @dataclass(frozen=True)

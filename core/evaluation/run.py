@@ -25,9 +25,9 @@ from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Resul
 from core.evaluation.quality import QUALITY_MEASURES
 from core.evaluator import validate
 from core.schedule import started_heads
-from core.study import write_report
-from core.study_remasking import SECTIONS as REMASKING_SECTIONS
-from core.study_sections import SECTIONS as RESULT_SECTIONS
+from core.study.pages import write_report
+from core.study.remasking import SECTIONS as REMASKING_SECTIONS
+from core.study.results import SECTIONS as RESULT_SECTIONS
 
 NELBO_WINDOWS = 512
 

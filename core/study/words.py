@@ -6,7 +6,7 @@ from itertools import groupby
 from statistics import mean, stdev
 from typing import Any
 
-from core.study import Records
+from core.study.pages import Records
 
 Row = Mapping[str, Any]
 SEEDS = (1337, 1338, 1339)

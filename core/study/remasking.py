@@ -1,13 +1,13 @@
-"""The sections of docs/remasking.md: remasking models, what guides remasking, and judges (core/study.py)."""
+"""The sections of docs/remasking.md: remasking models, what guides remasking, and judges (core/study/pages/pages.py)."""
 
 from collections.abc import Mapping, Sequence
 
 from core.common.tables import markdown_table
 from core.evaluation.error_detection import SHOWN_SHARE
 from core.evaluation.quality_tables import at_equal_entropy
-from core.study import Experiment, Record, Records, Section
-from core.study_sections import MAIN
-from core.study_words import SEEDS, calls_at, commands, spread
+from core.study.pages import Experiment, Record, Records, Section
+from core.study.results import MAIN
+from core.study.words import SEEDS, calls_at, commands, spread
 
 # Which of them finds real errors ------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The sections of docs/results.md: the experiments of the study and what the page says of their records.
 
-All figures come from records (core/study.py), so a kept record makes the same text.
+All figures come from records (core/study/pages/pages.py), so a kept record makes the same text.
 
 Letters: K trunk calls, C neighbours that a head sees on each side.
 """
@@ -14,8 +14,8 @@ from core.evaluation.error_detection import DETECTORS, SHOWN_SHARE, arranged as 
 from core.evaluation.error_plots import plot_errors
 from core.evaluation.likelihood import draw as draw_likelihood
 from core.evaluation.quality_tables import REAL, Equal, at_equal_entropy, curves_text, draw_curves
-from core.study import Experiment, Record, Records, Section
-from core.study_words import SEEDS, Row, calls_at, commands, difference, figure, signed, spread
+from core.study.pages import Experiment, Record, Records, Section
+from core.study.words import SEEDS, Row, calls_at, commands, difference, figure, signed, spread
 
 TRAIN = 'python train.py config/train_char_diffusion.py'
 MAIN = 'python train.py config/train_char_diffusion_sampler.py'
