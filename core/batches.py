@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.common.randomness import Purpose, RowRandom, keyed
-from core.corruption import apply_mask, draw_mask, low_discrepancy_times, replace_tokens, shown_neighbours
 from core.data.corpus import gather_windows
+from core.noise import apply_mask, draw_mask, low_discrepancy_times, replace_tokens, shown_neighbours
 
 # N is padded to one of these shares of B * T, so that compiled steps see the same shape again and again: the number of
 # masked positions of a batch with low-discrepancy times stays within a few per cent of one half.

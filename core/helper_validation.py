@@ -15,10 +15,10 @@ from core.batches import Corruption, behind_cls, corrupt, judged_text, position_
 from core.checkpoints.checkpoint import CheckpointKind
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
-from core.corruption import draw_exact_mask, replace_tokens, stratified_mask_counts
 from core.data.corpus import Corpus
-from core.evaluator import VALIDATION_SEED, Validation, fixed_windows, validate
+from core.noise import draw_exact_mask, replace_tokens, stratified_mask_counts
 from core.objective import PositionSums, position_metrics, position_sums, remasking_terms, wrong_shares
+from core.validation import VALIDATION_SEED, Validation, fixed_windows, validate
 from model import GPT, ModelMode
 
 RANDOM_SHARE, FILLED_SHARE = 0.1, 0.3  # of the texts that a judge must rank below the true ones

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from core.batches import Batch
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
-from core.schedule import Stage
+from core.stages import Stage
 from model import GPT, ModelMode
 from sample_utils import build_critic_artifacts_from_logits, prepare_sampler_inputs, wrong_from_logits
 

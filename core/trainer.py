@@ -22,15 +22,15 @@ from core.common.errors import UserError, raise_problems
 from core.common.plots import plot_loss_curve
 from core.common.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
 from core.data.corpus import Corpus, ensure_corpus
-from core.evaluator import Validation
 from core.helper_validation import HelperValidation, validate_kind
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.objective import position_metrics
 from core.sampling.preview import preview
-from core.schedule import all_heads_trained_from, learning_rate_at, stage_at
 from core.sharding import cut, gathered, whole, whole_weights
+from core.stages import all_heads_trained_from, learning_rate_at, stage_at
 from core.step_guard import MOST_IN_A_ROW
 from core.training_step import TrainingState, training_step
+from core.validation import Validation
 from model import GPT, GPTConfig
 
 TRAJECTORY = ('seed', 'loss_weighting', 'remasking_loss_type', 'remasking_corruption', 'corruption_checkpoint',

@@ -12,8 +12,8 @@ from core.common.randomness import Purpose, RowRandom
 from core.common.runtime import Runtime
 from core.objective import Losses, Objective
 from core.optimizer import make_optimizers, set_learning_rate
-from core.schedule import Stage, critic_alpha, stage_at
 from core.sharding import shard
+from core.stages import Stage, critic_alpha, stage_at
 from core.step_guard import StepGuard
 from model import GPT
 

@@ -34,7 +34,7 @@ from core.common.timing import TimingAccumulator
 from core.objective import Objective
 from core.sampling.generation import Generation, Network
 from core.sampling.policies import POLICIES
-from core.schedule import Stage
+from core.stages import Stage
 from core.training_step import TrainingState
 from model import GPT
 from sample_utils import sampler_wavefront_fill

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from core.common.randomness import keyed
-from core.corruption import (MINIMUM_TIME, apply_mask, draw_exact_mask, draw_mask, low_discrepancy_times,
-                             shown_neighbours, stratified_mask_counts)
+from core.noise import (MINIMUM_TIME, apply_mask, draw_exact_mask, draw_mask, low_discrepancy_times, shown_neighbours,
+                        stratified_mask_counts)
 
 
 @settings(max_examples=50, deadline=None)

@@ -17,7 +17,7 @@ from core.data.corpus import Vocabulary
 from core.evaluation import likelihood
 from core.evaluation.measure import CACHE_FORMAT, ResultCache
 from core.evaluation.run import run_evaluation, table
-from core.evaluator import validate
+from core.validation import validate
 from evaluate import EvaluateConfig, main
 from model import GPT, GPTConfig
 

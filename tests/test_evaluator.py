@@ -12,8 +12,8 @@ from conftest import awake
 from core.common.drawing import allowed_ids
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
-from core.corruption import draw_mask, low_discrepancy_times
-from core.evaluator import bits_of, fixed_windows, validate
+from core.noise import draw_mask, low_discrepancy_times
+from core.validation import bits_of, fixed_windows, validate
 from model import GPT, GPTConfig
 
 RUNTIME = Runtime(torch.device('cpu'), torch.float32, False)

@@ -13,10 +13,10 @@ from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.timing import TimingAccumulator
 from core.evaluation.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, log_likelihood,
                                         policy_problems, window_likelihoods)
-from core.evaluator import fixed_windows
 from core.sampling.generation import GenerationSettings, Network, generate
 from core.sampling.policies import POLICIES
 from core.sampling.prompt import Layout
+from core.validation import fixed_windows
 from model import GPT
 from policy_laws import ORACLE, T, V, V0, law_of, tokens_of
 

@@ -13,10 +13,10 @@ from conftest import V0, awake, toy_config, toy_plan
 from core.batches import BATCH_MAKERS, unmasking_batches
 from core.common.drawing import allowed_ids
 from core.common.randomness import keyed
-from core.corruption import MINIMUM_TIME, low_discrepancy_times
-from core.evaluator import any_order_terms
+from core.noise import MINIMUM_TIME, low_discrepancy_times
 from core.objective import Objective, weighted_cross_entropy
-from core.schedule import Stage
+from core.stages import Stage
+from core.validation import any_order_terms
 from model import GPT
 
 ALLOWED = allowed_ids(V0 + 4, V0)

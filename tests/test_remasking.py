@@ -21,11 +21,11 @@ from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom, keyed
 from core.common.runtime import Runtime
-from core.corruption import draw_mask, low_discrepancy_times, replace_tokens
 from core.helper_validation import auroc, validate_judge, validate_remasking
 from core.logger import read_metrics
+from core.noise import draw_mask, low_discrepancy_times, replace_tokens
 from core.objective import Objective
-from core.schedule import Stage
+from core.stages import Stage
 from core.trainer import train
 from core.training_step import TrainingState, training_step
 from model import GPT

@@ -14,7 +14,7 @@ from core.batches import Batch
 from core.bench.cases import Shape, base_vocabulary, model_config
 from core.common.errors import UserError
 from core.objective import Objective
-from core.schedule import Stage
+from core.stages import Stage
 from model import GPT
 
 

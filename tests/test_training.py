@@ -19,7 +19,7 @@ from core.batches import Corruption, unmasking_batches
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
 from core.optimizer import Muon, orthogonalise
-from core.schedule import Stage, all_heads_trained_from, critic_alpha, learning_rate_at, stage_at
+from core.stages import Stage, all_heads_trained_from, critic_alpha, learning_rate_at, stage_at
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
 from sample_utils import prepare_sampler_inputs

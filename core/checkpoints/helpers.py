@@ -19,9 +19,9 @@ from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime
-from core.corruption import apply_mask
 from core.data.corpus import Vocabulary
-from core.schedule import started_heads
+from core.noise import apply_mask
+from core.stages import started_heads
 from model import GPT
 from sample_utils import predict_and_sample_tokens
 

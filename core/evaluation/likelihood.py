@@ -31,9 +31,9 @@ from core.common.randomness import RowRandom, keyed
 from core.common.timing import TimingAccumulator
 from core.evaluation.likelihood_plots import plot_likelihood
 from core.evaluation.measure import Cell, Evaluation, Measure, Result
-from core.evaluator import bits_of, fixed_windows
 from core.sampling.generation import Network
 from core.sampling.policies import POLICIES, Counts, Policy, PolicyView, Prediction
+from core.validation import bits_of, fixed_windows
 from sample_utils import fill_positions
 
 Head = Literal['none', 'wave', 'left_to_right']  # who fills a step's positions: the trunk, or the head in that order

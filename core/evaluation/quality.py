@@ -21,7 +21,7 @@ from core.evaluation.text_metrics import FEWEST_TEXTS, Yardstick, make_yardstick
 from core.evaluation.written_samples import (Budget, Writer, Written, budgets_of, held_out_texts, load_causal,
                                              make_policy, shuffled_characters, shuffled_words, write)
 from core.sampling.policies import POLICIES
-from core.schedule import started_heads
+from core.stages import started_heads
 
 TRUNK_CALLS = (8, 16, 32, 64)
 REFERENCE_CURE = 'python train.py config/train_char_reference.py'

@@ -23,11 +23,11 @@ from core.evaluation.error_detection import ERRORS
 from core.evaluation.likelihood import LIKELIHOOD
 from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache, checkpoint_hash
 from core.evaluation.quality import QUALITY_MEASURES
-from core.evaluator import validate
-from core.schedule import started_heads
+from core.stages import started_heads
 from core.study.pages import write_report
 from core.study.remasking import SECTIONS as REMASKING_SECTIONS
 from core.study.results import SECTIONS as RESULT_SECTIONS
+from core.validation import validate
 
 NELBO_WINDOWS = 512
 

@@ -29,11 +29,11 @@ from core.common.runtime import Runtime
 from core.common.timing import TimingAccumulator
 from core.data.corpus import Corpus, Vocabulary
 from core.evaluation.text_metrics import Reference
-from core.evaluator import fixed_windows
 from core.sampling.generation import GenerationSettings, Network, generate, score_confidence
 from core.sampling.options import build_policy
 from core.sampling.policies import POLICIES, Policy
 from core.sampling.prompt import lay_out_prompt
+from core.validation import fixed_windows
 from model import GPT
 
 CONFIDENCE_GROUPS = 8  # network calls of a self-confidence, as in sample.py

@@ -33,7 +33,7 @@ from core.sampling.options import (DIFFUSION, build_policy, guidance_problems, m
                                    reads_thresholds)
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.sampling.replay import write_html
-from core.schedule import started_heads
+from core.stages import started_heads
 from model import GPT
 from sample_utils import draw_wave, judge_scores
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
-from core.corruption import apply_mask, draw_exact_mask, stratified_mask_counts
 from core.data.corpus import Corpus, gather_windows
+from core.noise import apply_mask, draw_exact_mask, stratified_mask_counts
 from model import GPT
 
 VALIDATION_SEED = 20_240_607  # one for all runs, so that their figures compare
