@@ -18,6 +18,7 @@ from configurator import configure, option
 from core.common.errors import run_script
 from core.evaluation.run import measure_help, run_evaluation
 from core.study.pages import PAGE
+from core.study.run import write_study
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ def main(arguments: list[str]) -> None:
     """Read the options and measure; `--report` alone means the page of the study."""
     arguments = [f'--report={PAGE}' if argument == '--report' else argument for argument in arguments]
     configuration = configure(EvaluateConfig, arguments, usage=f'{__doc__}\n{measure_help()}')
-    run_evaluation(configuration.config, configuration.explicit)
+    if configuration.config.report is not None and 'measure' not in configuration.explicit:
+        write_study(configuration.config)
+    else:
+        run_evaluation(configuration.config, configuration.explicit)
 
 
 if __name__ == '__main__':

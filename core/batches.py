@@ -7,7 +7,7 @@ positions.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.data.corpus import gather_windows
-from core.noise import apply_mask, draw_mask, low_discrepancy_times, replace_tokens, shown_neighbours
+from core.noise import (Corruption, apply_mask, behind_cls, corrupt, draw_mask, judged_text, low_discrepancy_times,
+                        neighbours_shown)
 
 # N is padded to one of these shares of B * T, so that compiled steps see the same shape again and again: the number of
 # masked positions of a batch with low-discrepancy times stays within a few per cent of one half.
@@ -40,19 +41,6 @@ class Batch(NamedTuple):
         if device.type != 'cuda':
             return self
         return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
-
-
-class Corruption(NamedTuple):
-    """How the text is made wrong that a remasking model or a judge reads.
-
-    loss_type: which positions a remasking model learns from (`position_weights`). fill: gives tokens [B, T] with the
-    positions of mask [B, T] filled by a generator, from its arguments (true tokens, mask, generator); None without one.
-    """
-
-    base_size: int
-    cls_token_id: int
-    loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = 'all_positions'
-    fill: Callable[[Tensor, Tensor, RowRandom], Tensor] | None = None
 
 
 class BatchPlan(NamedTuple):
@@ -118,15 +106,6 @@ def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
     return batches
 
 
-def neighbours_shown(generator: RowRandom, targets: Tensor, mask: Tensor, context: int) -> Tensor:
-    """int64 [B, T, 2C]: the true token of each neighbour that the sampler head is shown, -1 of the others."""
-    if context == 0:
-        return targets.new_empty(*targets.shape, 0)
-    offsets = torch.tensor([*range(-context, 0), *range(1, context + 1)])
-    places = (torch.arange(targets.size(1))[:, None] + offsets).clamp(0, targets.size(1) - 1)  # [T, 2C]
-    return torch.where(shown_neighbours(generator, mask, context), targets[:, places], -1)
-
-
 def causal_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
     """The micro-steps of one iteration of next-token prediction: every position predicts the token after it."""
     T, batches = plan.block_size, []
@@ -135,14 +114,6 @@ def causal_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int])
         weights = torch.full((plan.batch_size * T,), 1 / (plan.global_batch * T))
         batches.append(_whole_batch(generator, window[:, :-1].contiguous(), window[:, 1:].contiguous(), weights))
     return batches
-
-
-def corrupt(corruption: Corruption, generator: RowRandom, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Tokens [B, T] made wrong where mask [B, T] says: filled by the generator where there is one, which may hit the
-    truth, else replaced by other tokens at random."""
-    if corruption.fill is not None:
-        return corruption.fill(tokens, mask, generator)
-    return replace_tokens(generator, tokens, mask, corruption.base_size)
 
 
 def position_weights(loss_type: str, clean: int, corrupted: int) -> Tensor:
@@ -182,24 +153,6 @@ def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) 
         weights = torch.full((plan.batch_size,), 1 / plan.global_batch)
         batches.append(_whole_batch(generator, inputs, behind_cls(plan.corruption, text), weights))
     return batches
-
-
-def judged_text(corruption: Corruption, generator: RowRandom, text: Tensor, mask: Tensor) -> Tensor:
-    """int64 [B, T]: each row of `text` as it is, with other tokens at random where mask [B, T] says, or filled there by
-    the generator if there is one; each way equally likely."""
-    ways = 2 if corruption.fill is None else 3
-    way = (generator.uniform(Purpose.MASK, 1, stream=2) * ways).long()  # [B, 1]
-    judged = torch.where(way == 1, replace_tokens(generator, text, mask, corruption.base_size), text)
-    rows = (way[:, 0] == 2).nonzero().squeeze(1)
-    if len(rows):
-        chosen = RowRandom(generator.seed, generator.iteration, generator.rows[rows])
-        judged = judged.index_copy(0, rows, corruption.fill(text[rows], mask[rows], chosen))
-    return judged
-
-
-def behind_cls(corruption: Corruption, text: Tensor) -> Tensor:
-    """int64 [B, 1 + T]: the CLS token before each row of text [B, T]."""
-    return F.pad(text, (1, 0), value=corruption.cls_token_id)
 
 
 def _whole_batch(generator: RowRandom, inputs: Tensor, targets: Tensor, weights: Tensor) -> Batch:

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.batches import Corruption, behind_cls, corrupt, judged_text, position_weights
-from core.checkpoints.checkpoint import CheckpointKind
+from core.batches import position_weights
+from core.checkpoints.kinds import CheckpointKind
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.data.corpus import Corpus
-from core.noise import draw_exact_mask, replace_tokens, stratified_mask_counts
+from core.noise import (Corruption, behind_cls, corrupt, draw_exact_mask, judged_text, replace_tokens,
+                        stratified_mask_counts)
 from core.objective import PositionSums, position_metrics, position_sums, remasking_terms, wrong_shares
 from core.validation import VALIDATION_SEED, Validation, fixed_windows, validate
 from model import GPT, ModelMode

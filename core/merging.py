@@ -1,21 +1,24 @@
 """Merging: a model whose weights lie on the line between those of two models of one architecture.
 
-`python -m core.checkpoints.checkpoint merge A B --weight=w` calls `merge_checkpoints`.
+    python -m core.merging A B --weight=0.5 [--output=FILE]
 """
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from core.checkpoints.checkpoint import (TRAINING_FIELDS, Checkpoint, CheckpointKind, build_model, load_checkpoint,
+from core.checkpoints.checkpoint import (TRAINING_FIELDS, Checkpoint, build_model, load_checkpoint,
                                          model_config_from_dict, model_config_to_dict, save_checkpoint)
 from core.checkpoints.helpers import load_corruption
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
-from core.common.errors import UserError
+from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime, resolve_device
-from core.data.corpus import Vocabulary, ensure_corpus
+from core.data.corpus import Vocabulary
+from core.data.prepare import ensure_corpus
 from core.helper_validation import validate_kind
 
 
@@ -84,3 +87,20 @@ def _validate_as(source: Checkpoint, checkpoint: Checkpoint, name: str, device: 
     found = validate_kind(source.kind, model, corpus, runtime, allowed, corruption, batch_size=config.batch_size,
                           windows=config.eval_iters * config.batch_size)
     return found.value, found.line(f'{name}, as {source.kind}: val')
+
+
+def main(arguments: list[str]) -> None:
+    """The command at the top of this file."""
+    parser = argparse.ArgumentParser(prog='python -m core.merging',
+                                     description='Interpolate two models of one architecture, and validate the result.')
+    for name in ('first', 'second'):
+        parser.add_argument(name, type=Path)
+    parser.add_argument('--weight', type=float, default=0.5, help="the second one's share, 0.5 by default")
+    parser.add_argument('--output', type=Path, help='ckpt_merged.pt beside the first by default')
+    options = parser.parse_args(arguments)
+    merge_checkpoints(options.first, options.second, options.weight,
+                      options.output or options.first.with_name('ckpt_merged.pt'), print)
+
+
+if __name__ == '__main__':
+    run_script(main)

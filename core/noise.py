@@ -6,7 +6,11 @@ Absorbing-state diffusion with the linear schedule: at time t each position is m
 Letters: B rows held here, G rows of the global batch, T sequence length.
 """
 
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.common.randomness import Purpose, RowRandom
@@ -80,3 +84,51 @@ def shown_neighbours(generator: RowRandom, mask: Tensor, context: int, probabili
     inside = (neighbours >= 0) & (neighbours < length)
     revealed = ~mask[:, neighbours.clamp(0, length - 1)]  # [B, T, 2C]
     return (side_shown.repeat_interleave(context, dim=2) | revealed) & inside
+
+
+class Corruption(NamedTuple):
+    """How the text is made wrong that a remasking model or a judge reads.
+
+    loss_type: which positions a remasking model learns from (`position_weights`). fill: gives tokens [B, T] with the
+    positions of mask [B, T] filled by a generator, from its arguments (true tokens, mask, generator); None without one.
+    """
+
+    base_size: int
+    cls_token_id: int
+    loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = 'all_positions'
+    fill: Callable[[Tensor, Tensor, RowRandom], Tensor] | None = None
+
+
+def neighbours_shown(generator: RowRandom, targets: Tensor, mask: Tensor, context: int) -> Tensor:
+    """int64 [B, T, 2C]: the true token of each neighbour that the sampler head is shown, -1 of the others."""
+    if context == 0:
+        return targets.new_empty(*targets.shape, 0)
+    offsets = torch.tensor([*range(-context, 0), *range(1, context + 1)])
+    places = (torch.arange(targets.size(1))[:, None] + offsets).clamp(0, targets.size(1) - 1)  # [T, 2C]
+    return torch.where(shown_neighbours(generator, mask, context), targets[:, places], -1)
+
+
+def corrupt(corruption: Corruption, generator: RowRandom, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Tokens [B, T] made wrong where mask [B, T] says: filled by the generator where there is one, which may hit the
+    truth, else replaced by other tokens at random."""
+    if corruption.fill is not None:
+        return corruption.fill(tokens, mask, generator)
+    return replace_tokens(generator, tokens, mask, corruption.base_size)
+
+
+def judged_text(corruption: Corruption, generator: RowRandom, text: Tensor, mask: Tensor) -> Tensor:
+    """int64 [B, T]: each row of `text` as it is, with other tokens at random where mask [B, T] says, or filled there by
+    the generator if there is one; each way equally likely."""
+    ways = 2 if corruption.fill is None else 3
+    way = (generator.uniform(Purpose.MASK, 1, stream=2) * ways).long()  # [B, 1]
+    judged = torch.where(way == 1, replace_tokens(generator, text, mask, corruption.base_size), text)
+    rows = (way[:, 0] == 2).nonzero().squeeze(1)
+    if len(rows):
+        chosen = RowRandom(generator.seed, generator.iteration, generator.rows[rows])
+        judged = judged.index_copy(0, rows, corruption.fill(text[rows], mask[rows], chosen))
+    return judged
+
+
+def behind_cls(corruption: Corruption, text: Tensor) -> Tensor:
+    """int64 [B, 1 + T]: the CLS token before each row of text [B, T]."""
+    return F.pad(text, (1, 0), value=corruption.cls_token_id)

@@ -20,20 +20,6 @@ def stage_at(config: GPTConfig, iteration: int) -> Stage:
                  config.add_critic_head and iteration >= config.start_critic_iteration)
 
 
-def started_heads(model_config: GPTConfig, iteration: int) -> tuple[bool, bool, list[str]]:
-    """Whether the sampler and the critic head had begun to train at `iteration`, and what to say of those not begun."""
-    said = []
-    sampler = model_config.add_sampler_head and iteration > model_config.start_sampler_iteration
-    critic = model_config.add_critic_head and iteration > model_config.start_critic_iteration
-    for name, has, started, start in (
-            ('sampler', model_config.add_sampler_head, sampler, model_config.start_sampler_iteration),
-            ('critic', model_config.add_critic_head, critic, model_config.start_critic_iteration)):
-        if has and not started:
-            said.append(f'the {name} head is ignored: its stage begins at iteration {start}, the checkpoint is of '
-                        f'iteration {iteration}')
-    return sampler, critic, said
-
-
 def critic_alpha(config: GPTConfig, iteration: int) -> float:
     """Weight of the critic's loss: critic_alpha * min(1, (i - start + 1) / (end - start)) from start_critic_iteration
     on, 0 before; critic_alpha at once where end <= start."""

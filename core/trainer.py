@@ -12,18 +12,20 @@ from typing import Any
 import torch.distributed as distributed
 
 from core.batches import BatchPlan
-from core.checkpoints.checkpoint import (Checkpoint, CheckpointKind, check_resume, initialise_from, load_checkpoint,
-                                         load_weights, model_config_to_dict)
+from core.checkpoints.checkpoint import (Checkpoint, check_resume, initialise_from, load_checkpoint, load_weights,
+                                         model_config_to_dict)
 from core.checkpoints.helpers import load_corruption
-from core.checkpoints.kinds import GENERATORS, OWN_OUTPUT, kind_of, kind_problems, mode_of, run_label, wandb_name
+from core.checkpoints.kinds import (GENERATORS, OWN_OUTPUT, CheckpointKind, kind_of, kind_problems, mode_of, run_label,
+                                    wandb_name)
 from core.checkpoints.run_folder import LATEST, RunFolder, latest_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
-from core.common.plots import plot_loss_curve
 from core.common.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
-from core.data.corpus import Corpus, ensure_corpus
+from core.data.corpus import Corpus
+from core.data.prepare import ensure_corpus
 from core.helper_validation import HelperValidation, validate_kind
 from core.logger import IterationRecord, RunLogger, read_metrics
+from core.loss_curve import plot_loss_curve
 from core.objective import position_metrics
 from core.sampling.preview import preview
 from core.sharding import cut, gathered, whole, whole_weights

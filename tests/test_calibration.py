@@ -9,10 +9,10 @@ from hypothesis import given, settings, strategies as st
 
 from configurator import configure
 from conftest import model_that_knows, save_model
+from core.checkpoints.checkpoint import checkpoint_hash
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
 from core.data.corpus import Vocabulary
-from core.evaluation.measure import checkpoint_hash
 from core.sampling.calibration import (CALIBRATION_NAME, Calibration, Reliability, calibration_error, find_calibration,
                                        fit_calibration, reliability, write_calibration)
 from core.sampling.run import run_sampling

@@ -19,9 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.checkpoints import checkpoint as room
-from core.checkpoints.checkpoint import (Checkpoint, CheckpointKind, build_model, check_resume, export_checkpoint,
-                                         initialise_from, load_checkpoint, load_weights, main, model_config_from_dict,
-                                         model_config_to_dict, save_checkpoint, verify_checkpoint)
+from core.checkpoints.__main__ import main
+from core.checkpoints.checkpoint import (Checkpoint, build_model, check_resume, export_checkpoint, initialise_from,
+                                         load_checkpoint, load_weights, model_config_from_dict, model_config_to_dict,
+                                         save_checkpoint, verify_checkpoint)
+from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError
 from core.common.files import TEMPORARY_SUFFIX
 from model import GPT, GPTConfig, ModelMode
@@ -580,6 +582,6 @@ def test_commands(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     main(['export', str(saved), str(tmp_path / 'shared')])
     assert load_checkpoint(tmp_path / 'shared').iteration == 7
     saved.write_bytes(saved.read_bytes()[:-1])
-    done = subprocess.run([sys.executable, '-m', 'core.checkpoints.checkpoint', 'verify', str(saved)], cwd=ROOT,
+    done = subprocess.run([sys.executable, '-m', 'core.checkpoints', 'verify', str(saved)], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr

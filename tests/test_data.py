@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from core.common.errors import UserError
 from core.data import corpus as data, prepare as corpora
-from core.data.corpus import Vocabulary, ensure_corpus, gather_windows, load_corpus, read_plain_pickle
+from core.data.corpus import Vocabulary, gather_windows, load_corpus, read_plain_pickle
 from core.data.plays import clean_play
-from core.data.prepare import character_vocabulary, split_plays, split_text, train_bpe, write_corpus
+from core.data.prepare import character_vocabulary, ensure_corpus, split_plays, split_text, train_bpe, write_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT = ''.join(f'NAME {i % 7}:\nThis is speech {i}, and a line\nbelow it.\n\n' for i in range(60))

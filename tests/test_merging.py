@@ -1,4 +1,4 @@
-"""python -m core.checkpoints.checkpoint merge: the weights between two models, their validation, and what cannot be merged."""
+"""python -m core.merging: the weights between two models, their validation, and what cannot be merged."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ import torch
 import train as script
 from configurator import configure
 from conftest import model_over, save_model
-from core.checkpoints.checkpoint import build_model, load_checkpoint, main, save_checkpoint
+from core.checkpoints.checkpoint import build_model, load_checkpoint, save_checkpoint
 from core.common.errors import UserError
 from core.data.corpus import Vocabulary
+from core.merging import main
 from core.trainer import train
 
 SMALL = ('--dataset=tiny --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=2 '
@@ -33,7 +34,7 @@ def two(small_corpus):
 @pytest.mark.parametrize('weight', [0.0, 0.25, 1.0])
 def test_a_merged_model_lies_between_the_two_and_is_validated_as_both_kinds(two, weight, capsys):
     capsys.readouterr()
-    main(['merge', *two, f'--weight={weight}'])
+    main([*two, f'--weight={weight}'])
     first, second, merged = (load_checkpoint(path) for path in (*two, 'one/ckpt_merged.pt'))
     assert merged.kind == 'unmasking'
     for name, tensor in merged.model.items():
@@ -51,7 +52,7 @@ def test_a_merged_model_lies_between_the_two_and_is_validated_as_both_kinds(two,
 
 def test_the_output_may_be_named_and_one_kind_is_validated_once(two, capsys):
     capsys.readouterr()
-    main(['merge', two[0], two[0], '--output=mixed.pt'])
+    main([two[0], two[0], '--output=mixed.pt'])
     out = capsys.readouterr().out
     assert out.count(': val ') == 3 and 'mixed.pt: 0.5 of one/ckpt_best.pt' in out
     assert Path('mixed.pt').stat().st_size < 1.05 * Path(two[0]).stat().st_size  # tied weights are stored once
@@ -61,7 +62,7 @@ def test_judges_are_merged_and_validated_on_the_texts_that_they_were_trained_on(
     for seed in (1, 2):
         run(f'--out_dir=judge{seed}', '--training_type=judge', f'--corruption_checkpoint={two[0]}', f'--seed={seed}')
     capsys.readouterr()
-    main(['merge', 'judge1/ckpt_best.pt', 'judge2/ckpt_best.pt'])
+    main(['judge1/ckpt_best.pt', 'judge2/ckpt_best.pt'])
     out = capsys.readouterr().out
     assert out.count('as judge: val ') == out.count('above filled') == 3
 
@@ -76,6 +77,6 @@ def test_what_cannot_be_merged_is_one_sentence(two):
     for second, weight, words in ((other_shape, 0.5, 'different architectures (n_embd 16 and 32)'),
                                   (other_words, 0.5, 'different vocabularies'), (two[1], 1.5, 'weight is 1.5')):
         with pytest.raises(UserError) as caught:
-            main(['merge', two[0], str(second), f'--weight={weight}'])
+            main([two[0], str(second), f'--weight={weight}'])
         assert words in str(caught.value)
     assert not Path('one/ckpt_merged.pt').exists()

@@ -15,9 +15,10 @@ import train as script
 from configurator import configure
 from core.common.errors import UserError
 from core.data import openwebtext
-from core.data.corpus import DOCUMENT_END, Vocabulary, ensure_corpus, load_corpus
+from core.data.corpus import DOCUMENT_END, Vocabulary, load_corpus
 from core.data.gpt2_bpe import PATTERN, tokens_of
 from core.data.openwebtext import Passage, file_passages, prepare_openwebtext, split_of, write_passages
+from core.data.prepare import ensure_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 MERGES = '#version: 0.2\nt h\nth e\nĠ the\nĊ Ċ\nĠ Ġ\nĠ Ċ\nĊ Ġ\n. Ĝ\n'

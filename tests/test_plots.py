@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from core.common.plots import _smoothed, plot_loss_curve
+from core.loss_curve import _smoothed, plot_loss_curve
 
 
 def write(path, records):

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 import train as script
 from configurator import configure
 from conftest import SPECIAL, V0, awake, toy_config, toy_plan, toy_state
-from core.batches import BATCH_MAKERS, Corruption, judge_batches, judged_text, remasking_batches
+from core.batches import BATCH_MAKERS, judge_batches, remasking_batches
 from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.helpers import one_shot_fill
 from core.checkpoints.kinds import run_label, wandb_name
@@ -23,7 +23,7 @@ from core.common.randomness import RowRandom, keyed
 from core.common.runtime import Runtime
 from core.helper_validation import auroc, validate_judge, validate_remasking
 from core.logger import read_metrics
-from core.noise import draw_mask, low_discrepancy_times, replace_tokens
+from core.noise import Corruption, draw_mask, judged_text, low_discrepancy_times, replace_tokens
 from core.objective import Objective
 from core.stages import Stage
 from core.trainer import train

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as distributed
 
 from conftest import V0, toy_config, toy_plan, toy_state
-from core.batches import Corruption, unmasking_batches
+from core.batches import unmasking_batches
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
+from core.noise import Corruption
 from core.optimizer import Muon, orthogonalise
 from core.stages import Stage, all_heads_trained_from, critic_alpha, learning_rate_at, stage_at
 from core.training_step import TrainingState, training_step

@@ -1,14 +1,9 @@
 """Checkpoints: saved so that no failure loses the previous one, and read so that no file can do harm.
 
-    python -m core.checkpoints.checkpoint verify out/ckpt.pt           read every byte again and say what the file holds
-    python -m core.checkpoints.checkpoint export out/ckpt_best.pt FOLDER   weights as safetensors, the rest as JSON, for sharing
-    python -m core.checkpoints.checkpoint merge A B --weight=0.5       interpolate two models of one architecture, and validate
-
 A checkpoint is one zip file as `torch.save` writes it. Every member carries a CRC-32, which `torch.load` ignores and
 which is compared here before anything is unpickled; unpickling admits tensors and built-in types only.
 """
 
-import argparse
 import base64
 import hashlib
 import json
@@ -18,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from enum import Enum, StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,9 +22,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from core.common.errors import UserError, raise_problems, run_script
+from core.checkpoints.kinds import CheckpointKind
+from core.common.errors import UserError, raise_problems
 from core.common.expressions import excerpt, shown, shown_name
 from core.common.files import atomic_writer, unwritable
+from core.data.corpus import file_hash
 from model import GPT, GPTConfig
 
 FORMAT_VERSION = 1
@@ -42,16 +39,6 @@ TRAINING_FIELDS = frozenset((
     'dropout', 'ignore_index', 'freeze_transformer', 'init_from_checkpoint', 'unfreeze_at_iteration',
     'unfreeze_lr_multiplier', 'critic_alpha', 'critic_target_scope', 'critic_gradient', 'critic_row_stride',
     'start_critic_iteration', 'end_critic_iteration', 'start_sampler_iteration', 'sampler_min_neighbors_ratio'))
-
-
-class CheckpointKind(StrEnum):
-    """What the model was trained for; a sampler takes a generator, not a judge."""
-
-    UNMASKING = 'unmasking'    # a diffusion model that reveals masked tokens
-    REMASKING = 'remasking'    # logits over base vocabulary and the wrong id
-    CLASSIFIER = 'classifier'  # the binary remasking model
-    JUDGE = 'judge'            # one number per sequence
-    CAUSAL = 'causal'          # left to right
 
 
 @dataclass
@@ -449,6 +436,11 @@ def _import_folder(folder: Path, device: torch.device | str) -> Checkpoint:
                                    source)
 
 
+def checkpoint_hash(path: Path) -> str:
+    """SHA-256 (hex) of a checkpoint file, or of the weights of an exported folder."""
+    return file_hash(path / WEIGHTS_FILE if path.is_dir() else path)
+
+
 def _to_json(value: object) -> object:
     """`value` in what JSON can say: bytes as base64, dicts with other keys than strings as pairs, tuples as lists."""
     if isinstance(value, bytes):
@@ -473,36 +465,3 @@ def _from_json(value: object) -> object:
             return {_from_json(key): _from_json(one) for key, one in value['$pairs']}
         return {key: _from_json(one) for key, one in value.items()}
     return value
-
-
-def main(arguments: list[str]) -> None:
-    """The commands at the top of this file."""
-    parser = argparse.ArgumentParser(prog='python -m core.checkpoints.checkpoint', description='Check or share a checkpoint.')
-    commands = parser.add_subparsers(dest='command', required=True)
-    verify = commands.add_parser('verify', help='read every byte again and say what the file holds')
-    export = commands.add_parser('export', help='weights as safetensors, the rest as JSON')
-    for command in (verify, export):
-        command.add_argument('checkpoint', type=Path)
-    export.add_argument('folder', type=Path)
-    merge = commands.add_parser('merge', help='interpolate two models of one architecture, and validate the result')
-    for name in ('first', 'second'):
-        merge.add_argument(name, type=Path)
-    merge.add_argument('--weight', type=float, default=0.5, help="the second one's share, 0.5 by default")
-    merge.add_argument('--output', type=Path, help='ckpt_merged.pt beside the first by default')
-    options = parser.parse_args(arguments)
-    if options.command == 'merge':
-        from core.merging import merge_checkpoints  # needs most of core, which imports this file
-
-        merge_checkpoints(options.first, options.second, options.weight,
-                          options.output or options.first.with_name('ckpt_merged.pt'), print)
-    elif options.command == 'verify':
-        summary = verify_checkpoint(options.checkpoint)
-        print(f'{summary.path} is whole: {summary.kind}, iteration {summary.iteration}, '
-              f'{summary.parameters:,} parameters, best value {summary.best_value}')
-    else:
-        folder = export_checkpoint(options.checkpoint, options.folder)
-        print(f'{options.checkpoint} exported to {folder}: {WEIGHTS_FILE} and {CONFIG_FILE}')
-
-
-if __name__ == '__main__':
-    run_script(main)

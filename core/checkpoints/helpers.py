@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.batches import Corruption
-from core.checkpoints.checkpoint import CheckpointKind, build_model, load_checkpoint
-from core.checkpoints.kinds import GENERATORS
+from core.checkpoints.checkpoint import build_model, load_checkpoint
+from core.checkpoints.heads import started_heads
+from core.checkpoints.kinds import GENERATORS, CheckpointKind
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime
 from core.data.corpus import Vocabulary
-from core.noise import apply_mask
-from core.stages import started_heads
+from core.noise import Corruption, apply_mask
 from model import GPT
 from sample_utils import predict_and_sample_tokens
 

@@ -3,10 +3,20 @@
 `config` is train.py's flat dataclass of options everywhere here.
 """
 
+from enum import StrEnum
 from typing import Any
 
-from core.checkpoints.checkpoint import CheckpointKind
 from model import ModelMode
+
+class CheckpointKind(StrEnum):
+    """What the model was trained for; a sampler takes a generator, not a judge."""
+
+    UNMASKING = 'unmasking'    # a diffusion model that reveals masked tokens
+    REMASKING = 'remasking'    # logits over base vocabulary and the wrong id
+    CLASSIFIER = 'classifier'  # the binary remasking model
+    JUDGE = 'judge'            # one number per sequence
+    CAUSAL = 'causal'          # left to right
+
 
 MODES = {CheckpointKind.CLASSIFIER: ModelMode.TOKEN_CLASSIFIER, CheckpointKind.JUDGE: ModelMode.SEQUENCE_SCORER}
 GENERATORS = (CheckpointKind.UNMASKING, CheckpointKind.CAUSAL)  # kinds that write text

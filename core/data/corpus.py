@@ -1,4 +1,4 @@
-"""Corpora as the program reads them: vocabulary, token files and windows. Preparing them is `core/data/corpus/prepare.py`.
+"""Corpora as the program reads them: vocabulary, token files and windows. Preparing them is `core/data/prepare.py`.
 
 A corpus is a folder with `train.bin`, `val.bin`, perhaps `ref.bin` (flat token ids) and `meta.pkl` (one plain dict of
 built-in types). Files come from other people's machines, so `meta.pkl` is read by an unpickler that can build nothing
@@ -7,13 +7,12 @@ but built-in values, every field is checked, and the token files must have the r
 Shapes: B windows, V0 base vocabulary.
 """
 
-import difflib
 import hashlib
 import json
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -221,26 +220,12 @@ def gather_windows(tokens: np.ndarray, starts: torch.Tensor | np.ndarray, length
     return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))  # [B, length]
 
 
-def ensure_corpus(name: str, say: Callable[[str], None] = print, root: Path | str = 'data') -> Corpus:
-    """Load a corpus, preparing it first where it is missing; `say` is told. UserError for a name nobody knows."""
-    from core.data.prepare import RECIPES  # preparing needs more packages and modules than reading does
-
-    folder = Path(root) / name
-    if not (folder / 'meta.pkl').is_file():
-        if name in RECIPES:
-            say(f'{folder} is not there yet: preparing it (about {RECIPES[name].seconds} seconds)')
-            RECIPES[name].prepare(Path(root), None, say)
-        else:
-            _refuse_unknown(name, folder, RECIPES)
-    return load_corpus(name, root)
-
-
 def load_corpus(name: str, root: Path | str = 'data') -> Corpus:
     """Read and check a prepared corpus. UserError names the file, what is wrong and the command that cures it."""
     folder = Path(root) / name
     path = folder / 'meta.pkl'
     if not path.is_file():
-        raise UserError(f'{path} does not exist: run {_cure(name)}')
+        raise UserError(f'{path} does not exist: run {preparation_command(name)}')
     try:
         meta = _checked_meta(read_plain_pickle(path))
         vocabulary = Vocabulary.from_meta(meta['vocabulary'])
@@ -250,7 +235,7 @@ def load_corpus(name: str, root: Path | str = 'data') -> Corpus:
         for split, size in meta['sizes'].items():
             _check_tokens(folder / f'{split}.bin', size, meta['dtype'], meta['file_hashes'][split], vocabulary)
     except UserError as error:
-        raise UserError(f'{path} cannot be used: {excerpt(str(error))}; run {_cure(name)} again') from None
+        raise UserError(f'{path} cannot be used: {excerpt(str(error))}; run {preparation_command(name)} again') from None
     return Corpus(name=name, folder=folder, vocabulary=vocabulary, dtype=meta['dtype'], source=meta['source'],
                   data_hash=hash_of_hashes(meta['file_hashes']),
                   **{key: dict(meta[key]) for key in ('sizes', 'characters', 'utf8_bytes')})
@@ -308,7 +293,7 @@ _META_TYPES = {
 
 
 def _checked_meta(meta: object) -> dict:
-    """`meta` with every key and type as `core/data/corpus/prepare.py` writes them, or a UserError."""
+    """`meta` with every key and type as `core/data/prepare.py` writes them, or a UserError."""
     if type(meta) is not dict or meta.get('format') != META_FORMAT:
         raise UserError('it was not written by this program')
     if meta.get('version') != META_VERSION:
@@ -355,18 +340,9 @@ def _check_tokens(path: Path, size: int, dtype: str, recorded_hash: str, vocabul
         raise UserError(f'{path.name} beside it is not the file that was prepared (its SHA-256 differs)')
 
 
-_NEEDED = {'custom': ' my.txt', 'openwebtext': ' [--input FILE ...]'}  # where train.py does not prepare by itself
+NEEDED_ARGUMENTS = {'custom': ' my.txt', 'openwebtext': ' [--input FILE ...]'}  # where train.py does not prepare by itself
 
 
-def _cure(name: str) -> str:
+def preparation_command(name: str) -> str:
     """The command that prepares corpus `name`."""
-    return f'python data/{name}/prepare.py' + _NEEDED.get(name, '')
-
-
-def _refuse_unknown(name: str, folder: Path, known: Mapping[str, object]) -> NoReturn:
-    """UserError for a corpus that is neither there nor one that the program can prepare."""
-    if name in _NEEDED or (folder / 'prepare.py').is_file():
-        raise UserError(f'corpus {name} is not prepared yet: run {_cure(name)}')
-    near = difflib.get_close_matches(name, [*known, *_NEEDED], n=1, cutoff=0.5)
-    raise UserError(f'unknown dataset {name!r}{f", did you mean {near[0]!r}" if near else ""}? The program can prepare '
-                    f'{", ".join(known)}; for a text of your own run {_cure("custom")} and use --dataset=custom')
+    return f'python data/{name}/prepare.py' + NEEDED_ARGUMENTS.get(name, '')

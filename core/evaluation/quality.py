@@ -1,7 +1,7 @@
 """The measures of evaluate.py that look at samples: quality, policies and curves.
 
-Their cells write texts (core/evaluation/measure/written_samples.py) and measure them (core/evaluation/measure/text_metrics.py); what they say of all cells is
-core/evaluation/measure/quality_tables.py. Metrics stand in a result as `name`, with their 95 % interval as `name_interval`.
+Their cells write texts (core/evaluation/written_samples.py) and measure them (core/evaluation/text_metrics.py); what they say of all cells is
+core/evaluation/quality_tables.py. Metrics stand in a result as `name`, with their 95 % interval as `name_interval`.
 """
 
 import math
@@ -10,18 +10,19 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from core.checkpoints.checkpoint import CheckpointKind
+from core.checkpoints.checkpoint import checkpoint_hash
+from core.checkpoints.heads import started_heads
 from core.checkpoints.helpers import HOW_TO_TRAIN, helper_path, load_remasking_model, require_block
+from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.evaluation.copied_spans import CopyIndex
-from core.evaluation.measure import Cell, Evaluation, Measure, Result, checkpoint_hash
+from core.evaluation.measure import Cell, Evaluation, Measure, Result
 from core.evaluation.quality_tables import CAUSAL, REAL, check_page, draw_quality, report_policies, tell_curves
 from core.evaluation.text_metrics import FEWEST_TEXTS, Yardstick, make_yardstick, measure_texts, reference_doubts
 from core.evaluation.written_samples import (Budget, Writer, Written, budgets_of, held_out_texts, load_causal,
                                              make_policy, shuffled_characters, shuffled_words, write)
 from core.sampling.policies import POLICIES
-from core.stages import started_heads
 
 TRUNK_CALLS = (8, 16, 32, 64)
 REFERENCE_CURE = 'python train.py config/train_char_reference.py'

@@ -1,6 +1,6 @@
 """What the samples' measures say: tables in Markdown, pictures, and the small records that docs keep.
 
-`rows` are settings and result of a cell in one dict, as core/evaluation/measure/quality.py makes them; a control has a name under
+`rows` are settings and result of a cell in one dict, as core/evaluation/quality.py makes them; a control has a name under
 'control', every other row one under 'policy'. All figures are read from rows, so a kept record makes the same page.
 """
 

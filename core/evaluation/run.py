@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from core.checkpoints.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.checkpoints.checkpoint import build_model, checkpoint_hash, load_checkpoint
+from core.checkpoints.heads import started_heads
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.runtime import DTYPES, Runtime, resolve_device
-from core.data.corpus import Vocabulary, ensure_corpus
+from core.data.corpus import Vocabulary
+from core.data.prepare import ensure_corpus
 from core.evaluation.error_detection import ERRORS
 from core.evaluation.likelihood import LIKELIHOOD
-from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache, checkpoint_hash
+from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache
 from core.evaluation.quality import QUALITY_MEASURES
-from core.stages import started_heads
-from core.study.pages import write_report
-from core.study.remasking import SECTIONS as REMASKING_SECTIONS
-from core.study.results import SECTIONS as RESULT_SECTIONS
 from core.validation import validate
 
 NELBO_WINDOWS = 512
@@ -68,10 +67,6 @@ def run_evaluation(config: Any, explicit: Mapping[str, str],
                    say: Callable[[str], None] = print) -> dict[str, list[Result]]:
     """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
     raise_problems(option_problems(config))
-    if config.report is not None and 'measure' not in explicit:
-        write_report(config, (*RESULT_SECTIONS, *REMASKING_SECTIONS),
-                     lambda changed, given: measured_rows(changed, given, say), say)
-        return {}
     evaluation = load_evaluation(config, explicit, say)
     cache, found = ResultCache(evaluation.out_dir / CACHE_NAME), {}
     torch.set_flush_denormal(evaluation.runtime.device.type == 'cpu')  # numbers near zero cost a hundred times as much

@@ -1,6 +1,6 @@
 """Samples of many settings and their quality: which policy, how many trunk calls, what temperature.
 
-A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by core/evaluation/measure/text_metrics.py, beside
+A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by core/evaluation/text_metrics.py, beside
 controls of the same number and length. Since a lower temperature alone improves the bits under a reference model, the
 settings of one policy and budget are compared at equal trigram entropy: temperature is swept and every figure
 interpolated to the entropy that real text of the same size has.
@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.checkpoints.checkpoint import CheckpointKind, build_model, load_checkpoint
+from core.checkpoints.checkpoint import build_model, load_checkpoint
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import keyed

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from core.checkpoints.checkpoint import checkpoint_hash
 from core.common.errors import UserError
 from core.common.files import atomic_writer
-from core.evaluation.measure import checkpoint_hash
 
 CALIBRATION_NAME = 'calibration.json'
 CALIBRATION_FORMAT = 1

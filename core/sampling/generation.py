@@ -1,6 +1,6 @@
 """Generation: the loop that calls the network and counts the calls, blocks beyond the block size, and the trace.
 
-    diffusion    predict, then remask, as a policy of core/sampling/policies.py says; through the sampler head if there is one
+    diffusion    predict, then remask, as a policy of core/sampling/policies says; through the sampler head if there is one
     sampler      the same, but the head is required
     multinomial  every unprotected position is redrawn at each iteration from the network's own softmax
     standard     left to right; a causal model reads with a key-value cache

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core.checkpoints.checkpoint import build_model, load_checkpoint, model_config_from_dict
+from core.checkpoints.heads import started_heads
 from core.checkpoints.helpers import load_judge, load_remasking_model, require_block
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError, raise_problems
@@ -33,7 +34,6 @@ from core.sampling.options import (DIFFUSION, build_policy, guidance_problems, m
                                    reads_thresholds)
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.sampling.replay import write_html
-from core.stages import started_heads
 from model import GPT
 from sample_utils import draw_wave, judge_scores
 

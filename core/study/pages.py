@@ -1,6 +1,6 @@
 """The study behind docs/results.md: which checkpoints it measures, and how a page of it is written anew.
 
-`python evaluate.py --report` goes through `SECTIONS` (core/study/pages/results.py). An experiment whose checkpoint is there
+`python evaluate.py --report` goes through `SECTIONS` (core/study/results.py). An experiment whose checkpoint is there
 is measured, through the cache beside the checkpoint, so that only what is new takes time; of one that is not there the
 kept record under docs/results/ is taken, and where there is none, the command that makes the checkpoint is said.
 """

@@ -1,4 +1,4 @@
-"""The sections of docs/remasking.md: remasking models, what guides remasking, and judges (core/study/pages/pages.py)."""
+"""The sections of docs/remasking.md: remasking models, what guides remasking, and judges (core/study/pages.py)."""
 
 from collections.abc import Mapping, Sequence
 

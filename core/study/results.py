@@ -1,6 +1,6 @@
 """The sections of docs/results.md: the experiments of the study and what the page says of their records.
 
-All figures come from records (core/study/pages/pages.py), so a kept record makes the same text.
+All figures come from records (core/study/pages.py), so a kept record makes the same text.
 
 Letters: K trunk calls, C neighbours that a head sees on each side.
 """

@@ -1,0 +1,34 @@
+"""Check or share a checkpoint.
+
+    python -m core.checkpoints verify out/ckpt.pt                read every byte again and say what the file holds
+    python -m core.checkpoints export out/ckpt_best.pt FOLDER    weights as safetensors, the rest as JSON, for sharing
+"""
+
+import argparse
+from pathlib import Path
+
+from core.checkpoints.checkpoint import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint, verify_checkpoint
+from core.common.errors import run_script
+
+
+def main(arguments: list[str]) -> None:
+    """The commands at the top of this file."""
+    parser = argparse.ArgumentParser(prog='python -m core.checkpoints', description='Check or share a checkpoint.')
+    commands = parser.add_subparsers(dest='command', required=True)
+    verify = commands.add_parser('verify', help='read every byte again and say what the file holds')
+    export = commands.add_parser('export', help='weights as safetensors, the rest as JSON')
+    for command in (verify, export):
+        command.add_argument('checkpoint', type=Path)
+    export.add_argument('folder', type=Path)
+    options = parser.parse_args(arguments)
+    if options.command == 'verify':
+        summary = verify_checkpoint(options.checkpoint)
+        print(f'{summary.path} is whole: {summary.kind}, iteration {summary.iteration}, '
+              f'{summary.parameters:,} parameters, best value {summary.best_value}')
+    else:
+        folder = export_checkpoint(options.checkpoint, options.folder)
+        print(f'{options.checkpoint} exported to {folder}: {WEIGHTS_FILE} and {CONFIG_FILE}')
+
+
+if __name__ == '__main__':
+    run_script(main)
