@@ -10,85 +10,11 @@
 An option that is given although it does not apply to the chosen method is an error; a default never is.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
-from configurator import configure, option
+from configurator import configure
 from core.common.errors import run_script
-from core.sampling.options import policy_help
+from core.sampling.options import SampleConfig
+from core.sampling.policy_options import policy_help
 from core.sampling.run import run_sampling
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """The options of sample.py; nanoGPT's names where it has one."""
-
-    # the checkpoint
-    out_dir: str = option('out', 'run folder that holds the checkpoint')
-    checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir; ckpt.pt is the latest')
-    remasking_checkpoint_name: str | None = option(
-        None, 'remasking model that says what to take back, in place of the critic: file in out_dir, or path')
-    judge_checkpoint_name: str | None = option(None, 'judge of quality_metric=judge: file in out_dir, or path')
-    # what to write
-    num_samples: int = option(4, 'number of texts')
-    batch_size: int = option(16, 'texts generated at once; lower it when memory runs out, the texts stay the same')
-    sequence_length: int | None = option(None, 'tokens per text; the block size by default, longer goes by blocks')
-    max_new_tokens: int | None = option(None, 'tokens after start_text, in place of sequence_length')
-    start_text: str = option('', 'prompt, never changed', alias='seed_text')
-    seed_placement: Literal['prefix', 'random'] = option('prefix', 'where start_text stands in each text')
-    infill_text: str = option('', 'text whose infill_char positions are to be filled')
-    infill_char: str = option('_', 'one character that marks a position to fill in infill_text')
-    # how to sample
-    sampling_method: Literal['diffusion', 'sampler', 'multinomial', 'standard'] = option(
-        'diffusion', 'standard writes left to right; sampler insists on the sampler head')
-    use_sampler_head: bool = option(True, 'False: diffusion draws all masked positions independently')
-    sampling_policy: str = option('remask', 'which positions come when: see the list above')
-    block_length: int | None = option(None, 'finish this many positions before the next; the block size by default')
-    iterations: int = option(50, 'predictions per block; more revise more', alias='diffusion_iterations')
-    temperature: float = option(0.8, 'below 1 is more careful, above 1 wilder, 0 takes the most probable token')
-    top_p: float = option(1.0, 'draw from the smallest set of tokens that holds this probability; 1 is off')
-    top_k: int | None = option(None, 'draw from this many most probable tokens')
-    repetition_penalty: float = option(1.0, 'above 1 makes tokens already in the text less likely; 1 is off')
-    # remasking (sampling_policy=remask)
-    start_ratio: float = option(0.95, 'share of unprotected positions remasked first')
-    end_ratio: float = option(0.05, 'share remasked last')
-    schedule_type: Literal['linear', 'cosine', 'custom'] = option('linear', 'way from start to end')
-    masking_ratios: list[float] | None = option(None, 'shares of a custom schedule, one per remasking')
-    schedule_mode: Literal['ratio', 'threshold'] = option(
-        'ratio', 'threshold remasks whatever is wrong with more than the scheduled probability')
-    start_threshold: float = option(0.1, 'wrongness above which a token is remasked, at first')
-    end_threshold: float = option(0.9, 'and at last')
-    intelligent_remasking: bool = option(True, 'False: without critic or remasking model, chosen at random')
-    randomness_strength: float = option(0.4, 'share of the remasked positions that is chosen at random all the same')
-    # other policies
-    idle_cache: bool = option(True, 'False: a trunk call also at steps that reveal nothing (mdlm, remdm_*)')
-    choice_temperature: float = option(4.5, 'noise in the choice of positions, annealed to 0 (maskgit)')
-    remdm_eta: float | None = option(None, 'remasking rate: 0.008 cap, 0.015 rescale, 0.02 loop (remdm_*)')
-    loop_on: float = option(0.55, 'time, from 1 to 0, at which the loop begins (remdm_loop)')
-    loop_off: float = option(0.05, 'time at which it ends (remdm_loop)')
-    loop_alpha: float = option(0.9, 'share of revealed positions that it holds (remdm_loop)')
-    planner_eta: float = option(1.0, '0 never takes old tokens back, above 1 rather than new ones (p2_*)')
-    entropy_bound: float = option(0.1, 'nats; more reveals more at once (entropy_bounded)')
-    confidence_threshold: float = option(0.9, 'probability; less reveals more at once (fast_dllm_threshold)')
-    parallel_factor: float = option(1.0, 'more reveals more at once (fast_dllm_factor)')
-    selection_noise: float = option(0.5, 'noise in the choice of positions, annealed to 0 (token_critic)')
-    # what to tell
-    quality_metric: Literal['none', 'self', 'judge'] = option(
-        'self', "self: log-probability of what was written; judge: a judge model's score")
-    confidence_groups: int = option(8, 'network calls that quality_metric=self takes per block; more is finer')
-    show_progress: bool = option(True, 'progress bar on a terminal')
-    use_verbose_logging: bool = option(False, 'checks before the start, mask shares, first and last previews')
-    log_debug: bool = option(False, 'a line per prediction and remasking')
-    output_file: str | None = option(None, 'also write the texts to this file')
-    save_json: str | None = option(None, 'write options, texts and every step to this file')
-    save_html: str | None = option(None, 'write one page that replays every step in a browser to this file')
-    animate: bool = option(False, 'show the first text of each batch condensing in the terminal; slows a fast model')
-    # the machine
-    seed: int = option(1337, 'another seed, other texts')
-    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
-        'auto', 'precision of the network; auto is bfloat16 on a GPU that has it, else float32')
-    compile: bool = option(False, 'torch.compile the trunk and the waves; pays for many samples on a GPU')
 
 
 def main(arguments: list[str]) -> None:

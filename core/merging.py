@@ -12,7 +12,6 @@ import torch
 
 from core.checkpoints.checkpoint import (TRAINING_FIELDS, Checkpoint, build_model, load_checkpoint,
                                          model_config_from_dict, model_config_to_dict, save_checkpoint)
-from core.checkpoints.helpers import load_corruption
 from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
@@ -20,6 +19,7 @@ from core.common.runtime import Runtime, resolve_device
 from core.data.corpus import Vocabulary
 from core.data.prepare import ensure_corpus
 from core.helper_validation import validate_kind
+from core.training_kinds import load_corruption
 
 
 def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, say: Callable[[str], None]) -> Checkpoint:

@@ -7,16 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as distributed
 
 from core.batches import BatchPlan
 from core.checkpoints.checkpoint import (Checkpoint, check_resume, initialise_from, load_checkpoint, load_weights,
                                          model_config_to_dict)
-from core.checkpoints.helpers import load_corruption
-from core.checkpoints.kinds import (GENERATORS, OWN_OUTPUT, CheckpointKind, kind_of, kind_problems, mode_of, run_label,
-                                    wandb_name)
+from core.checkpoints.kinds import GENERATORS, CheckpointKind, mode_of
 from core.checkpoints.run_folder import LATEST, RunFolder, latest_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
@@ -27,10 +24,13 @@ from core.helper_validation import HelperValidation, validate_kind
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.loss_curve import plot_loss_curve
 from core.objective import position_metrics
+from core.option_problems import option_problems, world_problems
+from core.options import TrainConfig
 from core.sampling.preview import preview
 from core.sharding import cut, gathered, whole, whole_weights
 from core.stages import all_heads_trained_from, learning_rate_at, stage_at
 from core.step_guard import MOST_IN_A_ROW
+from core.training_kinds import kind_of, load_corruption, run_label, wandb_name
 from core.training_step import TrainingState, training_step
 from core.validation import Validation
 from model import GPT, GPTConfig
@@ -41,7 +41,7 @@ TRAJECTORY = ('seed', 'loss_weighting', 'remasking_loss_type', 'remasking_corrup
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit codes
 
 
-def train(config: Any, notes: list[str]) -> None:
+def train(config: TrainConfig, notes: list[str]) -> None:
     """Train as `config` (the options of train.py) says; `notes` are lines to print first.
 
     Raises UserError for what cannot be done, and SystemExit with 130 or 143 when a signal stopped the run after it
@@ -75,68 +75,6 @@ def train(config: Any, notes: list[str]) -> None:
         stop_runtime(runtime)
 
 
-def option_problems(config: Any) -> list[str]:
-    """What is wrong with the numbers that no type shows."""
-    problems = [f'{name} is {getattr(config, name)}, but must be at least 1'
-                for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'eval_iters',
-                             'max_iters', 'keep_snapshots') if getattr(config, name) < 1]
-    problems += [f'{name} is {getattr(config, name)}, but must not be negative'
-                 for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
-                              'start_sampler_iteration', 'start_critic_iteration', 'unfreeze_lr_multiplier',
-                              'sample_length', 'skip_spikes') if getattr(config, name) < 0]
-    problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1)'
-                 for name in ('beta1', 'beta2', 'ema_decay') if not 0 <= getattr(config, name) < 1]
-    if config.min_lr > config.learning_rate:
-        problems.append(f'min_lr is {config.min_lr}, but must not exceed learning_rate ({config.learning_rate})')
-    if config.eval_only and config.init_from == 'scratch' and not config.init_from_checkpoint:
-        problems.append('eval_only validates trained weights; add --init_from=resume or --init_from_checkpoint=...')
-    if config.sharding == 'full' and config.optimizer == 'muon':
-        problems.append('sharding is full, but optimizer=muon needs whole matrices and a rank holds a part of each; '
-                        'take --optimizer=adamw')
-    if config.sharding == 'full' and config.compile:
-        problems.append('sharding is full, but compile is True, and layers that are gathered one by one are not '
-                        'compiled; leave compile out')
-    return problems + head_problems(config) + kind_problems(config)
-
-
-def head_problems(config: Any) -> list[str]:
-    """What is wrong with the schedule of the heads and of a frozen trunk."""
-    problems = []
-    if config.add_critic_head and config.add_sampler_head and \
-            config.start_critic_iteration < config.start_sampler_iteration:
-        problems.append(f'start_critic_iteration is {config.start_critic_iteration}, but the critic judges what the '
-                        f'sampler head draws, so it must not start before start_sampler_iteration '
-                        f'({config.start_sampler_iteration})')
-    if config.add_critic_head and config.critic_row_stride > 0 and config.batch_size % config.critic_row_stride:
-        problems.append(f'batch_size is {config.batch_size}, but must be a multiple of critic_row_stride '
-                        f'({config.critic_row_stride}), so that micro-steps and ranks judge the same rows')
-    begins = [start for wanted, start in ((config.add_sampler_head, config.start_sampler_iteration),
-                                          (config.add_critic_head, config.start_critic_iteration)) if wanted]
-    if config.freeze_transformer and 0 not in begins and kind_of(config) not in OWN_OUTPUT:
-        problems.append('freeze_transformer leaves nothing to train at iteration 0; add a head that starts there '
-                        '(start_sampler_iteration=0), train a model with an output layer of its own '
-                        '(remasking_kind=binary, or a judge), or leave freeze_transformer out')
-    if config.freeze_transformer and config.init_from == 'scratch' and not config.init_from_checkpoint:
-        problems.append('freeze_transformer would keep random weights; name the trained ones with '
-                        '--init_from_checkpoint=...')
-    if config.unfreeze_at_iteration is not None and not config.freeze_transformer:
-        problems.append(f'unfreeze_at_iteration is {config.unfreeze_at_iteration}, but nothing is frozen; add '
-                        f'freeze_transformer=True or leave it out')
-    return problems
-
-
-def world_problems(config: Any, runtime: Runtime) -> list[str]:
-    """What is wrong with sharing the work among the ranks."""
-    problems = []
-    if config.sharding == 'full' and runtime.world_size == 1:
-        problems.append('sharding is full, but one process has nobody to share with; start several with '
-                        'torchrun --nproc_per_node=2 train.py ..., or leave sharding out')
-    if config.gradient_accumulation_steps % runtime.world_size:
-        problems.append(f'gradient_accumulation_steps is {config.gradient_accumulation_steps}, but must be a '
-                        f'multiple of the {runtime.world_size} ranks, which share them')
-    return problems
-
-
 def ready_corpus(name: str, runtime: Runtime, say: Callable[[str], None]) -> Corpus:
     """The corpus, prepared by one rank if it is missing."""
     if runtime.is_writer:
@@ -146,7 +84,7 @@ def ready_corpus(name: str, runtime: Runtime, say: Callable[[str], None]) -> Cor
     return corpus if runtime.is_writer else ensure_corpus(name, say)
 
 
-def build_model_config(config: Any, corpus: Corpus) -> GPTConfig:
+def build_model_config(config: TrainConfig, corpus: Corpus) -> GPTConfig:
     """The model's part of the options, with the corpus's vocabulary. UserError lists every problem."""
     vocabulary, names = corpus.vocabulary, {one.name for one in dataclasses.fields(config)}
     values = {one.name: getattr(config, one.name) for one in dataclasses.fields(GPTConfig) if one.name in names}
@@ -161,7 +99,7 @@ def build_model_config(config: Any, corpus: Corpus) -> GPTConfig:
 class Run:
     """One training run in one folder."""
 
-    def __init__(self, config: Any, runtime: Runtime, corpus: Corpus, say: Callable[[str], None]) -> None:
+    def __init__(self, config: TrainConfig, runtime: Runtime, corpus: Corpus, say: Callable[[str], None]) -> None:
         self.config, self.runtime, self.corpus = config, runtime, corpus
         self.model_config = build_model_config(config, corpus)
         self.kind = kind_of(config)
@@ -434,4 +372,3 @@ class Run:
             borders['critic'] = config.start_critic_iteration
         unit = 'squared error' if self.kind is CheckpointKind.JUDGE else 'nats per token'
         plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', stage_borders=borders, unit=unit)
-

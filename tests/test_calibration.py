@@ -15,8 +15,8 @@ from core.common.randomness import Purpose, keyed
 from core.data.corpus import Vocabulary
 from core.sampling.calibration import (CALIBRATION_NAME, Calibration, Reliability, calibration_error, find_calibration,
                                        fit_calibration, reliability, write_calibration)
+from core.sampling.options import SampleConfig
 from core.sampling.run import run_sampling
-from sample import SampleConfig
 
 VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh'))
 WRONG = 'aceg'

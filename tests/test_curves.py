@@ -19,20 +19,20 @@ from core.common.runtime import Runtime
 from core.common.timing import TimingAccumulator
 from core.data.corpus import load_corpus
 from core.data.prepare import character_vocabulary, write_corpus
+from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality_tables import (REAL, at_equal_entropy, curves_text, markers, one_line, policies_text,
                                             tell_curves)
 from core.evaluation.run import run_evaluation
 from core.evaluation.written_samples import (DIALS, POLICY_DEFAULTS, Budget, Writer, at_entropy, budgets_of,
                                              held_out_texts, load_causal, make_policy, nearest_setting,
                                              shuffled_characters, shuffled_words, write)
+from core.options import TrainConfig
 from core.sampling.generation import GenerationSettings, Network, generate
-from core.sampling.options import POLICY_OPTIONS
+from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
+from core.sampling.policy_options import POLICY_OPTIONS
 from core.sampling.prompt import lay_out_prompt
 from core.trainer import Run
-from evaluate import EvaluateConfig
-from sample import SampleConfig
-from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = character_vocabulary('abcdef \n')

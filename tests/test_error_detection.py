@@ -20,10 +20,10 @@ from core.data.prepare import write_corpus
 from core.evaluation import error_detection
 from core.evaluation.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrated, detectors, error_cells,
                                              expected_auroc, measured, one_shot)
+from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import load_evaluation, run_evaluation
 from core.helper_validation import auroc
 from core.sampling.calibration import find_calibration
-from evaluate import EvaluateConfig
 from model import GPT
 
 ALLOWED = allowed_ids(V0 + 4, V0)

@@ -16,9 +16,10 @@ from core.common.runtime import Runtime
 from core.data.corpus import Vocabulary
 from core.evaluation import likelihood
 from core.evaluation.measure import CACHE_FORMAT, ResultCache
+from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import run_evaluation, table
 from core.validation import validate
-from evaluate import EvaluateConfig, main
+from evaluate import main
 from model import GPT, GPTConfig
 
 

@@ -7,7 +7,7 @@ import torch
 
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
-from core.common.randomness import RowRandom, keyed
+from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
 from core.sampling.generation import GenerationSettings, Network, Trace, generate, score_confidence, windows
 from core.sampling.policies import Policy, remask_policy

@@ -12,9 +12,9 @@ from configurator import configure
 from conftest import model_over, model_that_knows, save_model
 from core.common.errors import UserError
 from core.data.corpus import Vocabulary
+from core.sampling.options import SampleConfig
 from core.sampling.run import run_sampling
 from model import GPT
-from sample import SampleConfig
 from sample_utils import intelligent_remask, judge_scores, wrong_probabilities
 
 VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh'))

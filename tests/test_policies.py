@@ -21,11 +21,11 @@ from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import RowRandom, keyed
 from core.common.timing import TimingAccumulator
 from core.sampling.generation import GenerationSettings, Network, Trace, _Soundness, _WindowRun, generate, windows
-from core.sampling.options import build_policy
+from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES, Policy, Prediction
+from core.sampling.policy_options import build_policy
 from core.sampling.prompt import Layout, lay_out_prompt
 from model import GPT, GPTConfig
-from sample import SampleConfig
 from sample_utils import linear_remasking_schedule
 
 ALARM = 1e-4

@@ -16,7 +16,6 @@ from conftest import SPECIAL, V0, awake, toy_config, toy_plan, toy_state
 from core.batches import BATCH_MAKERS, judge_batches, remasking_batches
 from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.helpers import one_shot_fill
-from core.checkpoints.kinds import run_label, wandb_name
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom, keyed
@@ -27,6 +26,7 @@ from core.noise import Corruption, draw_mask, judged_text, low_discrepancy_times
 from core.objective import Objective
 from core.stages import Stage
 from core.trainer import train
+from core.training_kinds import run_label, wandb_name
 from core.training_step import TrainingState, training_step
 from model import GPT
 from sample_utils import wrong_probabilities

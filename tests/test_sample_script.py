@@ -12,11 +12,11 @@ from configurator import configure
 from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
 from core.common.errors import UserError
 from core.data.corpus import Vocabulary
-from core.sampling.options import option_problems, policy_help, remasking_levels
+from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
+from core.sampling.policy_options import option_problems, policy_help, remasking_levels
 from core.sampling.run import character_distribution, frequent_patterns, run_sampling, started_heads
 from model import GPT, GPTConfig
-from sample import SampleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh'))

@@ -108,7 +108,6 @@ def newest(folder: Path) -> int:
 def soak(kills: int, seed: int = 0) -> None:
     """Kill runs in the working folder `kills` times in all, each time at a random moment, every second time of a save,
     and compare every run that ends with one that was left alone. Prints what it found."""
-    import torch._dynamo  # the optimizers import it, and every run would spend its time on that
 
     from core.checkpoints.run_folder import RunFolder
     from core.common.runtime import Runtime

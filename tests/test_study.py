@@ -9,12 +9,12 @@ import pytest
 
 from core.common.errors import UserError
 from core.common.tables import split_at_markers
+from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality_tables import markers
 from core.study.pages import Experiment, Section, read_records, total_text, training_facts, write_report
 from core.study.remasking import SECTIONS as REMASKING_SECTIONS
 from core.study.results import SECTIONS as RESULT_SECTIONS, calls_without, windows_text
 from core.study.words import commands, difference
-from evaluate import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from core.bench.cases import SHAPES, Shape
 from core.bench.measuring import COPY, FORMAT, GROUPS, VERSION, Say, benchmark
+from core.bench.options import BenchConfig
 from core.bench.records import RecordKind, file_problems, name_problems, read_json_record, show_and_write
 from core.bench.sampling_cases import FILL_ROWS, POLICY_ROWS, PREDICTIONS
 from core.common.errors import raise_problems
@@ -214,7 +215,7 @@ def _percent(value: float) -> str:
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-def run_benchmark(config: Any, explicit: Mapping[str, str], say: Say) -> None:
+def run_benchmark(config: BenchConfig, explicit: Mapping[str, str], say: Say) -> None:
     """Measure as `config` (the options of bench.py) says, or read --from_json; print and write the report."""
     raise_problems(option_problems(config, explicit))
     if config.from_json is not None:
@@ -227,7 +228,7 @@ def run_benchmark(config: Any, explicit: Mapping[str, str], say: Say) -> None:
     show_and_write(config, record, report(record), KIND, say)
 
 
-def option_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
+def option_problems(config: BenchConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options, found before minutes are spent."""
     problems = [f'{name} is {value}, but must be at least 1' for name in ('repetitions', 'critic_row_stride')
                 if (value := getattr(config, name)) is not None and value < 1]

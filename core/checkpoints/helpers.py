@@ -7,20 +7,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.checkpoints.checkpoint import build_model, load_checkpoint
 from core.checkpoints.heads import started_heads
-from core.checkpoints.kinds import GENERATORS, CheckpointKind
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom
-from core.common.runtime import Runtime
 from core.data.corpus import Vocabulary
-from core.noise import Corruption, apply_mask
+from core.noise import apply_mask
 from model import GPT
 from sample_utils import predict_and_sample_tokens
 
@@ -98,16 +96,3 @@ def one_shot_fill(model: GPT, use_sampler_head: bool, base_size: int,
             return predict_and_sample_tokens(model, masked, rule, rows, use_sampler_head=use_sampler_head).tokens.cpu()
 
     return fill
-
-
-def load_corruption(config: Any, kind: CheckpointKind, vocabulary: Vocabulary, runtime: Runtime) -> Corruption | None:
-    """How the options of train.py make text wrong; None for models that write text."""
-    if kind in GENERATORS:
-        return None
-    judge, fill = kind is CheckpointKind.JUDGE, None
-    if config.corruption_checkpoint and (judge or config.remasking_corruption == 'model'):
-        model, use_sampler_head = load_generator(config.corruption_checkpoint, vocabulary, runtime.device)
-        require_block(model, f'corruption_checkpoint={config.corruption_checkpoint}', config.block_size - judge,
-                      'the text of one row')
-        fill = one_shot_fill(model, use_sampler_head, vocabulary.base_size, runtime.autocast)
-    return Corruption(vocabulary.base_size, vocabulary.cls_token_id, config.remasking_loss_type, fill)

@@ -19,6 +19,7 @@ from core.common.errors import UserError
 from core.common.files import atomic_writer
 from core.common.runtime import Runtime
 from core.data.corpus import Corpus, Vocabulary
+from core.evaluation.options import EvaluateConfig
 from model import GPT
 
 CACHE_NAME = 'evaluation.json'
@@ -37,7 +38,7 @@ class Evaluation:
     [V]: the base vocabulary; out_dir: where pictures go.
     """
 
-    config: Any
+    config: EvaluateConfig
     explicit: Mapping[str, str]
     checkpoint: Checkpoint
     checkpoint_hash: str

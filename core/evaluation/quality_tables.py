@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from core.common.files import atomic_writer
 from core.common.tables import markdown_table, split_at_markers, write_between
 from core.evaluation.measure import Evaluation, Result
+from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality_plots import Curve, plot_curves, plot_quality
 from core.evaluation.written_samples import at_entropy
 from core.sampling.policies import POLICIES
@@ -219,7 +220,7 @@ def draw_curves(rows: Sequence[Row], picture: Path) -> None:
 
 # Files --------------------------------------------------------------------------------------------------------------
 
-def command_of(config: Any, explicit: Iterable[str], measure: str) -> str:
+def command_of(config: EvaluateConfig, explicit: Iterable[str], measure: str) -> str:
     """The command line that computes this measure again, from evaluate.py's options and the names of those given."""
     given = [f'--{name}={_argument(getattr(config, name))}' for name in explicit if name != 'measure']
     return ' '.join(['python evaluate.py', f'--measure={measure}', *given])

@@ -1,6 +1,4 @@
 """What evaluate.py does: check the options, load checkpoint and corpus, compute what the cache lacks, tell it.
-
-`config` is evaluate.py's flat dataclass of options everywhere here.
 """
 
 import math
@@ -8,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,6 +22,7 @@ from core.data.prepare import ensure_corpus
 from core.evaluation.error_detection import ERRORS
 from core.evaluation.likelihood import LIKELIHOOD
 from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache
+from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality import QUALITY_MEASURES
 from core.validation import validate
 
@@ -63,7 +61,7 @@ def measure_help() -> str:
 
 # The run ------------------------------------------------------------------------------------------------------------
 
-def run_evaluation(config: Any, explicit: Mapping[str, str],
+def run_evaluation(config: EvaluateConfig, explicit: Mapping[str, str],
                    say: Callable[[str], None] = print) -> dict[str, list[Result]]:
     """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
     raise_problems(option_problems(config))
@@ -92,7 +90,7 @@ def run_evaluation(config: Any, explicit: Mapping[str, str],
     return found
 
 
-def measured_rows(config: Any, explicit: Mapping[str, str], say: Callable[[str], None]) -> list[Result]:
+def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Callable[[str], None]) -> list[Result]:
     """The rows of one measure of one checkpoint, from its cache as far as they are known; nothing is printed of them."""
     say(f'{config.measure} of {config.out_dir}/{config.checkpoint_name}')
     evaluation = load_evaluation(config, explicit, say)
@@ -104,7 +102,7 @@ def measured_rows(config: Any, explicit: Mapping[str, str], say: Callable[[str],
         torch.set_flush_denormal(False)
 
 
-def option_problems(config: Any) -> list[str]:
+def option_problems(config: EvaluateConfig) -> list[str]:
     """What is wrong with the options before any file is read."""
     problems = []
     if config.measure not in (*MEASURES, 'all'):
@@ -125,7 +123,7 @@ def option_problems(config: Any) -> list[str]:
     return problems
 
 
-def load_evaluation(config: Any, explicit: Mapping[str, str], say: Callable[[str], None]) -> Evaluation:
+def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Callable[[str], None]) -> Evaluation:
     """The checkpoint and its corpus as the options name them; UserError where they do not fit each other."""
     device = torch.device(resolve_device(config.device))
     if config.dtype == 'float16' and device.type == 'cpu':

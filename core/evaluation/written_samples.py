@@ -31,8 +31,8 @@ from core.common.timing import TimingAccumulator
 from core.data.corpus import Corpus, Vocabulary
 from core.evaluation.text_metrics import Reference
 from core.sampling.generation import GenerationSettings, Network, generate, score_confidence
-from core.sampling.options import build_policy
 from core.sampling.policies import POLICIES, Policy
+from core.sampling.policy_options import build_policy
 from core.sampling.prompt import lay_out_prompt
 from core.validation import fixed_windows
 from model import GPT

@@ -1,214 +1,78 @@
-"""What sample.py's options mean: checks in plain sentences, the remasking levels, the policy.
+"""The options of sample.py."""
 
-`config` is sample.py's flat dataclass of options everywhere here, `explicit` names the options that were given.
-"""
+from dataclasses import dataclass
+from typing import Literal
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from torch import Tensor
-
-from core.common.expressions import closest
-from core.sampling.policies import POLICIES, REMASKING, Policy
-from model import GPTConfig
-from sample_utils import cosine_remasking_schedule, linear_remasking_schedule
-
-DIFFUSION = ('diffusion', 'sampler')  # the methods that follow a policy
-JUDGED = ('remask', *(name for name, row in POLICIES.items() if row.needs_critic))  # policies that ask what is wrong
-POLICY_OPTIONS = tuple(dict.fromkeys(name for row in POLICIES.values() for name in row.options))
-METHODS_OF = {  # options that not every method has
-    **{name: DIFFUSION for name in ('sampling_policy', 'block_length', *POLICY_OPTIONS, 'use_sampler_head',
-                                       'remasking_checkpoint_name')},
-    'iterations': (*DIFFUSION, 'multinomial'),
-    'top_p': (*DIFFUSION, 'standard'),
-    'top_k': (*DIFFUSION, 'standard'),
-}
+from configurator import option
 
 
-# Checks -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SampleConfig:
+    """The options of sample.py; nanoGPT's names where it has one."""
 
-def option_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
-    """What is wrong with the options before any file is read, each a sentence with value, limit and cure."""
-    if config.sampling_policy not in POLICIES:
-        nearest = closest(config.sampling_policy, POLICIES)
-        return [f'sampling_policy is {config.sampling_policy!r}, but must be one of {", ".join(POLICIES)}'
-                + (f"; did you mean '{nearest}'?" if nearest else '')]
-    return [*_range_problems(config), *_policy_range_problems(config), *_applicability_problems(config, explicit),
-            *_policy_problems(config, explicit), *_custom_problems(config, explicit)]
-
-
-def _range_problems(config: Any) -> list[str]:
-    problems = [f'{name} is {getattr(config, name)}, but must be at least 1' for name in
-                ('num_samples', 'batch_size', 'iterations', 'sequence_length', 'max_new_tokens', 'top_k',
-                 'confidence_groups', 'block_length')
-                if getattr(config, name) is not None and getattr(config, name) < 1]
-    problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1]' for name in
-                 ('start_ratio', 'end_ratio', 'start_threshold', 'end_threshold', 'randomness_strength')
-                 if not 0 <= getattr(config, name) <= 1]
-    problems += [f'masking_ratios holds {ratio}, but every ratio must lie in [0, 1]'
-                 for ratio in config.masking_ratios or () if not 0 <= ratio <= 1]
-    if config.temperature < 0:
-        problems.append(f'temperature is {config.temperature}, but must not be negative; 0 is greedy')
-    if not 0 < config.top_p <= 1:
-        problems.append(f'top_p is {config.top_p}, but must lie in (0, 1]; 1 is off')
-    if config.repetition_penalty <= 0:
-        problems.append(f'repetition_penalty is {config.repetition_penalty}, but must be above 0; 1 is off')
-    if len(config.infill_char) != 1:
-        problems.append(f'infill_char is {config.infill_char!r}, but must be one character')
-    return problems
-
-
-def _policy_range_problems(config: Any) -> list[str]:
-    problems = [f'{name} is {getattr(config, name)}, but must not be negative'
-                for name in ('choice_temperature', 'planner_eta', 'entropy_bound', 'selection_noise')
-                if getattr(config, name) < 0]
-    problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1]' for name in
-                 ('remdm_eta', 'confidence_threshold')
-                 if getattr(config, name) is not None and not 0 <= getattr(config, name) <= 1]
-    problems += [f'{name} is {getattr(config, name)}, but must lie between 0 and 1' for name in
-                 ('loop_on', 'loop_off', 'loop_alpha') if not 0 < getattr(config, name) < 1]
-    if config.loop_off > config.loop_on:
-        problems.append(f'loop_off is {config.loop_off}, but must not exceed loop_on ({config.loop_on}): time runs '
-                        f'from 1 to 0')
-    if config.parallel_factor <= 0:
-        problems.append(f'parallel_factor is {config.parallel_factor}, but must be above 0')
-    return problems
-
-
-def _policy_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
-    """Options given although the chosen policy has no use for them."""
-    if config.sampling_method not in DIFFUSION:
-        return []
-    problems = []
-    for name in POLICY_OPTIONS:
-        if name in explicit and name not in POLICIES[config.sampling_policy].options:
-            takers = [policy for policy, row in POLICIES.items() if name in row.options]
-            shown = ', '.join(takers[:4]) + (' ...' if len(takers) > 4 else '')
-            problems.append(f'{name} does not apply to sampling_policy={config.sampling_policy}; leave it out, or take '
-                            f'a policy that has it: {shown}')
-    if 'remasking_checkpoint_name' in explicit and config.sampling_policy not in JUDGED:
-        problems.append(f'remasking_checkpoint_name does not apply to sampling_policy={config.sampling_policy}; leave '
-                        f'it out, or take a policy that asks what is wrong: {", ".join(JUDGED)}')
-    return problems
-
-
-def _applicability_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
-    """Options that were given although they do not apply; defaults are never a problem."""
-    method, problems = config.sampling_method, []
-    for name, methods in METHODS_OF.items():
-        if name in explicit and method not in methods:
-            problems.append(f'{name} does not apply to sampling_method={method}; leave it out, or take '
-                            f'sampling_method={" or ".join(methods)}')
-    if method == 'sampler' and not config.use_sampler_head:
-        problems.append('use_sampler_head is False, but sampling_method=sampler draws through the sampler head; take '
-                        'sampling_method=diffusion')
-    needs = (('seed_placement', bool(config.start_text), 'start_text'),
-             ('infill_char', bool(config.infill_text), 'infill_text'),
-             ('start_threshold', config.schedule_mode == 'threshold', 'schedule_mode=threshold'),
-             ('end_threshold', config.schedule_mode == 'threshold', 'schedule_mode=threshold'),
-             ('start_ratio', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
-             ('end_ratio', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
-             ('randomness_strength', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
-             ('masking_ratios', config.schedule_type == 'custom', 'schedule_type=custom'),
-             ('confidence_groups', config.quality_metric == 'self', 'quality_metric=self'),
-             ('judge_checkpoint_name', config.quality_metric == 'judge', 'quality_metric=judge'))
-    problems += [f'{name} was given, but applies only with {condition}; add that or leave {name} out'
-                 for name, holds, condition in needs if name in explicit and not holds
-                 and method in METHODS_OF.get(name, (method,))
-                 and (name not in REMASKING or config.sampling_policy == 'remask')]
-    if config.quality_metric == 'judge' and not config.judge_checkpoint_name:
-        problems.append('quality_metric is judge, but no judge is named; add --judge_checkpoint_name=...')
-    exclusive = (('start_text', 'infill_text'), ('max_new_tokens', 'sequence_length'),
-                 ('max_new_tokens', 'infill_text'))
-    problems += [f'{first} and {second} were both given, but exclude each other; leave one out'
-                 for first, second in exclusive if first in explicit and second in explicit]
-    return problems
-
-
-def _custom_problems(config: Any, explicit: Mapping[str, str]) -> list[str]:
-    """A custom schedule of N ratios is N remaskings, hence N + 1 predictions."""
-    remasks = config.sampling_method in DIFFUSION and config.sampling_policy == 'remask'
-    if config.schedule_type != 'custom' or not remasks:
-        return []
-    if not config.masking_ratios:
-        return ['schedule_type is custom, but masking_ratios is empty; give one ratio per remasking, as in '
-                '--masking_ratios="[0.9,0.5,0.1]"']
-    problems = [f'{name} does not apply to schedule_type=custom, whose ratios are masking_ratios; leave it out'
-                for name in ('start_ratio', 'end_ratio') if name in explicit]
-    if config.schedule_mode == 'threshold':
-        problems.append('schedule_type=custom lists ratios, but schedule_mode is threshold; take schedule_mode=ratio')
-    predictions = len(config.masking_ratios) + 1
-    if 'iterations' in explicit and config.iterations != predictions:
-        problems.append(f'iterations is {config.iterations}, but the {predictions - 1} masking_ratios make '
-                        f'{predictions} predictions; leave iterations out')
-    return problems
-
-
-def model_problems(config: Any, explicit: Mapping[str, str], model_config: GPTConfig, kind: str) -> list[str]:
-    """Options that do not suit the checkpoint."""
-    causal, method = model_config.attention_type == 'causal', config.sampling_method
-    if kind not in ('unmasking', 'causal'):
-        use = {'judge': '--judge_checkpoint_name'}.get(kind, '--remasking_checkpoint_name')
-        return [f'{config.checkpoint_name} is a checkpoint of kind {kind!r}, which writes no text; give '
-                f'--checkpoint_name=... of a language model, and this one as {use}=...']
-    problems = []
-    if causal and method != 'standard':
-        problems.append(f'the checkpoint is causal, but sampling_method={method} needs a bidirectional one; take '
-                        f'--sampling_method=standard')
-    if causal and config.infill_text:
-        problems.append('infill_text needs a bidirectional checkpoint: a causal one sees no text behind a gap')
-    if causal and config.seed_placement == 'random':
-        problems.append('seed_placement=random needs a bidirectional checkpoint; take seed_placement=prefix')
-    if causal and 'confidence_groups' in explicit:
-        problems.append('confidence_groups does not apply to a causal checkpoint; leave it out')
-    if not model_config.add_sampler_head and (method == 'sampler' or 'use_sampler_head' in explicit and
-                                              config.use_sampler_head and method == 'diffusion'):
-        problems.append('the checkpoint has no sampler head; take --sampling_method=diffusion without '
-                        'use_sampler_head, or a checkpoint trained with add_sampler_head=True')
-    return problems
-
-
-def guidance_problems(config: Any, critic: bool, why: str) -> list[str]:
-    """Policies and modes that must be told what is wrong, and nothing tells them; critic: there is a trained one, and
-    if not, `why` says so."""
-    if config.sampling_method not in DIFFUSION or critic or config.remasking_checkpoint_name:
-        return []
-    if POLICIES[config.sampling_policy].needs_critic:
-        return [f'sampling_policy={config.sampling_policy} needs a critic, but {why}; take another policy, a '
-                f'checkpoint trained with add_critic_head=True, or a remasking model (remasking_checkpoint_name)']
-    if config.schedule_mode == 'threshold' and not config.intelligent_remasking:
-        return [f'schedule_mode is threshold, but nothing tells how wrong a token is: {why}; use '
-                f'intelligent_remasking=True, a remasking model (remasking_checkpoint_name), or schedule_mode=ratio']
-    return []
-
-
-# From options to what generation takes -------------------------------------------------------------------------------
-
-def remasking_levels(config: Any) -> list[float]:
-    """One level per remasking: `iterations` predictions have a remasking between each two."""
-    if config.schedule_type == 'custom':
-        return list(config.masking_ratios)
-    schedule = {'linear': linear_remasking_schedule, 'cosine': cosine_remasking_schedule}[config.schedule_type]
-    first, last = (config.start_ratio, config.end_ratio) if config.schedule_mode == 'ratio' else \
-        (config.start_threshold, config.end_threshold)
-    return schedule(config.iterations - 1, first, last)
-
-
-def reads_thresholds(config: Any) -> bool:
-    """Whether the policy compares wrongness with thresholds; schedule_mode is the policy remask's alone."""
-    return config.sampling_policy == 'remask' and config.schedule_mode == 'threshold'
-
-
-def build_policy(config: Any, calibrate: Callable[[Tensor], Tensor] | None = None) -> Policy:
-    """The chosen policy with its options; calibrate: what thresholds put the critic's wrongness through."""
-    row = POLICIES[config.sampling_policy]
-    if config.sampling_policy == 'remask':
-        return row.make(remasking_levels(config), config.schedule_mode, config.randomness_strength,
-                        config.intelligent_remasking, calibrate)
-    return row.make(**{name: getattr(config, name) for name in row.options})
-
-
-def policy_help() -> str:
-    """One line per policy for --help: name, trunk calls per block of n masked positions, what it does."""
-    lines = [f'  {name:<20} {row.calls:<19} {row.summary}' for name, row in POLICIES.items()]
-    return '\n'.join(['sampling policies, and their trunk calls per block of n masked positions:', *lines])
+    # the checkpoint
+    out_dir: str = option('out', 'run folder that holds the checkpoint')
+    checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir; ckpt.pt is the latest')
+    remasking_checkpoint_name: str | None = option(
+        None, 'remasking model that says what to take back, in place of the critic: file in out_dir, or path')
+    judge_checkpoint_name: str | None = option(None, 'judge of quality_metric=judge: file in out_dir, or path')
+    # what to write
+    num_samples: int = option(4, 'number of texts')
+    batch_size: int = option(16, 'texts generated at once; lower it when memory runs out, the texts stay the same')
+    sequence_length: int | None = option(None, 'tokens per text; the block size by default, longer goes by blocks')
+    max_new_tokens: int | None = option(None, 'tokens after start_text, in place of sequence_length')
+    start_text: str = option('', 'prompt, never changed', alias='seed_text')
+    seed_placement: Literal['prefix', 'random'] = option('prefix', 'where start_text stands in each text')
+    infill_text: str = option('', 'text whose infill_char positions are to be filled')
+    infill_char: str = option('_', 'one character that marks a position to fill in infill_text')
+    # how to sample
+    sampling_method: Literal['diffusion', 'sampler', 'multinomial', 'standard'] = option(
+        'diffusion', 'standard writes left to right; sampler insists on the sampler head')
+    use_sampler_head: bool = option(True, 'False: diffusion draws all masked positions independently')
+    sampling_policy: str = option('remask', 'which positions come when: see the list above')
+    block_length: int | None = option(None, 'finish this many positions before the next; the block size by default')
+    iterations: int = option(50, 'predictions per block; more revise more', alias='diffusion_iterations')
+    temperature: float = option(0.8, 'below 1 is more careful, above 1 wilder, 0 takes the most probable token')
+    top_p: float = option(1.0, 'draw from the smallest set of tokens that holds this probability; 1 is off')
+    top_k: int | None = option(None, 'draw from this many most probable tokens')
+    repetition_penalty: float = option(1.0, 'above 1 makes tokens already in the text less likely; 1 is off')
+    # remasking (sampling_policy=remask)
+    start_ratio: float = option(0.95, 'share of unprotected positions remasked first')
+    end_ratio: float = option(0.05, 'share remasked last')
+    schedule_type: Literal['linear', 'cosine', 'custom'] = option('linear', 'way from start to end')
+    masking_ratios: list[float] | None = option(None, 'shares of a custom schedule, one per remasking')
+    schedule_mode: Literal['ratio', 'threshold'] = option(
+        'ratio', 'threshold remasks whatever is wrong with more than the scheduled probability')
+    start_threshold: float = option(0.1, 'wrongness above which a token is remasked, at first')
+    end_threshold: float = option(0.9, 'and at last')
+    intelligent_remasking: bool = option(True, 'False: without critic or remasking model, chosen at random')
+    randomness_strength: float = option(0.4, 'share of the remasked positions that is chosen at random all the same')
+    # other policies
+    idle_cache: bool = option(True, 'False: a trunk call also at steps that reveal nothing (mdlm, remdm_*)')
+    choice_temperature: float = option(4.5, 'noise in the choice of positions, annealed to 0 (maskgit)')
+    remdm_eta: float | None = option(None, 'remasking rate: 0.008 cap, 0.015 rescale, 0.02 loop (remdm_*)')
+    loop_on: float = option(0.55, 'time, from 1 to 0, at which the loop begins (remdm_loop)')
+    loop_off: float = option(0.05, 'time at which it ends (remdm_loop)')
+    loop_alpha: float = option(0.9, 'share of revealed positions that it holds (remdm_loop)')
+    planner_eta: float = option(1.0, '0 never takes old tokens back, above 1 rather than new ones (p2_*)')
+    entropy_bound: float = option(0.1, 'nats; more reveals more at once (entropy_bounded)')
+    confidence_threshold: float = option(0.9, 'probability; less reveals more at once (fast_dllm_threshold)')
+    parallel_factor: float = option(1.0, 'more reveals more at once (fast_dllm_factor)')
+    selection_noise: float = option(0.5, 'noise in the choice of positions, annealed to 0 (token_critic)')
+    # what to tell
+    quality_metric: Literal['none', 'self', 'judge'] = option(
+        'self', "self: log-probability of what was written; judge: a judge model's score")
+    confidence_groups: int = option(8, 'network calls that quality_metric=self takes per block; more is finer')
+    show_progress: bool = option(True, 'progress bar on a terminal')
+    use_verbose_logging: bool = option(False, 'checks before the start, mask shares, first and last previews')
+    log_debug: bool = option(False, 'a line per prediction and remasking')
+    output_file: str | None = option(None, 'also write the texts to this file')
+    save_json: str | None = option(None, 'write options, texts and every step to this file')
+    save_html: str | None = option(None, 'write one page that replays every step in a browser to this file')
+    animate: bool = option(False, 'show the first text of each batch condensing in the terminal; slows a fast model')
+    # the machine
+    seed: int = option(1337, 'another seed, other texts')
+    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
+        'auto', 'precision of the network; auto is bfloat16 on a GPU that has it, else float32')
+    compile: bool = option(False, 'torch.compile the trunk and the waves; pays for many samples on a GPU')

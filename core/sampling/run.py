@@ -1,6 +1,4 @@
 """What sample.py does: check the options, load the checkpoint, generate in batches, report and write files.
-
-`config` is sample.py's flat dataclass of options everywhere here.
 """
 
 import json
@@ -30,8 +28,9 @@ from core.data.corpus import Vocabulary
 from core.sampling.animation import TerminalAnimation
 from core.sampling.calibration import find_calibration
 from core.sampling.generation import GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows
-from core.sampling.options import (DIFFUSION, build_policy, guidance_problems, model_problems, option_problems,
-                                   reads_thresholds)
+from core.sampling.options import SampleConfig
+from core.sampling.policy_options import (DIFFUSION, build_policy, guidance_problems, model_problems, option_problems,
+                                          reads_thresholds)
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.sampling.replay import write_html
 from model import GPT
@@ -49,7 +48,7 @@ def choose_autocast(dtype: str, device: torch.device) -> torch.dtype | None:
     return None if dtype == 'float32' else DTYPES[dtype]
 
 
-def lay_out(config: Any, vocabulary: Vocabulary, block_size: int, generator: RowRandom) -> Layout:
+def lay_out(config: SampleConfig, vocabulary: Vocabulary, block_size: int, generator: RowRandom) -> Layout:
     """The start of the rows of `generator`: prompt or infill text, masks elsewhere."""
     mask = vocabulary.mask_token_id
     if config.infill_text:
@@ -75,7 +74,7 @@ class _Loaded:
     said: list[str]
 
 
-def _load(config: Any, explicit: Mapping[str, str]) -> _Loaded:
+def _load(config: SampleConfig, explicit: Mapping[str, str]) -> _Loaded:
     device, path = torch.device(resolve_device(config.device)), Path(config.out_dir) / config.checkpoint_name
     checkpoint = load_checkpoint(path, device='cpu')
     model_config = model_config_from_dict(checkpoint.model_config, config.checkpoint_name)
@@ -134,7 +133,7 @@ class SamplingResult:
     trace: Trace | None
 
 
-def run_sampling(config: Any, explicit: Mapping[str, str], say: Callable[[str], None] = print) -> SamplingResult:
+def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Callable[[str], None] = print) -> SamplingResult:
     """Sample as `config` says, tell it through `say`, write the asked files; `explicit` names the options given."""
     raise_problems(option_problems(config, explicit))
     for name in (config.output_file, config.save_json, config.save_html):
@@ -160,7 +159,7 @@ def run_sampling(config: Any, explicit: Mapping[str, str], say: Callable[[str], 
     return result
 
 
-def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callable[[str], None]) -> SamplingResult:
+def _sample(config: SampleConfig, loaded: _Loaded, timer: TimingAccumulator, say: Callable[[str], None]) -> SamplingResult:
     model, vocabulary = loaded.model, loaded.vocabulary
     encode, wave = (torch.compile(model.encode), torch.compile(draw_wave, dynamic=True)) if config.compile else \
         (None, draw_wave)
@@ -199,7 +198,7 @@ def _sample(config: Any, loaded: _Loaded, timer: TimingAccumulator, say: Callabl
                           timer.totals.get('judge', 0.0), trace)
 
 
-def _require_blocks(config: Any, loaded: _Loaded, length: int) -> None:
+def _require_blocks(config: SampleConfig, loaded: _Loaded, length: int) -> None:
     """The helpers must be able to read what they are to judge: a window of text, or all of it behind the CLS token."""
     window = min(length, loaded.model.config.block_size)
     if loaded.remasking_model is not None:
@@ -210,7 +209,7 @@ def _require_blocks(config: Any, loaded: _Loaded, length: int) -> None:
                       f'the CLS token and {length} of text')
 
 
-def _score_themselves(config: Any, loaded: _Loaded, network: Network, layout: Layout,
+def _score_themselves(config: SampleConfig, loaded: _Loaded, network: Network, layout: Layout,
                       batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
     """Self-confidence of every sample in nats per token; `batches` are rows and their tokens."""
     scores: list[float] = []
@@ -224,7 +223,7 @@ def _score_themselves(config: Any, loaded: _Loaded, network: Network, layout: La
 class _Progress:
     """The terminal's reader of a run's steps: progress bar or animation, verbose lines; feeds the trace as well."""
 
-    def __init__(self, config: Any, vocabulary: Vocabulary, batches: int, blocks: int, trace: Trace | None,
+    def __init__(self, config: SampleConfig, vocabulary: Vocabulary, batches: int, blocks: int, trace: Trace | None,
                  animation: TerminalAnimation | None, say: Callable[[str], None]) -> None:
         self.config, self.vocabulary, self.trace, self.say = config, vocabulary, trace, say
         self.animation = animation
@@ -289,7 +288,7 @@ class _Progress:
             self.bar.update(max(0.0, share - self.bar.n))
 
 
-def _say_checks(config: Any, loaded: _Loaded, layout: Layout, say: Callable[[str], None]) -> None:
+def _say_checks(config: SampleConfig, loaded: _Loaded, layout: Layout, say: Callable[[str], None]) -> None:
     """Sanity checks before the start."""
     model, (rows, length) = loaded.model, layout.tokens.shape
     masked = layout.tokens == loaded.vocabulary.mask_token_id
@@ -316,7 +315,7 @@ def frequent_patterns(texts: Sequence[str], size: int = 3, most: int = 10) -> li
     return [(pattern, count) for pattern, count in counts.most_common(most) if count > 1]
 
 
-def _report(config: Any, loaded: _Loaded, result: SamplingResult, timer: TimingAccumulator,
+def _report(config: SampleConfig, loaded: _Loaded, result: SamplingResult, timer: TimingAccumulator,
             say: Callable[[str], None]) -> None:
     for index, text in enumerate(result.texts):
         score = ''

@@ -18,6 +18,7 @@ from core.common.errors import UserError
 from core.common.files import atomic_writer
 from core.common.tables import markdown_table, split_at_markers, write_between
 from core.evaluation.measure import Result
+from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality_tables import CURVE_COLUMNS, command_of, markers, rounded
 
 PAGE = 'docs/results.md'
@@ -56,7 +57,7 @@ class Section(NamedTuple):
     page: str = PAGE
 
 
-def write_report(config: Any, sections: Sequence[Section], evaluate: Evaluate, say: Callable[[str], None]) -> None:
+def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: Evaluate, say: Callable[[str], None]) -> None:
     """Every section of the page `config.report`, its pictures and records beside it in results/."""
     page = Path(config.report)
     pages = list(dict.fromkeys(section.page for section in sections))
@@ -94,7 +95,7 @@ def write_report(config: Any, sections: Sequence[Section], evaluate: Evaluate, s
     say(f'{page} written after {time.perf_counter() - start:.0f} s')
 
 
-def measure(experiment: Experiment, config: Any, evaluate: Evaluate) -> Record:
+def measure(experiment: Experiment, config: EvaluateConfig, evaluate: Evaluate) -> Record:
     """The record of an experiment whose checkpoint exists."""
     path = Path(experiment.checkpoint)
     record: Record = {'training': experiment.training, **training_facts(path.parent)}

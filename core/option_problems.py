@@ -1,0 +1,89 @@
+"""What is wrong with the options of train.py, each problem a sentence with value, limit and cure."""
+
+from core.checkpoints.kinds import GENERATORS, OWN_OUTPUT, CheckpointKind
+from core.common.runtime import Runtime
+from core.options import TrainConfig
+from core.training_kinds import kind_of
+
+
+def option_problems(config: TrainConfig) -> list[str]:
+    """What is wrong with the numbers that no type shows."""
+    problems = [f'{name} is {getattr(config, name)}, but must be at least 1'
+                for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'eval_iters',
+                             'max_iters', 'keep_snapshots') if getattr(config, name) < 1]
+    problems += [f'{name} is {getattr(config, name)}, but must not be negative'
+                 for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
+                              'start_sampler_iteration', 'start_critic_iteration', 'unfreeze_lr_multiplier',
+                              'sample_length', 'skip_spikes') if getattr(config, name) < 0]
+    problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1)'
+                 for name in ('beta1', 'beta2', 'ema_decay') if not 0 <= getattr(config, name) < 1]
+    if config.min_lr > config.learning_rate:
+        problems.append(f'min_lr is {config.min_lr}, but must not exceed learning_rate ({config.learning_rate})')
+    if config.eval_only and config.init_from == 'scratch' and not config.init_from_checkpoint:
+        problems.append('eval_only validates trained weights; add --init_from=resume or --init_from_checkpoint=...')
+    if config.sharding == 'full' and config.optimizer == 'muon':
+        problems.append('sharding is full, but optimizer=muon needs whole matrices and a rank holds a part of each; '
+                        'take --optimizer=adamw')
+    if config.sharding == 'full' and config.compile:
+        problems.append('sharding is full, but compile is True, and layers that are gathered one by one are not '
+                        'compiled; leave compile out')
+    return problems + head_problems(config) + kind_problems(config)
+
+
+def head_problems(config: TrainConfig) -> list[str]:
+    """What is wrong with the schedule of the heads and of a frozen trunk."""
+    problems = []
+    if config.add_critic_head and config.add_sampler_head and \
+            config.start_critic_iteration < config.start_sampler_iteration:
+        problems.append(f'start_critic_iteration is {config.start_critic_iteration}, but the critic judges what the '
+                        f'sampler head draws, so it must not start before start_sampler_iteration '
+                        f'({config.start_sampler_iteration})')
+    if config.add_critic_head and config.critic_row_stride > 0 and config.batch_size % config.critic_row_stride:
+        problems.append(f'batch_size is {config.batch_size}, but must be a multiple of critic_row_stride '
+                        f'({config.critic_row_stride}), so that micro-steps and ranks judge the same rows')
+    begins = [start for wanted, start in ((config.add_sampler_head, config.start_sampler_iteration),
+                                          (config.add_critic_head, config.start_critic_iteration)) if wanted]
+    if config.freeze_transformer and 0 not in begins and kind_of(config) not in OWN_OUTPUT:
+        problems.append('freeze_transformer leaves nothing to train at iteration 0; add a head that starts there '
+                        '(start_sampler_iteration=0), train a model with an output layer of its own '
+                        '(remasking_kind=binary, or a judge), or leave freeze_transformer out')
+    if config.freeze_transformer and config.init_from == 'scratch' and not config.init_from_checkpoint:
+        problems.append('freeze_transformer would keep random weights; name the trained ones with '
+                        '--init_from_checkpoint=...')
+    if config.unfreeze_at_iteration is not None and not config.freeze_transformer:
+        problems.append(f'unfreeze_at_iteration is {config.unfreeze_at_iteration}, but nothing is frozen; add '
+                        f'freeze_transformer=True or leave it out')
+    return problems
+
+
+def world_problems(config: TrainConfig, runtime: Runtime) -> list[str]:
+    """What is wrong with sharing the work among the ranks."""
+    problems = []
+    if config.sharding == 'full' and runtime.world_size == 1:
+        problems.append('sharding is full, but one process has nobody to share with; start several with '
+                        'torchrun --nproc_per_node=2 train.py ..., or leave sharding out')
+    if config.gradient_accumulation_steps % runtime.world_size:
+        problems.append(f'gradient_accumulation_steps is {config.gradient_accumulation_steps}, but must be a '
+                        f'multiple of the {runtime.world_size} ranks, which share them')
+    return problems
+
+
+def kind_problems(config: TrainConfig) -> list[str]:
+    """Options that do not suit what is trained."""
+    kind, problems = kind_of(config), []
+    if kind in GENERATORS:
+        return problems
+    what = f'training_type={config.training_type}'
+    if config.attention_type == 'causal':
+        problems.append(f'attention_type is causal, but {what} reads a text from both sides; leave it out')
+    problems += [f'{name} is True, but {what} has no use for it; leave it out'
+                 for name in ('add_sampler_head', 'add_critic_head') if getattr(config, name)]
+    if kind is CheckpointKind.CLASSIFIER and config.remasking_loss_type == 'corrupted_only':
+        problems.append('remasking_loss_type is corrupted_only, but then a binary remasking model would see one class '
+                        'alone; take balanced or all_positions')
+    if kind is not CheckpointKind.JUDGE and config.remasking_corruption == 'model' and not config.corruption_checkpoint:
+        problems.append('remasking_corruption is model, but no model is named; add --corruption_checkpoint=... of a '
+                        'trained generator')
+    if kind is CheckpointKind.JUDGE and config.block_size < 2:
+        problems.append(f'block_size is {config.block_size}, but a judge reads CLS and at least one token')
+    return problems

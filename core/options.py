@@ -1,0 +1,103 @@
+"""The options of train.py."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configurator import option
+
+
+@dataclass
+class TrainConfig:
+    """Every option of a training run; the defaults suit a small GPU."""
+
+    # where and what
+    out_dir: str = option('out', 'run folder: checkpoints, metrics, loss curve')
+    dataset: str = option('shakespeare_char', 'folder under data/; prepared by itself where it is missing')
+    train_split: Literal['train', 'ref'] = option('train', 'ref is for the reference model of evaluate.py alone')
+    init_from: Literal['scratch', 'resume'] = option('scratch', 'resume goes on exactly where the run stopped')
+    init_from_checkpoint: str | None = option(
+        None, 'start from the weights of this checkpoint; heads may differ (not read by init_from=resume)')
+    force_resume: bool = option(False, 'resume although the corpus has changed')
+    # evaluation and output
+    eval_interval: int = option(500, 'iterations between validations, each with a sample and a save')
+    log_interval: int = option(50, 'iterations between console lines')
+    eval_iters: int = option(16, 'batches per validation; more for a smaller standard error')
+    eval_only: bool = option(False, 'validate once and stop')
+    always_save_checkpoint: bool = option(False, 'let ckpt_best.pt follow the latest validation, better or not')
+    keep_snapshots: int = option(2, 'how many ckpt_<kind>_<iteration>.pt stay')
+    sample_length: int = option(192, 'tokens of the sample printed at each validation; 0 prints none')
+    wandb_log: bool = option(False, 'log to Weights & Biases too (WANDB_MODE=offline works)')
+    wandb_project: str = option('masked-diffusion', 'W&B project')
+    wandb_run_name: str = option('run', 'W&B run')
+    # batches: gradient_accumulation_steps * batch_size * block_size tokens an iteration
+    gradient_accumulation_steps: int = option(1, 'micro-steps an iteration over all ranks; raise when memory runs out')
+    batch_size: int = option(32, 'rows of a micro-step; lower when memory runs out')
+    block_size: int = option(256, 'tokens of context')
+    # model
+    n_layer: int = option(6, 'layers')
+    n_head: int = option(6, 'attention heads')
+    n_embd: int = option(384, 'channels')
+    dropout: float = option(0.0, 'above 0 once the model sees the corpus many times')
+    bias: bool = option(False, 'biases in the trunk; they cost time and gain nothing')
+    attention_type: Literal['bidirectional', 'causal'] = option('bidirectional', 'causal trains left to right')
+    position_encoding: Literal['rotary', 'absolute'] = option('rotary', 'absolute learns one vector a position')
+    # objective
+    loss_weighting: Literal['masked_mean', 'elbo'] = option(
+        'masked_mean', 'weighs all masked positions alike and learns faster (docs/LOG.md); elbo weighs them by 1 / t')
+    # remasking models and judges (docs/remasking.md)
+    training_type: Literal['unmasking', 'remasking', 'judge'] = option(
+        'unmasking', 'remasking learns which tokens are wrong, judge which share of a text is')
+    remasking_kind: Literal['token', 'binary'] = option(
+        'token', 'token predicts the token or the wrong id, binary one of two classes')
+    remasking_loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = option(
+        'all_positions', 'positions that count; balanced gives wrong and right ones half of the weight each')
+    remasking_corruption: Literal['random', 'model'] = option(
+        'random', 'wrong tokens drawn at random, or by the model of corruption_checkpoint')
+    corruption_checkpoint: str | None = option(None, 'trained generator whose errors are learned; judges use both')
+    # sampler head (docs/sampler.md)
+    add_sampler_head: bool = option(False, 'a small head that fills masks in waves')
+    start_sampler_iteration: int = option(0, 'its training begins here')
+    sampler_context: int = option(1, 'neighbours it sees on each side')
+    sampler_output: Literal['own', 'shared_detached'] = option('own', 'shared_detached for a large vocabulary')
+    sampler_residual: bool = option(True, "add its output to the trunk's logits")
+    sampler_n_embd: int | None = option(None, 'its width; n_embd by default')
+    sampler_zero_hidden: bool = option(False, 'a control: it sees its neighbours and nothing of the trunk')
+    sampler_min_neighbors_ratio: float = option(0.01, 'share of a fully masked row drawn first, without neighbours')
+    # critic head (docs/training.md)
+    add_critic_head: bool = option(False, 'a head that says which drawn tokens are wrong')
+    start_critic_iteration: int = option(0, 'its training begins here')
+    end_critic_iteration: int = option(0, 'its weight has grown to critic_alpha here')
+    critic_alpha: float = option(0.5, "weight of the critic's loss")
+    critic_target_scope: Literal['masked_only', 'masked_and_ignore'] = option(
+        'masked_only', 'masked_and_ignore also labels the visible tokens as right')
+    critic_gradient: Literal['trunk', 'head'] = option('trunk', 'head stops its gradient before the trunk')
+    critic_row_stride: int = option(1, 'train it on every n-th row; 4 makes stage 3 about a third cheaper')
+    # starting from another model
+    freeze_transformer: bool = option(False, 'train the heads only')
+    unfreeze_at_iteration: int | None = option(None, 'from here on the trunk trains too')
+    unfreeze_lr_multiplier: float = option(0.1, "then with this share of the learning rate")
+    # optimizer
+    optimizer: Literal['muon', 'adamw'] = option('muon', 'muon for matrices (adamw for the rest), or adamw for all')
+    learning_rate: float = option(6e-3, 'highest learning rate, of both optimizers')
+    max_iters: int = option(5000, 'iterations')
+    weight_decay: float = option(0.05, 'on matrices and embeddings')
+    beta1: float = option(0.9, 'AdamW')
+    beta2: float = option(0.99, 'AdamW; lower for large batches')
+    grad_clip: float = option(1.0, 'largest gradient norm; 0 turns clipping off')
+    skip_spikes: float = option(0.0, 'skip steps whose loss or gradient norm lies this many standard deviations above '
+                                     'the last 128; 6 is usual, 0 skips only what is not finite')
+    decay_lr: bool = option(True, 'half a cosine down to min_lr')
+    warmup_iters: int = option(100, 'iterations of linear warm-up')
+    lr_decay_iters: int = option(5000, 'where min_lr is reached; usually max_iters')
+    min_lr: float = option(3e-4, 'about a twentieth of learning_rate')
+    ema_decay: float = option(0.995, 'averaging of the weights that are validated and sampled; 0 turns it off')
+    # machine
+    seed: int = option(1337, 'initial weights, data order, corruption and dropout follow from it')
+    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option('auto', 'auto is bfloat16 where it is fast')
+    compile: bool | None = option(None, 'torch.compile; None: where it pays')
+    sharding: Literal['none', 'full'] = option(
+        'none', 'full cuts weights, gradients and optimizer over the ranks (torchrun), for models that do not fit')
+    activation_checkpointing: bool = option(
+        False, "compute each layer again on the way back and keep its input only, when memory runs out")
+    backend: Literal['nccl', 'gloo'] | None = option(None, 'of several ranks; None: nccl on GPUs, gloo on CPUs')
