@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from configurator import configure
-from conftest import awake
 from core.checkpoints.checkpoint import Checkpoint, build_model, load_checkpoint, model_config_to_dict, save_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
@@ -20,6 +19,7 @@ from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import run_evaluation, table
 from core.validation import validate
 from evaluate import main
+from helpers.toys import awake
 from model import GPT, GPTConfig
 
 

@@ -12,8 +12,8 @@ import pytest
 
 import sample
 from configurator import configure
-from conftest import model_over, model_that_knows, save_model
 from core.data.corpus import Vocabulary
+from helpers.toys import model_over, model_that_knows, save_model
 
 VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n ' + string.ascii_letters))
 BLOCK = 256

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import SPECIAL, awake, toy_config
+from helpers.toys import SPECIAL, awake, toy_config
 from model import GPT, ModelMode
 from sample_utils import prepare_sampler_inputs
 

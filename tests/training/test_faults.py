@@ -1,0 +1,177 @@
+"""What strikes a whole run: signals, lost ranks, other data, awkward folders. docs/reliability.md lists every fault."""
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import core.trainer
+from core.checkpoints.checkpoint import load_checkpoint
+from core.checkpoints.run_folder import RunFolder
+from core.common.errors import UserError, run_script
+from core.common.runtime import Runtime, is_lost_rank
+from core.data.prepare import character_vocabulary, write_corpus
+from core.logger import read_metrics
+from helpers.runs import ROOT, equal_runs, refused, run
+
+
+@pytest.fixture(autouse=True)
+def quick_runs(monkeypatch):
+    """Runs without their picture and without measuring the machine."""
+    monkeypatch.setattr(core.trainer.Run, 'draw_curve', lambda self: None)
+    monkeypatch.setattr(Runtime, 'matrix_rate', lambda self: (1.0, 'nothing'))
+
+
+# ---------------------------------------------------------------- signals
+
+def during_step(monkeypatch, iteration: int, *numbers: signal.Signals) -> list[int]:
+    """The signals arrive one after another while the step of that iteration is going on; returns the list of saves."""
+    step, save, saves = core.trainer.training_step, RunFolder.save_latest, []
+
+    def interrupted(state, number, learning_rate):
+        losses = step(state, number, learning_rate)
+        for one in numbers if number == iteration else ():
+            signal.raise_signal(one)
+        return losses
+
+    def counted(folder, checkpoint):
+        saves.append(checkpoint.iteration)
+        return save(folder, checkpoint)
+
+    monkeypatch.setattr(core.trainer, 'training_step', interrupted)
+    monkeypatch.setattr(RunFolder, 'save_latest', counted)
+    return saves
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_once_and_stops(small_corpus, monkeypatch, number, code):
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    saves = during_step(monkeypatch, 6, number)
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == code and saves == [4, 7] and load_checkpoint('out/ckpt.pt').iteration == 7
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_second_interrupt_stops_at_once(small_corpus, monkeypatch, capsys):
+    run('--out_dir=whole')
+    with monkeypatch.context() as patch:
+        saves = during_step(patch, 6, signal.SIGINT, signal.SIGINT)
+        with pytest.raises(SystemExit) as stopped:
+            run_script(lambda arguments: run())
+    assert stopped.value.code == 130 and saves == [4]
+    assert 'interrupt again to stop at once' in capsys.readouterr().err
+    with RunFolder('out') as folder:  # nothing holds it any more
+        assert load_checkpoint(folder.latest(print)).iteration == 4
+    run('--init_from=resume')
+    equal_runs(Path('whole'), Path('out'))
+
+
+# ---------------------------------------------------------------- data and folders
+
+def other_corpus(keep_characters: bool) -> None:
+    """Put another text in the place of the corpus 'tiny'."""
+    text = 'to be or not, king\nMARY:\nqueen ' * 700 if keep_characters else 'abcdefghijklmnop, ' * 900
+    shutil.rmtree('data/tiny')
+    write_corpus(Path('data/tiny'), character_vocabulary(text), {'train': text[:-1000], 'val': text[-1000:]}, 'other')
+
+
+def test_another_corpus_is_refused_unless_forced(small_corpus, capsys):
+    run('--max_iters=4')
+    other_corpus(keep_characters=True)
+    assert small_corpus.vocabulary.base_size == len(set('to be or not, king\nMARY:\nqueen '))
+    message = refused('--init_from=resume')
+    assert message.startswith('cannot resume with another corpus: ') and '--force_resume=True' in message
+    capsys.readouterr()
+    run('--init_from=resume', '--force_resume=True')
+    assert 'resuming with another corpus: ' in capsys.readouterr().out
+    assert load_checkpoint('out/ckpt.pt').iteration == 12
+    other_corpus(keep_characters=False)
+    assert 'vocab_size' in refused('--init_from=resume', '--force_resume=True')  # no weights fit such data
+
+
+def test_a_path_with_spaces_and_other_letters(small_corpus):
+    folder = 'läufe und mehr/ö 1'
+    run(f'--out_dir={folder}', '--max_iters=4')
+    run(f'--out_dir={folder}', '--init_from=resume')
+    assert load_checkpoint(Path(folder) / 'ckpt_best.pt').iteration == 12
+    assert len(read_metrics(Path(folder) / 'metrics.jsonl')) == 12 + 4
+
+
+def test_a_second_run_in_a_folder_is_refused(small_corpus):
+    run('--max_iters=4')
+    before = Path('out/ckpt.pt').read_bytes()
+    with RunFolder('out'):
+        for arguments in ((), ('--init_from=resume',)):
+            assert 'in use by another run' in refused(*arguments)
+    assert Path('out/ckpt.pt').read_bytes() == before and not Path('out/earlier_run').exists()
+
+
+# ---------------------------------------------------------------- several ranks
+
+TWO_RANKS = """
+import os
+import torch._dynamo  # once for both
+from core.common.errors import run_script
+from helpers.runs import run
+child = os.fork()
+if child:
+    print(child, flush=True)
+else:
+    os.dup2(os.open('second.txt', os.O_WRONLY | os.O_CREAT), 1)
+rank = '0' if child else '1'
+os.environ.update(RANK=rank, LOCAL_RANK=rank)
+run_script(lambda arguments: run('--gradient_accumulation_steps=2', '--max_iters=100000', '--sample_length=0'))
+"""
+
+
+def test_when_a_rank_is_killed_the_others_say_so_and_stop(small_corpus):
+    """Without torchrun, which would itself end the rank that is left. One rank writes; what it saved is whole."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    first = subprocess.Popen(
+        [sys.executable, '-c', TWO_RANKS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}', 'WORLD_SIZE': '2',
+             'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
+    second = int(first.stdout.readline())
+    for line in first.stdout:
+        if line.startswith('iter 6:'):
+            os.kill(second, signal.SIGKILL)
+            break
+    _, complaint = first.communicate(timeout=60)
+    assert first.returncode == 1 and Path('second.txt').read_text() == ''
+    assert complaint.strip().startswith('rank 0 stops, because another rank has ended')
+    assert 'Traceback' not in complaint and '--init_from=resume' in complaint
+    assert load_checkpoint('out/ckpt.pt').iteration >= 4
+
+
+def test_what_a_lost_rank_looks_like():
+    assert is_lost_rank(RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234'))
+    assert is_lost_rank(torch.distributed.DistBackendError('NCCL communicator was aborted'))
+    assert not is_lost_rank(RuntimeError('mat1 and mat2 shapes cannot be multiplied'))
+
+
+def test_the_first_rank_of_a_machine_speaks_for_all(monkeypatch, capsys):
+    def main(arguments):
+        raise UserError('one\ntwo')
+
+    for rank, said in (('0', 'error: one\nerror: two\n'), ('1', '')):
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        with pytest.raises(SystemExit) as stopped:
+            run_script(main)
+        assert stopped.value.code == 2 and capsys.readouterr().err == said
+
+
+def test_a_reader_of_the_output_that_leaves_early_ends_the_script_quietly():
+    script = "from core.common.errors import run_script\nrun_script(lambda arguments: print('line ' * 9 + '\\n' * 100000))"
+    done = subprocess.run(['bash', '-c', f'{shlex.quote(sys.executable)} -c {shlex.quote(script)} | head -n 1; '
+                           'echo ${PIPESTATUS[0]}'], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.splitlines()[-1] == '141' and done.stderr == ''

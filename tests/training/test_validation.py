@@ -1,0 +1,128 @@
+"""Validation: fixed, independent of batching, and equal to the enumerated bound."""
+
+import dataclasses
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from core.common.drawing import allowed_ids
+from core.common.randomness import keyed
+from core.common.runtime import Runtime
+from core.noise import draw_mask, low_discrepancy_times
+from core.validation import bits_of, fixed_windows, validate
+from helpers.toys import awake
+from model import GPT, GPTConfig
+
+RUNTIME = Runtime(torch.device('cpu'), torch.float32, False)
+
+
+def model_of(corpus, **changes) -> GPT:
+    vocabulary = corpus.vocabulary
+    config = GPTConfig(block_size=4, vocab_size=vocabulary.size, n_layer=1, n_head=2, n_embd=8,
+                       mask_token_id=vocabulary.mask_token_id, **changes)
+    return awake(GPT(config)).eval()
+
+
+def test_validation_is_the_enumerated_bound(small_corpus):
+    """Every window of four with every mask, in float64, against many stratified windows with one mask each."""
+    corpus, V0 = small_corpus, small_corpus.vocabulary.base_size
+    model, allowed = model_of(corpus), allowed_ids(corpus.vocabulary.size, corpus.vocabulary.base_size)
+    windows = fixed_windows(corpus.tokens('val'), 4000, 4)
+    exact = torch.zeros(len(windows)).double()
+    with torch.no_grad():
+        for mask in torch.tensor(list(itertools.product([False, True], repeat=4)))[1:]:
+            logits = model(windows.masked_fill(mask, V0)).logits.double()[..., :V0]
+            cost = -torch.log_softmax(logits, -1).gather(-1, windows[..., None]).squeeze(-1)
+            exact += (cost * mask).sum(1) / mask.sum() / (4 * math.comb(4, int(mask.sum())))
+    found = validate(model, corpus, RUNTIME, allowed, windows=4000, batch_size=500)
+    assert abs(found.value - exact.mean().item()) < 4 * found.standard_error
+    assert found.standard_error < 0.02
+    assert found.bits == pytest.approx(found.value / math.log(2)) and found.unit == 'character'
+
+
+def exact_conditionals(model, text, V0):
+    """{mask pattern: float64 [4]}, log p of each token of text [4] given the tokens that the pattern leaves."""
+    masks = torch.tensor(list(itertools.product([False, True], repeat=4)))
+    with torch.no_grad():
+        logits = model(text.expand(16, 4).masked_fill(masks, V0)).logits.double()[..., :V0]
+    found = torch.log_softmax(logits, -1).gather(-1, text.expand(16, 4)[..., None]).squeeze(-1)
+    return {tuple(mask): row for mask, row in zip(masks.tolist(), found)}
+
+
+def test_the_any_order_mixture_is_at_least_as_likely_as_the_bound_says(small_corpus):
+    """Ancestral sampling with one reveal per step draws from the mean of p over all orders; Jensen's inequality, and
+    the mean over all orders of -log p is the NELBO exactly."""
+    corpus, V0 = small_corpus, small_corpus.vocabulary.base_size
+    model, mixture, bound = model_of(corpus).double(), [], []
+    for text in fixed_windows(corpus.tokens('val'), 60, 4):
+        table, orders = exact_conditionals(model, text, V0), []
+        for order in itertools.permutations(range(4)):
+            hidden, total = [True] * 4, 0.0
+            for place in order:
+                total += table[tuple(hidden)][place].item()
+                hidden[place] = False
+            orders.append(total)
+        mixture.append(-torch.tensor(orders).double().exp().mean().log().item() / 4)
+        bound.append(-sum(orders) / len(orders) / 4)
+        nelbo = -sum((row * torch.tensor(mask)).sum().item() / sum(mask) / (4 * math.comb(4, sum(mask)))
+                     for mask, row in table.items() if any(mask))
+        assert bound[-1] == pytest.approx(nelbo, rel=1e-9) and mixture[-1] <= bound[-1]
+    assert sum(mixture) < sum(bound) - 1e-3
+    found = validate(model, corpus, RUNTIME, allowed_ids(corpus.vocabulary.size, V0), windows=60, batch_size=60)
+    assert sum(mixture) / 60 < found.value + 3 * found.standard_error
+
+
+def test_the_bound_agrees_with_its_form_in_time(small_corpus):
+    """Sum over masked positions of CE / t, t drawn as in training: within three standard errors and the bias of about
+    a thousandth that `low_discrepancy_times` states."""
+    corpus, V0, rows = small_corpus, small_corpus.vocabulary.base_size, 20_000
+    model = model_of(corpus).double()
+    windows, generator = fixed_windows(corpus.tokens('val'), rows, 4), keyed(7, 0, 0, rows)
+    times = low_discrepancy_times(generator, rows)
+    mask = draw_mask(generator, times, 4)
+    with torch.no_grad():
+        logits = model(windows.masked_fill(mask, V0)).logits[..., :V0]
+    cost = -torch.log_softmax(logits, -1).gather(-1, windows[..., None]).squeeze(-1)
+    terms = (cost * mask).sum(1) / times / 4
+    found = validate(model, corpus, RUNTIME, allowed_ids(corpus.vocabulary.size, V0), windows=rows, batch_size=4000)
+    errors = math.hypot(found.standard_error, (terms.std() / math.sqrt(rows)).item())
+    assert abs(terms.mean().item() - found.value) < 3 * errors + 1e-3 * found.value and errors < 0.04
+
+
+def test_bits_are_of_the_real_text(small_corpus):
+    assert bits_of(math.log(2), small_corpus, 'val') == (pytest.approx(1), 'character')
+    bytewise = dataclasses.replace(small_corpus, vocabulary=SimpleNamespace(kind='bpe'), sizes={'val': 100},
+                                   utf8_bytes={'val': 250})
+    assert bits_of(5 * math.log(2), bytewise, 'val') == (pytest.approx(2), 'byte')
+
+
+def test_validation_depends_on_nothing_but_the_model(small_corpus):
+    model, allowed = model_of(small_corpus), allowed_ids(small_corpus.vocabulary.size, small_corpus.vocabulary.base_size)
+    values = []
+    for batch_size, noise in ((8, 0), (8, 5), (5, 1)):
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        values.append(validate(model, small_corpus, RUNTIME, allowed, windows=40, batch_size=batch_size).value)
+        assert torch.equal(state, torch.get_rng_state())
+    assert values[0] == values[1] and values[2] == pytest.approx(values[0], rel=1e-6)
+
+
+def test_causal_validation_is_the_exact_likelihood(small_corpus):
+    model, V0 = model_of(small_corpus, attention_type='causal'), small_corpus.vocabulary.base_size
+    found = validate(model, small_corpus, RUNTIME, allowed_ids(small_corpus.vocabulary.size, V0), windows=10, batch_size=4)
+    windows, total = fixed_windows(small_corpus.tokens('val'), 10, 5), 0.0
+    with torch.no_grad():
+        for row in windows:
+            for place in range(4):
+                logits = model(row[None, :place + 1]).logits[0, -1, :V0].double()
+                total -= torch.log_softmax(logits, 0)[row[place + 1]].item()
+    assert found.value == pytest.approx(total / 40, rel=1e-5)
+
+
+def test_windows_reach_from_the_first_to_the_last_token(small_corpus):
+    tokens = small_corpus.tokens('val')
+    windows = fixed_windows(tokens, 7, 4)
+    assert windows[0].tolist() == tokens[:4].tolist() and windows[-1].tolist() == tokens[-4:].tolist()
