@@ -107,7 +107,7 @@ def measure_apart(name: str, size: Size, tidy: bool) -> dict[str, Any]:
     ranks = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={size.ranks}'] if size.ranks > 1 else []
     environment = {**os.environ, 'OMP_NUM_THREADS': str(max(1, torch.get_num_threads() // size.ranks))} | \
         ({'MALLOC_MMAP_THRESHOLD_': '131072'} if tidy else {})
-    result = subprocess.run([sys.executable, *ranks, *module], cwd=Path(__file__).parent.parent, text=True,
+    result = subprocess.run([sys.executable, *ranks, *module], cwd=Path(__file__).parents[2], text=True,
                             env=environment, capture_output=True)
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or ['it said nothing'])[-1]
