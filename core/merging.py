@@ -16,8 +16,8 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime, resolve_device
-from core.data.corpus import Vocabulary
 from core.data.prepare import ensure_corpus
+from core.data.vocabulary import Vocabulary
 from core.helper_validation import validate_kind
 from core.training_kinds import load_corruption
 

@@ -3,7 +3,7 @@
 from core.checkpoints.helpers import load_generator, one_shot_fill, require_block
 from core.checkpoints.kinds import GENERATORS, CheckpointKind
 from core.common.runtime import Runtime
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.noise import Corruption
 from core.options import TrainConfig
 

@@ -12,7 +12,7 @@ from core.checkpoints.checkpoint import Checkpoint, build_model, load_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.evaluation import likelihood
 from core.evaluation.measure import CACHE_FORMAT, ResultCache
 from core.evaluation.options import EvaluateConfig

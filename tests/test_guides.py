@@ -12,7 +12,7 @@ import pytest
 
 import sample
 from configurator import configure
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from helpers.toys import model_over, model_that_knows, save_model
 
 VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n ' + string.ascii_letters))

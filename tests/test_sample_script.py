@@ -11,7 +11,7 @@ import pytest
 from configurator import configure
 from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
 from core.common.errors import UserError
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
 from core.sampling.policy_options import option_problems, policy_help, remasking_levels

@@ -17,7 +17,7 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.noise import apply_mask
 from model import GPT
 from sample_utils import predict_and_sample_tokens

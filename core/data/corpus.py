@@ -1,187 +1,34 @@
-"""Corpora as the program reads them: vocabulary, token files and windows. Preparing them is `core/data/prepare.py`.
+"""Corpora as the program reads them: meta, token files and windows. Preparing them is `core/data/prepare.py`.
 
 A corpus is a folder with `train.bin`, `val.bin`, perhaps `ref.bin` (flat token ids) and `meta.pkl` (one plain dict of
 built-in types). Files come from other people's machines, so `meta.pkl` is read by an unpickler that can build nothing
 but built-in values, every field is checked, and the token files must have the recorded length, hash and range of ids.
 
-Shapes: B windows, V0 base vocabulary.
+Shapes: B windows.
 """
 
 import hashlib
-import json
 import pickle
 import pickletools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import tiktoken
 import torch
 
 from core.common.errors import UserError
 from core.common.expressions import excerpt
+from core.data.vocabulary import SPECIAL_NAMES, Vocabulary
 
 META_FORMAT = 'masked-diffusion-corpus'
 META_VERSION = 1
-SPECIAL_NAMES = ('mask', 'wrong', 'pad', 'cls')  # their ids follow the base vocabulary in this order
-SPECIAL_SIGNS = ('_', '#', '~', '^')  # how `decode` shows them
-DOCUMENT_END = '<|endoftext|>'  # in GPT-2's vocabulary a base token, the last one
 SPLITS = ('train', 'ref', 'val')
 _LARGEST_META = 256 * 2**20  # bytes; GPT-2's vocabulary needs less than 1 MiB
 _HASHED_AT_LOAD = 256 * 2**20  # bytes; longer files are checked by length and largest id only, which is much faster
 _SCAN_CHUNK = 2**24  # tokens looked at together while a file is scanned
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The base tokens of a corpus and the special ids behind them: one object from meta to model, sampler and printer.
-
-    `tokens[i]` is the text of character i (kind 'characters') or the bytes of byte-level BPE token i (kind 'bpe',
-    in the order of the merges; `pattern` is the regular expression that cuts text into pieces before merging). A BPE
-    may end with the token DOCUMENT_END, which preparation sets behind documents and no text encodes to.
-    """
-
-    kind: str
-    tokens: tuple[str, ...] | tuple[bytes, ...]
-    pattern: str = ''
-
-    def __post_init__(self) -> None:
-        problem = self._problem()
-        if problem:
-            raise UserError(f'the vocabulary is not usable: {problem}')
-
-    def _problem(self) -> str:
-        """What is wrong with the fields, or an empty string."""
-        if self.kind not in ('characters', 'bpe'):
-            return f"its kind is {self.kind!r}, not 'characters' or 'bpe'"
-        element = str if self.kind == 'characters' else bytes
-        if not self.tokens or any(type(token) is not element or not token for token in self.tokens):
-            return f'its tokens must be non-empty {element.__name__} values'
-        if len(set(self.tokens)) != len(self.tokens):
-            return 'a token appears twice'
-        if self.kind == 'characters':
-            return 'a token has more than one character' if any(len(token) != 1 for token in self.tokens) else ''
-        if not {bytes([value]) for value in range(256)}.issubset(self.tokens):
-            return 'a byte-level BPE needs all 256 single bytes'
-        try:
-            self._encoding
-        except Exception as error:  # tiktoken raises its own kinds for a pattern that does not compile
-            return f'tiktoken refuses it ({error})'
-        return ''
-
-    @property
-    def base_size(self) -> int:
-        """V0, the number of tokens that text can consist of."""
-        return len(self.tokens)
-
-    @property
-    def size(self) -> int:
-        return self.base_size + len(SPECIAL_NAMES)
-
-    @property
-    def dtype(self) -> str:
-        """The smallest type of the token files that holds every id, special ones included."""
-        return 'uint16' if self.size <= 2**16 else 'uint32'
-
-    @property
-    def mask_token_id(self) -> int:
-        return self.base_size
-
-    @property
-    def wrong_token_id(self) -> int:
-        return self.base_size + 1
-
-    @property
-    def pad_token_id(self) -> int:
-        return self.base_size + 2
-
-    @property
-    def cls_token_id(self) -> int:
-        return self.base_size + 3
-
-    @property
-    def document_end_id(self) -> int | None:
-        """The base token that stands between documents; None where the vocabulary has none."""
-        return self.base_size - 1 if self.tokens[-1] == DOCUMENT_END.encode() else None
-
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 (hex) of everything that decides which id means what."""
-        tokens = [token.encode('utf-8', 'surrogatepass').hex() if isinstance(token, str) else token.hex()
-                  for token in self.tokens]
-        return hashlib.sha256(json.dumps([self.kind, self.pattern, tokens, SPECIAL_NAMES]).encode()).hexdigest()
-
-    @cached_property
-    def _encoding(self) -> tiktoken.Encoding:
-        learnt = self.tokens[:self.document_end_id]
-        return tiktoken.Encoding('corpus', pat_str=self.pattern, special_tokens={},
-                                 mergeable_ranks={token: rank for rank, token in enumerate(learnt)})
-
-    @cached_property
-    def _sorted_characters(self) -> tuple[np.ndarray, np.ndarray]:
-        codes = np.array([ord(character) for character in self.tokens], dtype=np.uint32)
-        order = np.argsort(codes)
-        return codes[order], order
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """Token ids of `text` as int64 [tokens]. UserError where the vocabulary lacks a character."""
-        if self.kind == 'bpe':
-            return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
-        codes, order = self._sorted_characters
-        wanted = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype=np.uint32)
-        places = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
-        if (codes[places] != wanted).any():
-            strangers = sorted({chr(code) for code in wanted[codes[places] != wanted]})
-            shown = ' '.join(map(repr, strangers[:10])) + (' ...' if len(strangers) > 10 else '')
-            raise UserError(f'the text has {len(strangers)} kinds of character outside the corpus vocabulary of '
-                            f'{self.base_size}: {shown}; leave them out or use a corpus that has them')
-        return order[places].astype(np.int64)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; UserError names the characters outside the vocabulary."""
-        return self.encode_array(text).tolist()
-
-    def decode(self, ids: Sequence[int], mask: str = SPECIAL_SIGNS[0]) -> str:
-        """The text of `ids`; `mask` stands for the mask token, one sign for each other special id.
-
-        Bytes that are no complete UTF-8 character become U+FFFD. UserError for an id outside the vocabulary.
-        """
-        ids = [int(token) for token in ids]
-        outside = [token for token in ids if not 0 <= token < self.size]
-        if outside:
-            raise UserError(f'token id {outside[0]} is outside the vocabulary of {self.size} tokens '
-                            f'(0 to {self.size - 1}); check that text and model come from one corpus')
-        signs = (mask, *SPECIAL_SIGNS[1:])
-        if self.kind == 'characters':
-            return ''.join(self.tokens[token] if token < self.base_size else signs[token - self.base_size]
-                           for token in ids)
-        return b''.join(self.tokens[token] if token < self.base_size else signs[token - self.base_size].encode()
-                        for token in ids).decode('utf-8', 'replace')
-
-    def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes of text in each base token, int64 [V0]: the unit of bits per byte. A document's end has none."""
-        lengths = np.array([len(token if isinstance(token, bytes) else token.encode('utf-8', 'surrogatepass'))
-                            for token in self.tokens], dtype=np.int64)
-        if self.document_end_id is not None:
-            lengths[self.document_end_id] = 0
-        return lengths
-
-    def to_meta(self) -> dict[str, object]:
-        """Built-in types only; `from_meta` gives the same vocabulary back."""
-        return {'kind': self.kind, 'tokens': list(self.tokens), 'pattern': self.pattern}
-
-    @classmethod
-    def from_meta(cls, meta: object) -> 'Vocabulary':
-        """The vocabulary that `to_meta` described. UserError where `meta` is not of that form."""
-        if not isinstance(meta, dict) or set(meta) != {'kind', 'tokens', 'pattern'}:
-            raise UserError('the vocabulary is not usable: it needs exactly the keys kind, tokens and pattern')
-        if type(meta['kind']) is not str or type(meta['tokens']) is not list or type(meta['pattern']) is not str:
-            raise UserError('the vocabulary is not usable: kind and pattern must be text and tokens a list')
-        return cls(kind=meta['kind'], tokens=tuple(meta['tokens']), pattern=meta['pattern'])
 
 
 @dataclass(frozen=True)

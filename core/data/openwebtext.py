@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import excerpt
-from core.data.corpus import DOCUMENT_END, SPLITS, Vocabulary, load_corpus
+from core.data.corpus import SPLITS, load_corpus
 from core.data.gpt2_bpe import gpt2_vocabulary
 from core.data.prepare import Say, make_meta, read_arguments, replacing_together, summary, write_temporary
+from core.data.vocabulary import DOCUMENT_END, Vocabulary
 
 DATASET = 'Skylion007/openwebtext'
 REVISION = 'refs/convert/parquet'  # the whole of it as plain tables, so that no code of the data set's own is run

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from core.common.errors import UserError, raise_problems
-from core.data.corpus import (META_FORMAT, META_VERSION, NEEDED_ARGUMENTS, SPECIAL_NAMES, SPLITS, Corpus, Vocabulary,
-                              file_hash, hash_of_hashes, load_corpus, preparation_command)
+from core.data.corpus import (META_FORMAT, META_VERSION, NEEDED_ARGUMENTS, SPLITS, Corpus, file_hash, hash_of_hashes,
+                              load_corpus, preparation_command)
 from core.data.fetching import download, pip_command, wheel_from_index
 from core.data.plays import clean_play
+from core.data.vocabulary import SPECIAL_NAMES, Vocabulary
 
 Say = Callable[[str], None]
 

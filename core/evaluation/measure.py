@@ -18,7 +18,8 @@ from core.checkpoints.checkpoint import Checkpoint
 from core.common.errors import UserError
 from core.common.files import atomic_writer
 from core.common.runtime import Runtime
-from core.data.corpus import Corpus, Vocabulary
+from core.data.corpus import Corpus
+from core.data.vocabulary import Vocabulary
 from core.evaluation.options import EvaluateConfig
 from model import GPT
 

@@ -17,8 +17,8 @@ from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.runtime import DTYPES, Runtime, resolve_device
-from core.data.corpus import Vocabulary
 from core.data.prepare import ensure_corpus
+from core.data.vocabulary import Vocabulary
 from core.evaluation.error_detection import ERRORS
 from core.evaluation.likelihood import LIKELIHOOD
 from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache

@@ -32,7 +32,8 @@ from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
-from core.data.corpus import Corpus, Vocabulary
+from core.data.corpus import Corpus
+from core.data.vocabulary import Vocabulary
 from core.evaluation.copied_spans import CopyIndex, code_points
 from core.sampling.generation import Network, score_confidence
 from model import GPT

@@ -28,7 +28,8 @@ from core.common.errors import UserError
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.common.timing import TimingAccumulator
-from core.data.corpus import Corpus, Vocabulary
+from core.data.corpus import Corpus
+from core.data.vocabulary import Vocabulary
 from core.evaluation.text_metrics import Reference
 from core.sampling.generation import GenerationSettings, Network, generate, score_confidence
 from core.sampling.policies import POLICIES, Policy

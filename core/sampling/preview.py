@@ -5,7 +5,7 @@ import torch
 from core.common.drawing import DrawRule
 from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.sampling.generation import GenerationSettings, Network, generate
 from core.sampling.policies import remask_policy
 from core.sampling.prompt import Layout

@@ -24,7 +24,7 @@ from core.common.errors import UserError, raise_problems
 from core.common.randomness import RowRandom
 from core.common.runtime import DTYPES, resolve_device
 from core.common.timing import TimingAccumulator, get_global_timer
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.sampling.animation import TerminalAnimation
 from core.sampling.calibration import find_calibration
 from core.sampling.generation import GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows

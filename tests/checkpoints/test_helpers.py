@@ -10,7 +10,7 @@ import torch
 
 from configurator import configure
 from core.common.errors import UserError
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.sampling.options import SampleConfig
 from core.sampling.run import run_sampling
 from helpers.toys import model_over, model_that_knows, save_model

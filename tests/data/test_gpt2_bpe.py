@@ -17,9 +17,9 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from core.common.errors import UserError
 from core.data import fetching, gpt2_bpe as gpt2_tokenizer
-from core.data.corpus import DOCUMENT_END, Vocabulary
 from core.data.gpt2_bpe import PATTERN, fetch_merges, gpt2_vocabulary, tokens_of
 from core.data.prepare import character_vocabulary
+from core.data.vocabulary import DOCUMENT_END, Vocabulary
 
 MERGES = '#version: 0.2\nt h\nth e\nĠ the\nĊ Ċ\nĠ Ġ\nĠ Ċ\n'
 LEARNT = (b'th', b'the', b' the', b'\n\n', b'  ', b' \n')
@@ -91,7 +91,6 @@ def test_document_end_is_a_base_token_that_no_text_encodes_to(tmp_path: Path, sm
     text = f'see the end{DOCUMENT_END}'
     assert end not in vocabulary.encode(text) and vocabulary.decode(vocabulary.encode(text)) == text
     assert vocabulary.decode([258, end, vocabulary.mask_token_id]) == f' the{DOCUMENT_END}_'
-    assert vocabulary.byte_lengths()[[0, 257, end]].tolist() == [1, 3, 0]
     again = Vocabulary.from_meta(vocabulary.to_meta())
     assert again == vocabulary and again.document_end_id == end
     assert Vocabulary('bpe', vocabulary.tokens[:-1], PATTERN).document_end_id is None

@@ -14,8 +14,9 @@ from configurator import configure
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
-from core.data.corpus import Vocabulary, load_corpus
+from core.data.corpus import load_corpus
 from core.data.prepare import write_corpus
+from core.data.vocabulary import Vocabulary
 from core.evaluation import error_detection
 from core.evaluation.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrated, detectors, error_cells,
                                              expected_auroc, measured, one_shot)

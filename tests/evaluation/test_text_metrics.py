@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from core.common.errors import UserError
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.evaluation.copied_spans import CopyIndex, code_points, suffix_array
 from core.evaluation.text_metrics import (METRICS, SIZES, GramTable, Reference, Texts, Yardstick, bootstrap,
                                           copied_span, distinct, divergence, entropy, known_words, make_yardstick,

@@ -11,7 +11,7 @@ from configurator import configure
 from core.checkpoints.checkpoint import checkpoint_hash
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.sampling.calibration import (CALIBRATION_NAME, Calibration, Reliability, calibration_error, find_calibration,
                                        fit_calibration, reliability, write_calibration)
 from core.sampling.options import SampleConfig

@@ -9,7 +9,7 @@ import train as script
 from configurator import configure
 from core.checkpoints.checkpoint import build_model, load_checkpoint, save_checkpoint
 from core.common.errors import UserError
-from core.data.corpus import Vocabulary
+from core.data.vocabulary import Vocabulary
 from core.merging import main
 from core.trainer import train
 from helpers.toys import model_over, save_model
