@@ -1,37 +1,40 @@
-"""The loss curve of a run, drawn from its metrics. Matplotlib takes seconds to import, so it is imported while drawing."""
+"""The loss curve of a run, drawn from its metrics."""
 
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.common.plots import INK, tidy
+from core.common.plots import BLUE, GREEN, INK, ORANGE, RULE, VERMILION, save_picture, tidy
 from core.logger import read_metrics
-TRAINING_CURVES = (  # key of metrics.jsonl, name in the legend, colour (Okabe and Ito's, safe for colour-blind readers)
-    ('train/loss_main', 'training, main', '#0072B2'),
-    ('train/loss_sampler', 'training, sampler head', '#E69F00'),
-    ('train/loss_critic', 'training, critic (binary)', '#009E73'),
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TRAINING_CURVES = (  # key of metrics.jsonl, name in the legend, colour
+    ('train/loss_main', 'training, main', BLUE),
+    ('train/loss_sampler', 'training, sampler head', ORANGE),
+    ('train/loss_critic', 'training, critic (binary)', GREEN),
 )
-VALIDATION_CURVES = (('val/nelbo', 'validation NELBO', '#D55E00'), ('val/loss', 'validation loss', '#D55E00'))
+VALIDATION_CURVES = (('val/nelbo', 'validation NELBO', VERMILION), ('val/loss', 'validation loss', VERMILION))
 STANDARD_ERROR = 'val/nelbo_standard_error'
 
 
-def plot_loss_curve(metrics_path: Path, picture_path: Path, *, stage_borders: Mapping[str, int] = MappingProxyType({}),
-                    unit: str = 'nats per token') -> None:
-    """Draw the training losses and the validation value of a `metrics.jsonl` over iterations as a PNG; atomic.
+def plot_loss_curve(metrics_path: Path, picture_path: Path, say: Callable[[str], object] = print, *,
+                    stage_borders: Mapping[str, int] = MappingProxyType({}), unit: str = 'nats per token') -> None:
+    """Draw the training losses and the validation value of a `metrics.jsonl` over iterations.
 
     `stage_borders` maps a stage's name to its first iteration. A missing, empty or one-point file gives a picture too.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     records = read_metrics(metrics_path)
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
+    save_picture(picture_path, (8, 4.5), lambda figure: _draw(figure, records, stage_borders, unit), say)
+
+
+def _draw(figure: 'Figure', records: Sequence[Mapping[str, Any]], stage_borders: Mapping[str, int], unit: str) -> None:
     axes = figure.add_subplot()
     drawn = [_draw_training(axes, *_series(records, key), name, colour) for key, name, colour in TRAINING_CURVES]
     drawn += [_draw_validation(axes, records, key, name, colour) for key, name, colour in VALIDATION_CURVES]
@@ -44,9 +47,6 @@ def plot_loss_curve(metrics_path: Path, picture_path: Path, *, stage_borders: Ma
         axes.text(0.5, 0.5, 'no metrics yet', transform=axes.transAxes, ha='center', color=INK)
     last = max((record['iteration'] for record in records), default=0)
     _draw_borders(axes, {name: at for name, at in stage_borders.items() if 0 < at <= last})
-    temporary = picture_path.with_name(picture_path.name + '.tmp')
-    figure.savefig(temporary, format='png')
-    os.replace(temporary, picture_path)
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +67,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _draw_training(axes: Any, iterations: np.ndarray, values: np.ndarray, name: str, colour: str) -> np.ndarray:
+def _draw_training(axes: 'Axes', iterations: np.ndarray, values: np.ndarray, name: str, colour: str) -> np.ndarray:
     if not len(values):
         return values
     smooth = _smoothed(values)
@@ -77,7 +77,7 @@ def _draw_training(axes: Any, iterations: np.ndarray, values: np.ndarray, name: 
     return smooth
 
 
-def _draw_validation(axes: Any, records: Sequence[Mapping[str, Any]], key: str, name: str, colour: str) -> np.ndarray:
+def _draw_validation(axes: 'Axes', records: Sequence[Mapping[str, Any]], key: str, name: str, colour: str) -> np.ndarray:
     iterations, values = _series(records, key)
     if not len(values):
         return values
@@ -89,7 +89,7 @@ def _draw_validation(axes: Any, records: Sequence[Mapping[str, Any]], key: str, 
     return values
 
 
-def _limit(axes: Any, curves: Sequence[np.ndarray]) -> None:
+def _limit(axes: 'Axes', curves: Sequence[np.ndarray]) -> None:
     """Let the vertical range follow the curves, not one wild point."""
     low = min(float(np.min(values)) for values in curves)
     high = max(float(np.percentile(values, 99)) for values in curves)
@@ -97,14 +97,14 @@ def _limit(axes: Any, curves: Sequence[np.ndarray]) -> None:
     axes.set_ylim(low - margin, high + margin)
 
 
-def _style(axes: Any, unit: str) -> None:
+def _style(axes: 'Axes', unit: str) -> None:
     axes.set_xlabel('iteration', color=INK)
     axes.set_ylabel(f'loss ({unit})', color=INK)
     tidy(axes, 'y')
 
 
-def _draw_borders(axes: Any, borders: Mapping[str, int]) -> None:
+def _draw_borders(axes: 'Axes', borders: Mapping[str, int]) -> None:
     for name, iteration in borders.items():
-        axes.axvline(iteration, color='#B0B0B0', linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axes.axvline(iteration, color=RULE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.text(iteration, 0.02, name, transform=axes.get_xaxis_transform(), color='#707070', fontsize=8,
                   rotation=90, va='bottom', ha='right')

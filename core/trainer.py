@@ -371,4 +371,4 @@ class Run:
         if config.add_critic_head:
             borders['critic'] = config.start_critic_iteration
         unit = 'squared error' if self.kind is CheckpointKind.JUDGE else 'nats per token'
-        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', stage_borders=borders, unit=unit)
+        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', print, stage_borders=borders, unit=unit)

@@ -315,9 +315,8 @@ def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
             evaluation.say(f'critic at all mask shares, odd windows: expected calibration error '
                            f'{row["calibration_error"]:.4f}, {row["calibrated_error"]:.4f} with the calibration of the '
                            f'even ones, which is kept in {path}')
-    path = evaluation.out_dir / PICTURE_NAME
-    plot_errors([row for row in rows if 'mask_share' in row], SHOWN_SHARE, path)
-    evaluation.say(f'picture written to {path}')
+    plot_errors([row for row in rows if 'mask_share' in row], SHOWN_SHARE,
+                evaluation.out_dir / PICTURE_NAME, evaluation.say)
 
 
 def _figure(value: float | None) -> str:

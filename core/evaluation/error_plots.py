@@ -1,25 +1,26 @@
-"""Picture of how errors are found. Matplotlib takes seconds to import, so it is imported where a picture is drawn."""
+"""Picture of how errors are found."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from core.common.plots import INK, tidy
+from core.common.plots import BLUE, GREEN, INK, PURPLE, RULE, SKY, VERMILION, save_picture, tidy
 
-COLOURS = {  # Okabe and Ito's
-    'random': '#999999', 'self_confidence': '#0072B2', 'marginal': '#56B4E9', 'pseudo_likelihood': '#009E73',
-    'critic': '#D55E00', 'remasking': '#CC79A7'}
-
-
-def plot_errors(rows: Sequence[Mapping[str, Any]], share: float, picture: Path) -> None:
-    """AUROC against mask share by detector, with 95 % intervals; beside it the reliability diagram, observed against
-    predicted error rate, of the probabilities at mask share `share`. A PNG, atomic; rows are results of `errors`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 4.6), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
+COLOURS = {'random': '#999999', 'self_confidence': BLUE, 'marginal': SKY, 'pseudo_likelihood': GREEN,
+           'critic': VERMILION, 'remasking': PURPLE}
+
+
+def plot_errors(rows: Sequence[Mapping[str, Any]], share: float, picture: Path, say: Callable[[str], object]) -> None:
+    """AUROC against mask share by detector, with 95 % intervals; beside it the reliability diagram, observed against
+    predicted error rate, of the probabilities at mask share `share`. rows: results of `errors`."""
+    save_picture(picture, (10.5, 4.6), lambda figure: _draw(figure, rows, share), say)
+
+
+def _draw(figure: 'Figure', rows: Sequence[Mapping[str, Any]], share: float) -> None:
     areas, diagram = figure.subplots(1, 2)
     for name, colour in COLOURS.items():
         points = [row for row in rows if row['detector'] == name and row['auroc'] is not None]
@@ -31,7 +32,7 @@ def plot_errors(rows: Sequence[Mapping[str, Any]], share: float, picture: Path) 
                 diagram.plot(table['predicted'], table['observed'], color=colour, linewidth=1.4, marker='o',
                              markersize=3.5)
     diagram.set_aspect('equal')
-    diagram.plot([0, 1], [0, 1], color='#B0B0B0', linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    diagram.plot([0, 1], [0, 1], color=RULE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     for axes, x_label, y_label in ((areas, 'mask share', 'AUROC of P(wrong)'),
                                    (diagram, f'predicted P(wrong), mask share {share}', 'observed error rate')):
         axes.set_xlabel(x_label, color=INK)
@@ -39,12 +40,9 @@ def plot_errors(rows: Sequence[Mapping[str, Any]], share: float, picture: Path) 
         tidy(axes, 'both')
     if areas.lines:
         areas.legend(frameon=False, labelcolor=INK, fontsize=8)
-    temporary = picture.with_name(f'{picture.name}.tmp')
-    figure.savefig(temporary, format='png')
-    os.replace(temporary, picture)
 
 
-def _draw_areas(axes: Any, points: Sequence[Mapping[str, Any]], name: str, colour: str) -> None:
+def _draw_areas(axes: 'Axes', points: Sequence[Mapping[str, Any]], name: str, colour: str) -> None:
     """One detector's line, its intervals as a band."""
     shares, values = ([row[key] for row in points] for key in ('mask_share', 'auroc'))
     axes.plot(shares, values, color=colour, linewidth=1.4, marker='o', markersize=3.5, label=name.replace('_', '-'))

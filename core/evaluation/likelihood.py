@@ -16,7 +16,7 @@ Letters: B rows of a batch, W windows, T window length, V vocabulary, K trunk ca
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -200,11 +200,11 @@ def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
                        f'(neighbours come from a table)')
     token = 'character' if evaluation.vocabulary.kind == 'characters' else 'token'
     path = evaluation.out_dir / PICTURE_NAME
-    draw(rows, f'trunk calls per {evaluation.model.config.block_size} {token}s', f'nats per {token}', path)
-    evaluation.say(f'picture written to {path}')
+    draw(rows, f'trunk calls per {evaluation.model.config.block_size} {token}s', f'nats per {token}', path,
+         evaluation.say)
 
 
-def draw(rows: Sequence[Result], x_label: str, y_label: str, picture: Path) -> None:
+def draw(rows: Sequence[Result], x_label: str, y_label: str, picture: Path, say: Callable[[str], object]) -> None:
     """Nats per token against trunk calls, one panel a policy, one line a head."""
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in rows:
@@ -212,7 +212,7 @@ def draw(rows: Sequence[Result], x_label: str, y_label: str, picture: Path) -> N
                 'left_to_right': 'head, left to right'}[row['head']]
         panels.setdefault(row['policy'], {}).setdefault(name, []).append(
             (row['trunk_calls'], row['nats'], row['standard_error']))
-    plot_likelihood(panels, picture, x_label, y_label)
+    plot_likelihood(panels, picture, x_label, y_label, say)
 
 
 LIKELIHOOD = Measure(likelihood_cells, ('policy', 'trunk_calls', *HEADS, 'windows'),

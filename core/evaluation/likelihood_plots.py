@@ -1,27 +1,31 @@
-"""Picture of exact likelihoods. Matplotlib takes seconds to import, so it is imported where a picture is drawn."""
+"""Picture of exact likelihoods."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core.common.plots import INK, tidy
+from core.common.plots import BLUE, GREEN, INK, VERMILION, save_picture, tidy
 
-COLOURS = ('#0072B2', '#D55E00', '#009E73')  # Okabe and Ito's
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = (BLUE, VERMILION, GREEN)
 Lines = Mapping[str, Sequence[tuple[float, float, float]]]  # name: (x, y, standard error of y)
 
 
-def plot_likelihood(panels: Mapping[str, Lines], picture: Path, x_label: str, y_label: str) -> None:
-    """Lines with error bars, one panel for each title and all of one scale, x in powers of two; a PNG, atomic."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def plot_likelihood(panels: Mapping[str, Lines], picture: Path, x_label: str, y_label: str,
+                    say: Callable[[str], object]) -> None:
+    """Lines with error bars, one panel for each title and all of one scale, x in powers of two."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(5, 3.4 * columns), 3.4 * rows), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    save_picture(picture, (max(5, 3.4 * columns), 3.4 * rows),
+                 lambda figure: _draw(figure, panels, (rows, columns), (x_label, y_label)), say)
+
+
+def _draw(figure: 'Figure', panels: Mapping[str, Lines], shape: tuple[int, int], labels: tuple[str, str]) -> None:
+    grid = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).flatten()
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     assert len(names) <= len(COLOURS)
     for axes, (title, lines) in zip(grid, panels.items()):
@@ -35,9 +39,6 @@ def plot_likelihood(panels: Mapping[str, Lines], picture: Path, x_label: str, y_
         tidy(axes, 'y')
     for axes in grid[len(panels):]:
         axes.set_visible(False)
-    figure.supxlabel(x_label, color=INK, fontsize=10)
-    figure.supylabel(y_label, color=INK, fontsize=10)
+    figure.supxlabel(labels[0], color=INK, fontsize=10)
+    figure.supylabel(labels[1], color=INK, fontsize=10)
     grid[0].legend(frameon=False, labelcolor=INK, fontsize=8)
-    temporary = picture.with_name(f'{picture.name}.tmp')
-    figure.savefig(temporary, format='png')
-    os.replace(temporary, picture)

@@ -1,17 +1,19 @@
-"""Pictures of sample quality. Matplotlib takes seconds to import, so it is imported where a picture is drawn."""
+"""Pictures of sample quality."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from core.common.plots import INK, tidy
+from core.common.plots import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, save_picture, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PANELS = (('reference_bits', 'reference bits per character'), ('entropy_3', 'trigram entropy, nats'),
           ('divergence_3', 'trigram divergence, nats'), ('known_words', 'share of corpus words'),
           ('copied_span', 'longest copied span, characters'), ('repetition', 'share of repeated 4-grams'))
 AXES = (('trunk_calls', 'trunk calls'), ('network_calls', 'network calls'), ('seconds', 'seconds'))
-COLOURS = ('#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9', '#8C6D00', '#404040')
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, '#8C6D00', INK)
 MARKERS = 'osD^vPX*h<'  # with the colours, since eight colours alone are hard to tell apart
 
 
@@ -23,32 +25,42 @@ class Curve(NamedTuple):
     bits: list[float]
 
 
-def plot_quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], picture: Path) -> None:
-    """A row of dots with their intervals per metric, one line per text; atomic."""
+def plot_quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], picture: Path,
+                 say: Callable[[str], object]) -> None:
+    """A row of dots with their intervals per metric, one line per text."""
     panels = [(metric, title) for metric, title in PANELS if any(row.get(metric) is not None for row in rows)]
-    figure = _figure(2.6 * len(panels) + 1.8, 0.34 * len(rows) + 1.2)
+    save_picture(picture, (2.6 * len(panels) + 1.8, 0.34 * len(rows) + 1.2),
+                 lambda figure: _draw_quality(figure, rows, names, panels), say)
+
+
+def _draw_quality(figure: 'Figure', rows: Sequence[Mapping[str, Any]], names: Sequence[str],
+                  panels: Sequence[tuple[str, str]]) -> None:
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (metric, title) in zip(grid, panels):
         for place, row in enumerate(rows):
             if row.get(metric) is None:
                 continue
-            colour = COLOURS[3] if 'control' in row else COLOURS[0]
+            colour = VERMILION if 'control' in row else BLUE
             axes.plot(row[f'{metric}_interval'], [place, place], color=colour, linewidth=1.4, alpha=0.6)
             axes.plot(row[metric], place, color=colour, marker='D' if 'control' in row else 'o', markersize=4.5)
         axes.set_xlabel(title, color=INK, fontsize=9)
         axes.set_yticks(range(len(rows)), names)
         tidy(axes, 'both')
     grid[0].invert_yaxis()
-    _save(figure, picture)
 
 
-def plot_curves(families: Mapping[str, Sequence[Curve]], controls: Mapping[str, float], picture: Path) -> None:
+def plot_curves(families: Mapping[str, Sequence[Curve]], controls: Mapping[str, float], picture: Path,
+                say: Callable[[str], object]) -> None:
     """Reference bits at equal entropy against each cost: a line of panels per family, the others' curves in grey."""
     shown = {family: found for family, curves in families.items() if (found := [one for one in curves if one.bits])}
+    shown = shown or {'no curves': []}
+    save_picture(picture, (12, 3.1 * len(shown)), lambda figure: _draw_curves(figure, shown, controls), say)
+
+
+def _draw_curves(figure: 'Figure', shown: Mapping[str, Sequence[Curve]], controls: Mapping[str, float]) -> None:
     everyone = [curve for curves in shown.values() for curve in curves]
-    figure = _figure(12, 3.1 * max(1, len(shown)))
-    grid = figure.subplots(max(1, len(shown)), len(AXES), sharey=True, sharex='col', squeeze=False)
-    for line, (family, curves) in zip(grid, (shown or {'no curves': []}).items()):
+    grid = figure.subplots(len(shown), len(AXES), sharey=True, sharex='col', squeeze=False)
+    for line, (family, curves) in zip(grid, shown.items()):
         for axes, (cost, title) in zip(line, AXES):
             for curve in everyone:
                 axes.plot(curve.costs[cost], curve.bits, color='#D8D8D8', linewidth=1, marker='.', markersize=3,
@@ -66,19 +78,3 @@ def plot_curves(families: Mapping[str, Sequence[Curve]], controls: Mapping[str, 
         line[-1].legend(frameon=False, fontsize=8, labelcolor=INK, loc='center left', bbox_to_anchor=(1.0, 0.5))
     for axes, (_, title) in zip(grid[-1], AXES):
         axes.set_xlabel(title, color=INK)
-    _save(figure, picture)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, picture: Path) -> None:
-    temporary = picture.with_name(f'{picture.name}.tmp')
-    figure.savefig(temporary, format='png')
-    os.replace(temporary, picture)

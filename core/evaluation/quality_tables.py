@@ -132,9 +132,9 @@ def draw_quality(evaluation: Evaluation, rows: Sequence[Result]) -> None:
     """quality.md and quality.png in the run folder."""
     folder = evaluation.out_dir
     _write(folder / 'quality.md', quality_text(rows, command_of(evaluation.config, evaluation.explicit, 'quality')) + '\n')
+    evaluation.say(f'table written to {folder / "quality.md"}')
     plot_quality(rows, [f'{name_of(row)} {row["wanted_calls"] or ""}'.strip() if 'policy' in row else name_of(row)
-                        for row in rows], folder / 'quality.png')
-    evaluation.say(f'table and picture written to {folder / "quality.md"} and {folder / "quality.png"}')
+                        for row in rows], folder / 'quality.png', evaluation.say)
 
 
 # Curves -------------------------------------------------------------------------------------------------------------
@@ -198,11 +198,11 @@ def tell_curves(evaluation: Evaluation, rows: Sequence[Result]) -> None:
     folder = evaluation.out_dir
     command = command_of(evaluation.config, evaluation.explicit, 'curves')
     _write(folder / 'curves.md', curves_text(rows, command) + '\n')
-    draw_curves(rows, folder / 'curves.png')
-    evaluation.say(f'table and picture written to {folder / "curves.md"} and {folder / "curves.png"}')
+    evaluation.say(f'table written to {folder / "curves.md"}')
+    draw_curves(rows, folder / 'curves.png', evaluation.say)
 
 
-def draw_curves(rows: Sequence[Row], picture: Path) -> None:
+def draw_curves(rows: Sequence[Row], picture: Path, say: Callable[[str], object]) -> None:
     """Reference bits at equal entropy against every cost, a line of panels per family of policies."""
     curves: dict[tuple[str, str], list[dict[str, float | None]]] = {}
     for equal in at_equal_entropy(rows):
@@ -215,7 +215,7 @@ def draw_curves(rows: Sequence[Row], picture: Path) -> None:
         families.setdefault(POLICIES[policy].make.__module__.rsplit('.', 1)[-1], []).append(
             Curve(name, {cost: [point[cost] for point in points] for cost in COSTS},
                   [point['reference_bits'] for point in points]))
-    plot_curves(families, controls, picture)
+    plot_curves(families, controls, picture, say)
 
 
 # Files --------------------------------------------------------------------------------------------------------------

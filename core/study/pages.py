@@ -28,6 +28,7 @@ DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal', 
 
 Record = dict[str, Any]  # an experiment's result, built-in types only
 Records = Mapping[str, Record]
+Say = Callable[[str], object]  # where lines for the user go
 Evaluate = Callable[[Any, Mapping[str, str]], list[Result]]  # rows, from evaluate.py's options and those given
 
 
@@ -53,11 +54,11 @@ class Section(NamedTuple):
     name: str
     experiments: Sequence[Experiment]
     text: Callable[[Records], str]
-    draw: Callable[[Records, Path], None] | None = None
+    draw: Callable[[Records, Path, Say], None] | None = None
     page: str = PAGE
 
 
-def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: Evaluate, say: Callable[[str], None]) -> None:
+def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: Evaluate, say: Say) -> None:
     """Every section of the page `config.report`, its pictures and records beside it in results/."""
     page = Path(config.report)
     pages = list(dict.fromkeys(section.page for section in sections))
@@ -85,7 +86,7 @@ def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: 
                                                                separators=(',', ':')).replace('},{', '},\n{') + '\n')
             write_between(page, *markers(section.name), section.text(records), section.page)
             if section.draw is not None:
-                section.draw(records, folder)
+                section.draw(records, folder, say)
             say(f'{section.name}: {len(records)} of {len(section.experiments)} experiments')
     kept = {section.name: read_records(folder / f'{section.name}.json') for section in sections}
     if any(kept.values()):

@@ -14,7 +14,7 @@ from core.evaluation.error_detection import DETECTORS, SHOWN_SHARE, arranged as 
 from core.evaluation.error_plots import plot_errors
 from core.evaluation.likelihood import draw as draw_likelihood
 from core.evaluation.quality_tables import REAL, Equal, at_equal_entropy, curves_text, draw_curves
-from core.study.pages import Experiment, Record, Records, Section
+from core.study.pages import Experiment, Record, Records, Say, Section
 from core.study.words import SEEDS, Row, calls_at, commands, difference, figure, signed, spread
 
 TRAIN = 'python train.py config/train_char_diffusion.py'
@@ -36,7 +36,7 @@ def main_text(records: Records) -> str:
                       f'{record["step_ms"]:.0f} ms a logged step (median). Last batch: {losses}.'])
 
 
-def draw_main(records: Records, folder: Path) -> None:
+def draw_main(records: Records, folder: Path, say: Say) -> None:
     """loss.png as the training drew it, where its checkpoint is there."""
     picture = Path('out/loss.png')
     if Path('out/ckpt_best.pt').exists() and picture.exists():
@@ -85,10 +85,10 @@ def _head_table(rows: Mapping[tuple[str, int, str], Row], policy: str) -> list[s
                            'waves - alone at 2 K', 'K alone that equals waves'], body)
 
 
-def draw_head(records: Records, folder: Path) -> None:
+def draw_head(records: Records, folder: Path, say: Say) -> None:
     """likelihood.png."""
     draw_likelihood(records['main']['rows'], 'trunk calls per 128 characters', 'nats per character',
-                    folder / 'likelihood.png')
+                    folder / 'likelihood.png', say)
 
 
 HEAD = Section('head', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'likelihood', {
@@ -184,7 +184,7 @@ def curves_section(records: Records) -> str:
 
 CURVES = Section('curves', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'curves', {
     'num_samples': 16, 'trunk_calls': [8.0, 16.0, 32.0]}),), curves_section,
-    lambda records, folder: draw_curves(records['main']['rows'], folder / 'curves.png'))
+    lambda records, folder, say: draw_curves(records['main']['rows'], folder / 'curves.png', say))
 
 
 # The sampler head in samples ----------------------------------------------------------------------------------------
@@ -256,8 +256,8 @@ def errors_text(records: Records) -> str:
 
 
 ERRORS = Section('errors', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'errors'),), errors_text,
-                 lambda records, folder: plot_errors([row for row in records['main']['rows'] if 'mask_share' in row],
-                                                     SHOWN_SHARE, folder / 'errors.png'))
+                 lambda records, folder, say: plot_errors([row for row in records['main']['rows'] if 'mask_share' in row],
+                                                          SHOWN_SHARE, folder / 'errors.png', say))
 
 
 # Training choices ---------------------------------------------------------------------------------------------------
