@@ -29,7 +29,6 @@ def main(arguments: list[str]) -> None:
         from core.bench.scaling_run import run_scaling
 
         return run_scaling([one for one in arguments if one != '--scaling'], partial(print, flush=True))
-    arguments = ['--baseline=True' if argument == '--baseline' else argument for argument in arguments]
     configuration = configure(BenchConfig, arguments, usage=__doc__)
     from core.bench.report import run_benchmark  # after the options, so that a typo is answered at once
     from core.common.runtime import resolve_device

@@ -47,9 +47,10 @@ class Configuration(Generic[Options]):
     notes: list[str]  # "config/x.py: device is 'cpu', so n_layer 6 -> 4"
 
 
-def option(default: Any, help: str, *, alias: str | None = None) -> Any:
-    """A field of an options class: its default, one line that says its unit or when to change it, and a second name."""
-    metadata = {'help': help} | ({'alias': alias} if alias else {})
+def option(default: Any, help: str, *, alias: str | None = None, bare: str | None = None) -> Any:
+    """A field of an options class: its default, one line that says its unit or when to change it, a second name, and
+    the text that `--key` alone stands for, where it may be given without a value."""
+    metadata = {'help': help} | ({'alias': alias} if alias else {}) | ({'bare': bare} if bare else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -103,7 +104,8 @@ def help_text(options: type, usage: str = '') -> str:
     lines = []
     for name, kind, entry in zip(names, kinds, keys.fields.values()):
         alias = f' (also --{entry.metadata["alias"]})' if 'alias' in entry.metadata else ''
-        lines.append(f'  {name:<{name_width}}  {kind:<{kind_width}}  {entry.metadata.get("help", "")}{alias}')
+        bare = f' (--{entry.name} alone: {keys.bare[entry.name]})' if entry.name in keys.bare else ''
+        lines.append(f'  {name:<{name_width}}  {kind:<{kind_width}}  {entry.metadata.get("help", "")}{alias}{bare}')
     head = [usage.strip(), ''] if usage.strip() else []
     return '\n'.join([*head, 'config files (*.py) and options, in any order; --key=value beats a config file:', *lines])
 
@@ -156,6 +158,7 @@ class _Keys:
     fields: dict[str, dataclasses.Field]
     types: dict[str, _Type]
     aliases: dict[str, str]  # alias -> key
+    bare: dict[str, str]  # key -> what it stands for without a value
 
     @classmethod
     def of(cls, options: type) -> '_Keys':
@@ -163,7 +166,8 @@ class _Keys:
         hints = typing.get_type_hints(options)
         aliases = {entry.metadata['alias']: key for key, entry in fields.items() if 'alias' in entry.metadata}
         assert not set(aliases) & set(fields), 'an alias is the name of another option'
-        return cls(fields, {key: _Type.of(hints[key]) for key in fields}, aliases)
+        bare = {key: entry.metadata['bare'] for key, entry in fields.items() if 'bare' in entry.metadata}
+        return cls(fields, {key: _Type.of(hints[key]) for key in fields}, aliases, bare)
 
     def find(self, name: str) -> str | None:
         return name if name in self.fields else self.aliases.get(name)
@@ -261,10 +265,12 @@ def _split_arguments(arguments: Sequence[str], keys: _Keys,
         if argument.startswith('--') and not argument.startswith('---') and equals and name:
             texts.append((name, text))
         elif argument.startswith('-'):
-            value = 'VALUE'
+            value, key = 'VALUE', keys.find(name) or name
             if not equals and waiting and not waiting[0].startswith('-') and not re.search(r'=|\.py$', waiting[0]):
                 value = waiting.pop(0)  # `--key value`: one mistake, one message
-            key = keys.find(name) or name
+            elif argument == f'--{key}' and key in keys.bare:
+                texts.append((key, keys.bare[key]))
+                continue
             hint = '' if keys.find(name) or equals else keys.nearest(name)
             form = f'--{key}={shown_name(text or value)}' if name.isidentifier() else '--batch_size=64'
             problems.append(f'{shown_name(argument)} on the {COMMAND_LINE}: options are written --key=value, '

@@ -15,13 +15,11 @@ from configurator import configure
 from core.common.errors import run_script
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import measure_help, run_evaluation
-from core.study.pages import PAGE
 from core.study.run import write_study
 
 
 def main(arguments: list[str]) -> None:
-    """Read the options and measure; `--report` alone means the page of the study."""
-    arguments = [f'--report={PAGE}' if argument == '--report' else argument for argument in arguments]
+    """Read the options and measure."""
     configuration = configure(EvaluateConfig, arguments, usage=f'{__doc__}\n{measure_help()}')
     if configuration.config.report is not None and 'measure' not in configuration.explicit:
         write_study(configuration.config)

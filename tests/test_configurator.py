@@ -25,6 +25,8 @@ class Options:
     masking_ratios: list[float] | None = option(None, 'shares')
     betas: list[float] = option([0.9, 0.95], 'two numbers')
     schedule: Literal['linear', 'cosine'] = option('linear', 'form')
+    report: str | None = option(None, 'page', bare='docs/results.md')
+    baseline: bool = option(False, 'the yardstick too', bare='True')
 
 
 def on(device):
@@ -51,6 +53,18 @@ def test_defaults_and_fresh_lists():
     first, second = configure(Options, []), configure(Options, [])
     assert first.config == Options() and first.explicit == {} and first.notes == []
     assert first.config.betas is not second.config.betas
+
+
+def test_an_option_may_be_given_bare():
+    found = configure(Options, ['--report', '--n_layer=2', '--baseline'])
+    assert found.config == Options(report='docs/results.md', n_layer=2, baseline=True)
+    assert found.explicit == dict.fromkeys(('report', 'n_layer', 'baseline'), 'command line')
+    assert configure(Options, ['--report=x.md', '--baseline=False']).config == Options(report='x.md')
+    assert configure(Options, ['--report', '--report=x.md']).config.report == 'x.md'  # the later one wins
+    assert 'here --report=x.md' in refusals(['--report', 'x.md'])[0]
+    assert 'here --compile=VALUE' in refusals(['--compile'])[0] and '--n_layer=2' in refusals(['--n_layer', '2'])[0]
+    assert '--report=VALUE' in refusals(['-report'])[0]
+    assert '--report=None' in help_text(Options) and '(--report alone: docs/results.md)' in help_text(Options)
 
 
 def test_the_command_line_reads_each_type():
@@ -203,7 +217,7 @@ def test_help_names_every_option_and_stops(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert stopped.value.code == 0 and lines[0] == 'python train.py'
     assert '\n'.join(lines) == help_text(Options, 'python train.py')
-    assert len([line for line in lines if line.startswith('  --')]) == 13
+    assert len([line for line in lines if line.startswith('  --')]) == 15
     assert any('--iterations=50' in line and 'also --diffusion_iterations' in line for line in lines)
 
 

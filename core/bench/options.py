@@ -13,7 +13,8 @@ class BenchConfig:
     shapes: str = option('small,large', 'which of them, with a comma between; medium and gpt2 are for a GPU')
     groups: str = option('training,fill,sampling,policies', 'what to measure, with a comma between')
     repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 where they take long')
-    baseline: bool = option(False, "measure the yardsticks beside: an eager float32 GPT's step, a cached causal decode")
+    baseline: bool = option(False, "measure the yardsticks beside: an eager float32 GPT's step, a cached causal decode",
+                            bare='True')
     critic_row_stride: int = option(4, 'stage 3 trains the critic on every n-th row; 4 as in the full recipe')
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(

@@ -5,6 +5,8 @@ from typing import Literal
 
 from configurator import option
 
+RESULTS_PAGE = 'docs/results.md'  # of the study
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -34,7 +36,8 @@ class EvaluateConfig:
     reference_checkpoint: str = option('out-reference/ckpt_best.pt', 'causal model that scores the samples')
     causal_checkpoint: str = option('out-ar/ckpt_best.pt', 'causal model whose samples are a control')
     report: str | None = option(
-        None, 'page whose generated part is written anew: docs/results.md or docs/remasking.md with no measure named')
+        None, 'page whose generated part is written again: docs/results.md or docs/remasking.md with no measure named',
+        bare=RESULTS_PAGE)
     # the machine
     batch_size: int = option(64, 'windows or texts at once; lower it when memory runs out, the numbers stay the same')
     seed: int = option(1337, 'random orders follow from it')

@@ -18,10 +18,9 @@ from core.common.errors import UserError
 from core.common.files import atomic_writer
 from core.common.tables import markdown_table, split_at_markers, write_between
 from core.evaluation.measure import Result
-from core.evaluation.options import EvaluateConfig
+from core.evaluation.options import RESULTS_PAGE, EvaluateConfig
 from core.evaluation.quality_tables import CURVE_COLUMNS, command_of, markers, rounded
 
-PAGE = 'docs/results.md'
 TOTAL = 'total'  # name of the markers around `total_text`
 METRICS_NAME = 'metrics.jsonl'
 DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal', 'elapsed')  # of rows but of curves
@@ -55,7 +54,7 @@ class Section(NamedTuple):
     experiments: Sequence[Experiment]
     text: Callable[[Records], str]
     draw: Callable[[Records, Path, Say], None] | None = None
-    page: str = PAGE
+    page: str = RESULTS_PAGE
 
 
 def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: Evaluate, say: Say) -> None:
