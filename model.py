@@ -3,7 +3,7 @@
 Corruption, losses and sampling live elsewhere; `forward` returns raw logits and hidden states and stores nothing.
 
 Letters: B batch, T sequence length, V vocabulary with the special ids, D = n_embd, H heads, C = sampler_context,
-W = sampler_n_embd, N positions picked out of a batch.
+W = sampler_n_embd, N positions picked out of a batch, S queries and K keys of an attention.
 """
 
 import math
@@ -37,7 +37,8 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False
     ignore_index: int = -100
-    attention_type: Literal['causal', 'bidirectional'] = 'bidirectional'
+    attention_type: Literal['causal', 'bidirectional', 'block'] = 'bidirectional'
+    block_length: tuple[int, ...] = ()  # of attention_type 'block': the lengths that a row may have
     position_encoding: Literal['absolute', 'rotary'] = 'rotary'
     mode: ModelMode = ModelMode.LANGUAGE_MODEL
     num_token_classes: int = 2
@@ -67,6 +68,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         self.mode = ModelMode(self.mode)
+        self.block_length = tuple(self.block_length)
         problems = [*self._shape_problems(), *self._head_problems()]
         if problems:
             raise ValueError('\n'.join(problems))
@@ -81,7 +83,7 @@ class GPTConfig:
                             f'{self.n_embd // self.n_head}; change one of them or take position_encoding=absolute')
         if not 0 <= self.dropout < 1:
             problems.append(f'dropout is {self.dropout}, but must lie in [0, 1)')
-        for name, choices in (('attention_type', ('causal', 'bidirectional')),
+        for name, choices in (('attention_type', ('causal', 'bidirectional', 'block')),
                               ('position_encoding', ('absolute', 'rotary')),
                               ('critic_target_scope', ('masked_only', 'masked_and_ignore')),
                               ('critic_gradient', ('trunk', 'head')), ('sampler_output', ('own', 'shared_detached'))):
@@ -97,6 +99,21 @@ class GPTConfig:
             problems.append('A sequence scorer requires cls_token_id to be configured')
         if self.mode is not ModelMode.LANGUAGE_MODEL and self.attention_type != 'bidirectional':
             problems.append(f'mode {self.mode.value} requires bidirectional attention')
+        return problems + self._block_problems()
+
+    def _block_problems(self) -> list[str]:
+        if self.attention_type != 'block':
+            return [f'block_length is {self.block_length}, but attention_type is {self.attention_type}; leave it out or '
+                    f'take attention_type=block'] if self.block_length else []
+        problems = []
+        if not self.block_length:
+            problems.append('attention_type is block, but block_length is empty; give one length, such as 8, or several')
+        problems += [f'block_length is {length}, but must divide block_size ({self.block_size})'
+                     for length in self.block_length if not 1 <= length <= self.block_size or self.block_size % length]
+        if len(set(self.block_length)) < len(self.block_length):
+            problems.append(f'block_length {list(self.block_length)} names a length twice; leave one out')
+        if self.mask_token_id is None:
+            problems.append('attention_type block requires mask_token_id to be configured')
         return problems
 
     def _head_problems(self) -> list[str]:
@@ -104,7 +121,7 @@ class GPTConfig:
         if self.add_sampler_head:
             if self.mode is not ModelMode.LANGUAGE_MODEL:
                 problems.append('Sampler head only supported for LANGUAGE_MODEL mode')
-            if self.attention_type != 'bidirectional':
+            if self.attention_type == 'causal':
                 problems.append('Sampler head requires bidirectional attention')
             if self.mask_token_id is None:
                 problems.append('Sampler head requires mask_token_id to be configured')
@@ -122,7 +139,7 @@ class GPTConfig:
         if self.add_critic_head:
             if self.mode is not ModelMode.LANGUAGE_MODEL:
                 problems.append('Critic head only supported for LANGUAGE_MODEL mode')
-            if self.attention_type != 'bidirectional':
+            if self.attention_type == 'causal':
                 problems.append('Critic head requires bidirectional attention')
             if self.mask_token_id is None:
                 problems.append('Critic head requires mask_token_id to be configured')
@@ -143,11 +160,30 @@ class GPTOutput(NamedTuple):
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the tokens read so far by a causal model, one [B, H, block_size, D / H] tensor a layer."""
+    """Keys and values of the tokens read so far by a causal or block model, one [B, H, block_size, D / H] tensor a
+    layer."""
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int = field(default=0)
+
+
+class Reading(NamedTuple):
+    """What all layers of one trunk call share. rotary: cosine and sine of the positions, [T, 1, D / 2H] each, None for
+    absolute ones; attention_mask: bool, broadcast to [B, H, S, K], True where a query sees a key, None for all (or for
+    causal order); cache: None without one."""
+
+    rotary: tuple[Tensor, Tensor] | None
+    attention_mask: Tensor | None
+    cache: KeyValueCache | None
+
+
+class Asked(NamedTuple):
+    """Which hidden states the last layer computes: of the first `length` tokens of each row, at `positions` int64 [N],
+    flat indices into [B, length], or at all of them where that is None."""
+
+    length: int
+    positions: Tensor | None
 
 
 class Norm(nn.Module):
@@ -167,9 +203,27 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
-def picked(x: Tensor, positions: Tensor | None) -> Tensor:
-    """x [B, T, D] at flat positions int64 [N]: [N, D]; x itself where positions are None."""
-    return x if positions is None else x.flatten(0, 1).index_select(0, positions)
+def picked(x: Tensor, asked: Asked | None) -> Tensor:
+    """The asked part of x [B, T, D]: [N, D], or [B, length, D] without positions; x itself where `asked` is None."""
+    if asked is None:
+        return x
+    x = x[:, :asked.length]
+    return x if asked.positions is None else x.flatten(0, 1).index_select(0, asked.positions)
+
+
+def block_attention_mask(block_length: Tensor | int, length: int, device: torch.device) -> Tensor:
+    """bool [B, 1, 2T, 2T]: who sees whom in the two streams [x_t ; x_0] of T tokens each (Arriola et al. 2025, BD3-LM,
+    section 3.1, figure 1).
+
+    A token of x_t sees its own block of x_t and the blocks of x_0 before it; a token of x_0 its own block of x_0 and
+    those before it. block_length: int64 [B], a length for each row, or one number for all (then B is 1).
+    """
+    lengths = torch.as_tensor(block_length, device=device).reshape(-1, 1)  # [B, 1]
+    block = torch.arange(length, device=device) // lengths  # [B, T]
+    own, earlier = block[:, :, None] == block[:, None, :], block[:, :, None] > block[:, None, :]  # [B, T, T]
+    noisy = torch.cat((own, earlier), dim=2)
+    clean = torch.cat((torch.zeros_like(own), own | earlier), dim=2)
+    return torch.cat((noisy, clean), dim=1)[:, None]
 
 
 class Attention(nn.Module):
@@ -185,25 +239,27 @@ class Attention(nn.Module):
         self.query_norm = Norm(config.n_embd // config.n_head)
         self.key_norm = Norm(config.n_embd // config.n_head)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
-                cache: KeyValueCache | None, layer: int, positions: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, reading: Reading, layer: int, asked: Asked | None) -> Tensor:
         B, T, D = x.shape
         query, key, value = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).unbind(2)  # [B, T, H, D/H]
         query, key = self.query_norm(query), self.key_norm(key)
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if reading.rotary is not None:
+            query, key = rotate(query, *reading.rotary), rotate(key, *reading.rotary)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H, T, D/H]
-        causal = self.causal
+        causal, mask, cache = self.causal, reading.attention_mask, reading.cache
         if cache is not None:
             cache.keys[layer][:, :, cache.length:cache.length + T] = key
             cache.values[layer][:, :, cache.length:cache.length + T] = value
             key = cache.keys[layer][:, :, :cache.length + T]
             value = cache.values[layer][:, :, :cache.length + T]
             causal = causal and cache.length == 0  # later tokens come with a mask of their own, or alone
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask,
+        if asked is not None and asked.length < T:
+            query = query[:, :, :asked.length]
+            mask = mask if mask is None or mask.size(2) == 1 else mask[:, :, :asked.length]
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
                                            dropout_p=self.dropout if self.training else 0.0,
-                                           is_causal=causal and attention_mask is None)  # [B, H, T, D/H]
-        x = self.c_proj(picked(x.transpose(1, 2).reshape(B, T, D), positions))  # [B, T, D] or [N, D]
+                                           is_causal=causal and mask is None)  # [B, H, S, D/H]
+        x = self.c_proj(picked(x.transpose(1, 2).flatten(2), asked))  # [B, S, D] or [N, D]
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -236,17 +292,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.recompute = False
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
-                cache: KeyValueCache | None, layer: int, positions: Tensor | None) -> Tensor:
-        """x [B, T, D] one layer further; with positions int64 [N], flat indices, these alone: [N, D]."""
+    def forward(self, x: Tensor, reading: Reading, layer: int, asked: Asked | None) -> Tensor:
+        """x [B, T, D] one layer further; only what is `asked`, if that is not None."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._compute, x, rotary, attention_mask, cache, layer, positions, use_reentrant=False,
+            return checkpoint(self._compute, x, reading, layer, asked, use_reentrant=False,
                               preserve_rng_state=self.mlp.dropout > 0)
-        return self._compute(x, rotary, attention_mask, cache, layer, positions)
+        return self._compute(x, reading, layer, asked)
 
-    def _compute(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention_mask: Tensor | None,
-                 cache: KeyValueCache | None, layer: int, positions: Tensor | None) -> Tensor:
-        x = picked(x, positions) + self.attn(self.ln_1(x), rotary, attention_mask, cache, layer, positions)
+    def _compute(self, x: Tensor, reading: Reading, layer: int, asked: Asked | None) -> Tensor:
+        x = picked(x, asked) + self.attn(self.ln_1(x), reading, layer, asked)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -361,32 +415,77 @@ class GPT(nn.Module):
 
         attention_mask: bool [B, T], True where a token may be attended to (False for padding).
         positions: int64 [N], flat indices into tokens; hidden states of these alone come out, [N, D], and the last
-        layer computes no others behind its attention.
+        layer computes no others after its attention.
         cache: of a causal model; tokens are then those that follow what was read, and the cache grows by T.
+        A block model reads all of the tokens as one block here; `encode_streams` and `encode_blocks` read several.
         """
         T = tokens.size(1)
         start = 0 if cache is None else cache.length
-        assert start + T <= self.config.block_size, f'{start + T} tokens in a block of {self.config.block_size}'
-        x = self.transformer['wte'](tokens)  # [B, T, D]
-        rotary = None
-        if self.config.position_encoding == 'absolute':
-            x = x + self.transformer['wpe'].weight[start:start + T]
-        else:
-            rotary = self.rotary_cosine[start:start + T], self.rotary_sine[start:start + T]
-        x = F.rms_norm(x, (x.size(-1),), eps=1e-6)
-        x = F.dropout(x, self.config.dropout, self.training)
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, T]
             if self.config.attention_type == 'causal':
                 attention_mask = attention_mask & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-        if start > 0 and T > 1:  # tokens that follow what is cached: all of that, and what stands before them here
+        if start > 0 and T > 1:  # tokens that follow what is cached: all of that, and what precedes them here
             assert attention_mask is None, 'a cache takes no padding'
             attention_mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
-        last = self.config.n_layer - 1
-        for layer, block in enumerate(self.transformer['h']):
-            x = block(x, rotary, attention_mask, cache, layer, positions if layer == last else None)
+        hidden_states = self._read(tokens, self._places(start, T), attention_mask, cache,
+                                   None if positions is None else Asked(T, positions))
         if cache is not None:
             cache.length += T
+        return hidden_states
+
+    def encode_streams(self, noisy: Tensor, clean: Tensor, block_length: Tensor | int,
+                       positions: Tensor | None = None) -> Tensor:
+        """Hidden states of a block model's tokens noisy int64 [B, T], each block given the clean text before it: one
+        trunk call of 2T tokens, [B, T, D], or [N, D] at positions int64 [N], flat indices into noisy.
+
+        clean: int64 [B, T], the same text without masks; block_length: int64 [B], or one number for all rows. With one
+        block alone there is no text before it, and noisy is read like a bidirectional model's.
+        """
+        T = noisy.size(1)
+        if isinstance(block_length, int) and block_length >= T:
+            return self.encode(noisy, positions=positions)
+        places = self._places(0, T)
+        places = places.repeat(2, *[1] * (places.dim() - 1)) if isinstance(places, Tensor) else \
+            tuple(one.repeat(2, 1, 1) for one in places)
+        return self._read(torch.cat((noisy, clean), dim=1), places,
+                          block_attention_mask(block_length, T, noisy.device), None, Asked(T, positions))
+
+    def encode_blocks(self, tokens: Tensor, block_length: int, cache: KeyValueCache, kept: int) -> Tensor:
+        """Hidden states [B, T, D] of tokens int64 [B, T] that follow what a block model's cache holds, each given its
+        own block of `block_length` positions and all that lies before it: one trunk call.
+
+        The first `kept` of the tokens, whole blocks without masks, join the cache; the others are the block in work and
+        are read again by the next call. The cache holds whole blocks.
+        """
+        T, start = tokens.size(1), cache.length
+        block = torch.arange(start + T, device=tokens.device) // block_length  # [K]
+        mask = None if start // block_length == (start + T - 1) // block_length else \
+            (block[start:, None] >= block)[None, None]  # [1, 1, T, K]
+        hidden_states = self._read(tokens, self._places(start, T), mask, cache, None)
+        cache.length += kept
+        return hidden_states
+
+    def _places(self, start: int, length: int) -> tuple[Tensor, Tensor] | Tensor:
+        """What positions start .. start + length - 1 bring in: rotary tables, or position embeddings [length, D]."""
+        stop = start + length
+        assert stop <= self.config.block_size, f'{stop} tokens in a block of {self.config.block_size}'
+        if self.config.position_encoding == 'absolute':
+            return self.transformer['wpe'].weight[start:stop]
+        return self.rotary_cosine[start:stop], self.rotary_sine[start:stop]
+
+    def _read(self, tokens: Tensor, places: tuple[Tensor, Tensor] | Tensor, attention_mask: Tensor | None,
+              cache: KeyValueCache | None, asked: Asked | None) -> Tensor:
+        """The layers on tokens [B, T] at `places`, then the final norm: [B, T, D], or what is asked."""
+        x = self.transformer['wte'](tokens)  # [B, T, D]
+        absolute = isinstance(places, Tensor)
+        if absolute:
+            x = x + places
+        x = F.rms_norm(x, (x.size(-1),), eps=1e-6)
+        x = F.dropout(x, self.config.dropout, self.training)
+        reading, last = Reading(None if absolute else places, attention_mask, cache), self.config.n_layer - 1
+        for layer, block in enumerate(self.transformer['h']):
+            x = block(x, reading, layer, asked if layer == last else None)
         return self.transformer['ln_f'](x)  # [B, T, D] or [N, D]
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> GPTOutput:

@@ -1,0 +1,143 @@
+"""Block attention: who sees whom, against a definition by loops; the cache; the two ends, causal and bidirectional."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.toys import V0, awake, toy_config
+from model import GPT, block_attention_mask
+
+T, MASK = 12, V0
+
+
+def block_model(*lengths: int, **changes) -> GPT:
+    return awake(GPT(toy_config(block_size=T, attention_type='block', block_length=lengths, n_layer=2, **changes))).eval()
+
+
+def texts(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, V0, (rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_the_mask_is_what_the_definition_says(length, block_lengths):
+    mask = block_attention_mask(torch.tensor(block_lengths), length, torch.device('cpu'))
+    assert mask.shape == (len(block_lengths), 1, 2 * length, 2 * length)
+    for row, b in enumerate(block_lengths):
+        for query in range(2 * length):
+            for key in range(2 * length):
+                noisy_query, noisy_key = query < length, key < length
+                own, other = query % length // b, key % length // b
+                if noisy_query:
+                    sees = own == other if noisy_key else other < own
+                else:
+                    sees = not noisy_key and other <= own
+                assert mask[row, 0, query, key] == sees, (b, query, key)
+
+
+@pytest.mark.parametrize('b', [1, 2, 3, 4, 6])
+def test_a_block_sees_itself_and_the_clean_text_before_it(b):
+    """Each block alone: the clean text before it and the block, read in one plain pass of block-causal attention."""
+    model, clean = block_model(b), texts(3)
+    noisy = torch.where(torch.rand(3, T, generator=torch.Generator().manual_seed(1)) < 0.6, MASK, clean)
+    together = model.encode_streams(noisy, clean, b)
+    for first in range(0, T, b):
+        cache = model.new_cache(3)
+        text = torch.cat((clean[:, :first], noisy[:, first:first + b]), dim=1)
+        alone = model.encode_blocks(text, b, cache, first)[:, first:]
+        assert torch.allclose(alone, together[:, first:first + b], atol=1e-5)
+        assert cache.length == first
+
+
+def test_rows_of_one_batch_have_their_own_lengths():
+    model, clean = block_model(2, 3, 12), texts(3)
+    noisy = clean.masked_fill(torch.rand(3, T, generator=torch.Generator().manual_seed(2)) < 0.6, MASK)
+    lengths = torch.tensor([2, 3, 12])
+    together = model.encode_streams(noisy, clean, lengths)
+    for row, b in enumerate(lengths.tolist()):
+        alone = model.encode_streams(noisy[row:row + 1], clean[row:row + 1], b)[0]
+        assert torch.allclose(together[row], alone, atol=1e-5)
+
+
+def test_picked_positions_are_those_of_the_whole():
+    model, clean = block_model(4), texts(3)
+    noisy = clean.masked_fill(torch.rand(3, T, generator=torch.Generator().manual_seed(3)) < 0.5, MASK)
+    positions = (noisy == MASK).flatten().nonzero().squeeze(1)
+    whole = model.encode_streams(noisy, clean, 4).flatten(0, 1)[positions]
+    assert torch.allclose(model.encode_streams(noisy, clean, 4, positions), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize('b', [1, 3, 4])
+def test_nothing_leaks(b):
+    """A changed clean token changes nothing in its own block of the masked stream, nor in any before it."""
+    model, clean = block_model(b), texts(1)
+    noisy = torch.full_like(clean, MASK)
+    before = model.encode_streams(noisy, clean, b)
+    for place in range(T):
+        changed = clean.clone()
+        changed[0, place] = (clean[0, place] + 1) % V0
+        after = model.encode_streams(noisy, changed, b)
+        first_after = (place // b + 1) * b
+        assert torch.equal(after[:, :first_after], before[:, :first_after])
+        assert first_after >= T or not torch.allclose(after[:, first_after:], before[:, first_after:])
+
+
+def test_one_block_is_the_bidirectional_model_to_the_last_bit():
+    model, clean = block_model(T), texts(2)
+    plain = GPT(dataclasses.replace(model.config, attention_type='bidirectional', block_length=())).eval()
+    plain.load_state_dict(model.state_dict())
+    noisy = clean.masked_fill(torch.rand(2, T, generator=torch.Generator().manual_seed(4)) < 0.5, MASK)
+    assert torch.equal(model.encode_streams(noisy, clean, T), plain.encode(noisy))
+
+
+def test_blocks_of_one_read_text_as_the_causal_model_does():
+    model, clean = block_model(1), texts(2)
+    causal = GPT(dataclasses.replace(model.config, attention_type='causal', block_length=())).eval()
+    causal.load_state_dict(model.state_dict())
+    assert torch.allclose(model.encode_blocks(clean, 1, model.new_cache(2), T), causal.encode(clean), atol=1e-5)
+
+
+@pytest.mark.parametrize('b', [1, 2, 4])
+@pytest.mark.parametrize('positions', ['rotary', 'absolute'])
+def test_the_cache_changes_nothing(b, positions):
+    """A finished block travels with the next one in work; what comes out is what two streams say of the same blocks."""
+    model, clean = block_model(b, position_encoding=positions), texts(2)
+    noisy = clean.masked_fill(torch.rand(2, T, generator=torch.Generator().manual_seed(5)) < 0.6, MASK)
+    whole, cache = model.encode_streams(noisy, clean, b), model.new_cache(2)
+    found = [model.encode_blocks(noisy[:, :b], b, cache, 0)]
+    for first in range(b, T, b):
+        call = torch.cat((clean[:, first - b:first], noisy[:, first:first + b]), dim=1)
+        found.append(model.encode_blocks(call, b, cache, b)[:, b:])
+        again = model.encode_blocks(noisy[:, first:first + b], b, cache, 0)  # a second call reads the block in work alone
+        assert torch.allclose(again, found[-1], atol=1e-5)
+    assert torch.allclose(torch.cat(found, dim=1), whole, atol=1e-5)
+
+
+def test_gradients_of_two_streams_are_those_of_one_pass_for_each_block():
+    model, clean = block_model(3).train(), texts(2)
+    noisy = clean.masked_fill(torch.rand(2, T, generator=torch.Generator().manual_seed(6)) < 0.7, MASK)
+    weight = torch.randn(2, T, model.config.n_embd, generator=torch.Generator().manual_seed(7))
+    (model.encode_streams(noisy, clean, 3) * weight).sum().backward()
+    together = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    for first in range(0, T, 3):
+        text = torch.cat((clean[:, :first], noisy[:, first:first + 3]), dim=1)
+        block = torch.arange(first + 3) // 3
+        hidden = model._read(text, model._places(0, first + 3), (block[:, None] >= block)[None, None], None, None)
+        (hidden[:, first:] * weight[:, first:first + 3]).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(parameter.grad, together[name], atol=1e-4, rtol=1e-4), name
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'block_length': ()}, 'block_length is empty'), ({'block_length': (5,)}, 'block_length is 5, but must divide'),
+    ({'block_length': (0,)}, 'block_length is 0'), ({'block_length': (24,)}, 'block_length is 24'),
+    ({'block_length': (2, 2)}, 'twice'), ({'block_length': (2,), 'mask_token_id': None}, 'requires mask_token_id'),
+    ({'attention_type': 'causal', 'block_length': (2,)}, 'leave it out')])
+def test_wrong_lengths_are_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        toy_config(**{'block_size': T, 'attention_type': 'block', **changes})
