@@ -1,7 +1,8 @@
 """Sampling utilities: pure functions that return new tensors and take their random numbers from a `RowRandom`.
 
 The sampler head's wavefront fill, independent draws, remasking, the critic's filled-in text and self-confidence. Exact
-draws from logits are in core/common/drawing.py; the loop that calls the network again and again is core/sampling/generation.py.
+draws from logits are in core/common/drawing.py; the loop that calls the network again and again is
+core/sampling/generation.py.
 
 Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, C = sampler_context, W width
 of the sampler head, N positions picked out of a batch.
@@ -9,6 +10,8 @@ of the sampler head, N positions picked out of a batch.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +25,8 @@ from core.common.randomness import Purpose, RowRandom
 from model import GPT, GPTConfig, ModelMode
 
 Order = Literal['wave', 'left_to_right']
-_CHUNK = 1 << 24  # most logits held at once by draws
+Head = Literal['none', 'wave', 'left_to_right']  # who fills: `lm_head` alone, or the sampler head in that order
+_CHUNK = 1 << 24  # most logits held at once
 
 
 # Draws from logits --------------------------------------------------------------------------------------------------
@@ -62,6 +66,40 @@ def prepare_sampler_inputs(hidden: Tensor, neighbour_tokens: Tensor, embedding_w
     embedded = embedded * (neighbour_tokens >= 0)[..., None]
     slots = (embedded[:, :context], hidden.detach()[:, None], embedded[:, context:])
     return torch.cat(slots, dim=1).flatten(1)  # [N, (2C + 1) D]
+
+
+# What is to be filled ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class FillTask:
+    """Positions to fill from one trunk call, and how to draw.
+
+    tokens int64 [B, T]; hidden_states [B, T, D] of these tokens, read at the positions alone, wherever they come from
+    (a whole call, its open positions, a call with a cache); positions bool [B, T], None for every masked one; count:
+    how many these are, where it is known (see `flat_positions`); truth int64 [B, T]: these tokens are placed in place
+    of drawn ones, so that log_probabilities are their exact likelihood.
+    """
+
+    tokens: Tensor
+    hidden_states: Tensor
+    rule: DrawRule
+    generator: RowRandom
+    positions: Tensor | None = None
+    count: int | None = None
+    purpose: Purpose = Purpose.TOKEN
+    truth: Tensor | None = None
+
+    def choice(self) -> tuple[Callable[..., Chosen], Tensor]:
+        """`choose_tokens` with its uniform numbers [B T], or `place_tokens` with the true tokens [B T]."""
+        if self.truth is None:
+            return choose_tokens, self.generator.uniform(self.purpose, self.tokens.size(1)).flatten()
+        return place_tokens, self.truth.flatten()
+
+    def seen(self, config: GPTConfig) -> Tensor | None:
+        """bool [B, V]: the ids revealed in each row, None where the rule does not ask."""
+        if self.rule.repetition_penalty == 1:
+            return None
+        return revealed_ids(self.tokens, config.vocab_size, config.mask_token_id)
 
 
 # The wavefront fill -------------------------------------------------------------------------------------------------
@@ -230,25 +268,22 @@ def draw_wave(choose: Callable[..., Chosen], model: GPT, tables: Tensor, bags: T
     return choose(logits, rule, choice, seen)
 
 
-def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
-                           positions: Tensor | None = None, order: Order = 'wave',
-                           purpose: Purpose = Purpose.TOKEN, truth: Tensor | None = None,
-                           tables: Tensor | None = None, wave: Callable[..., Chosen] = draw_wave) -> Fill:
+def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', tables: Tensor | None = None,
+                           wave: Callable[..., Chosen] = draw_wave) -> Fill:
     """Fill masked positions wave by wave through the sampler head, from one trunk call (docs/sampler.md).
 
-    tokens int64 [B, T]; hidden_states [B, T, D] of these tokens; positions bool [B, T] limits the fill to a group
-    (None: every masked position). Each token is drawn given the hidden state and the neighbours revealed so far;
-    neighbours missing or masked contribute nothing. With gradients enabled the log-probabilities keep the graph of the
-    head, and of the trunk where a token came from `lm_head`. truth int64 [B, T]: these tokens are placed in place of
-    drawn ones, so that log_probabilities are their exact likelihood. tables: `neighbour_tables` of the model, made
-    here if None; wave: `draw_wave`, or the same compiled.
+    The task's positions limit the fill to a group; visible ones among them stay. Each token is drawn given the hidden
+    state and the neighbours revealed so far; neighbours missing or masked contribute nothing. With gradients enabled
+    the log-probabilities keep the graph of the head, and of the trunk where a token came from `lm_head`. tables:
+    `neighbour_tables` of the model, made here if None; wave: `draw_wave`, or the same compiled.
     """
+    tokens, rule, hidden_states = task.tokens, task.rule, task.hidden_states
     head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, hidden_states.shape
     context, V = head.context, model.config.vocab_size
     masked = tokens == mask_token_id
-    positions = masked if positions is None else positions & masked
+    positions = masked if task.positions is None else task.positions & masked
     stage, counts = _fill_stages(model, masked, positions, hidden_states, rule,
-                                 generator.uniform(Purpose.BOOTSTRAP, T), order)
+                                 task.generator.uniform(Purpose.BOOTSTRAP, T), order)
     picked = stage.flatten().argsort(stable=True)[counts[0]:]  # [N], in the order of filling
     sizes = [size for size in counts[1:] if size]
 
@@ -260,8 +295,8 @@ def sampler_wavefront_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, ru
     neighbours = padded_positions[:, None] + _neighbour_offsets(context, tokens.device)  # [N, 2C]
     hidden = hidden_states.reshape(B * T, D)[picked]  # [N, D]
     projection = head.hidden_projection(hidden.detach())  # [N, W]
-    seen = revealed_ids(tokens, V, mask_token_id) if rule.repetition_penalty != 1 else None
-    choose, choices = _choice(generator, purpose, T, truth)
+    seen = task.seen(model.config)
+    choose, choices = task.choice()
     parts = zip(_trunk_logits(model, hidden, sizes), *(part.split(sizes) for part in (
         choices[picked], picked // T, padded_positions, neighbours, projection)))
     draws, chosen, held = [], [], 0
@@ -299,14 +334,6 @@ def _trunk_logits(model: GPT, hidden: Tensor, sizes: Sequence[int]) -> Iterator[
         first = last
 
 
-def _choice(generator: RowRandom, purpose: Purpose, length: int,
-            truth: Tensor | None) -> tuple[Callable[..., Chosen], Tensor]:
-    """`choose_tokens` with its uniform numbers [B T], or `place_tokens` with the tokens of truth [B, T]."""
-    if truth is None:
-        return choose_tokens, generator.uniform(purpose, length).flatten()
-    return place_tokens, truth.flatten()
-
-
 def _scatter_draws(tokens: Tensor, picked: Tensor, draws: Sequence[Draws], drawn: Tensor,
                    statistics: WaveStatistics | None) -> Fill:
     """`Fill` with draws put back to the flat positions `picked` of tokens [B, T]."""
@@ -328,38 +355,56 @@ def flat_positions(flags: Tensor, count: int | None) -> Tensor:
     return flags.flatten().nonzero_static(size=count).squeeze(1)
 
 
-def independent_fill(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
-                     positions: Tensor | None = None, count: int | None = None, purpose: Purpose = Purpose.TOKEN,
-                     truth: Tensor | None = None) -> Fill:
-    """Draw every masked position, or those in positions bool [B, T], from `lm_head` alone, each without the others.
+def logits_in_parts(model: GPT, hidden_states: Tensor, picked: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(part of picked int64 [n], its `lm_head` logits [n, V]) until all flat positions `picked` [N] of hidden_states
+    [B, T, D] are through: at most `_CHUNK` logits at once."""
+    hidden = hidden_states.flatten(0, 1)
+    for part in picked.split(max(1, _CHUNK // model.config.vocab_size)) if len(picked) else ():
+        yield part, model.lm_head(hidden[part])
 
-    `positions` may name visible positions too: they are redrawn. Logits are computed for these positions only. count:
-    how many these are, where it is known (see `flat_positions`). truth int64 [B, T]: these tokens are placed in place
-    of drawn ones.
+
+def independent_fill(model: GPT, task: FillTask) -> Fill:
+    """Draw the task's positions from `lm_head` alone, each without the others.
+
+    Visible positions among them are redrawn. Logits are computed for these positions only.
     """
-    B, T, D = hidden_states.shape
-    positions = tokens == model.config.mask_token_id if positions is None else positions
-    picked = flat_positions(positions, count)  # [N]
-    choose, choices = _choice(generator, purpose, T, truth)
-    seen = revealed_ids(tokens, model.config.vocab_size, model.config.mask_token_id) \
-        if rule.repetition_penalty != 1 else None
-    hidden, draws = hidden_states.reshape(B * T, D), []
-    for chunk in picked.split(max(1, _CHUNK // rule.allowed.numel())) if len(picked) else ():
-        logits = model.lm_head(hidden[chunk])  # [n, V]
-        draws.append(completed([choose(logits, rule, choices[chunk], None if seen is None else seen[chunk // T])]))
+    tokens, T = task.tokens, task.tokens.size(1)
+    positions = tokens == model.config.mask_token_id if task.positions is None else task.positions
+    picked = flat_positions(positions, task.count)  # [N]
+    (choose, choices), seen, draws = task.choice(), task.seen(model.config), []
+    for part, logits in logits_in_parts(model, task.hidden_states, picked):
+        draws.append(completed([choose(logits, task.rule, choices[part], None if seen is None else seen[part // T])]))
     return _scatter_draws(tokens, picked, draws, positions, None)
 
 
-def fill_positions(model: GPT, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom, *,
-                   use_sampler_head: bool, positions: Tensor | None = None, order: Order = 'wave',
-                   purpose: Purpose = Purpose.TOKEN, truth: Tensor | None = None) -> Fill:
-    """Fill masked positions from one trunk call's hidden states, by the wavefront or independently; with truth int64
-    [B, T] its tokens are placed, not drawn."""
-    if use_sampler_head:
-        return sampler_wavefront_fill(model, tokens, hidden_states, rule, generator, positions=positions, order=order,
-                                      purpose=purpose, truth=truth)
-    return independent_fill(model, tokens, hidden_states, rule, generator, positions=positions, purpose=purpose,
-                            truth=truth)
+# The one way from hidden states to tokens -----------------------------------------------------------------------------
+
+class Filler:
+    """How a model turns hidden states into tokens, whoever asks. head: a row of `FILLS`; wave: `draw_wave`, or the same
+    compiled. The weights stay as they are while it serves, so what follows from them alone is made once."""
+
+    def __init__(self, model: GPT, head: Head, wave: Callable[..., Chosen] = draw_wave) -> None:
+        self.model, self.head, self.wave = model, head, wave
+
+    @cached_property
+    def tables(self) -> Tensor:
+        """`neighbour_tables` of the model."""
+        return neighbour_tables(self.model)
+
+    def fill(self, task: FillTask) -> Fill:
+        """The task's positions filled."""
+        return FILLS[self.head](self, task)
+
+
+def _fill_in_waves(filler: Filler, task: FillTask) -> Fill:
+    return sampler_wavefront_fill(filler.model, task, filler.head, filler.tables, filler.wave)
+
+
+FILLS: dict[Head, Callable[[Filler, FillTask], Fill]] = {
+    'none': lambda filler, task: independent_fill(filler.model, task),
+    'wave': _fill_in_waves,
+    'left_to_right': _fill_in_waves,
+}
 
 
 def predict_and_sample_tokens(model: GPT, tokens: Tensor, rule: DrawRule, generator: RowRandom, *,
@@ -371,8 +416,8 @@ def predict_and_sample_tokens(model: GPT, tokens: Tensor, rule: DrawRule, genera
     """
     with torch.set_grad_enabled(not no_grad):
         hidden_states = model.encode(tokens)  # [B, T, D]
-        return fill_positions(model, tokens, hidden_states, rule, generator, use_sampler_head=use_sampler_head,
-                              positions=positions, order=order)
+        return Filler(model, order if use_sampler_head else 'none').fill(
+            FillTask(tokens, hidden_states, rule, generator, positions))
 
 
 # The critic's filled-in text ----------------------------------------------------------------------------------------
@@ -398,8 +443,8 @@ def build_critic_artifacts_from_logits(model: GPT, tokens: Tensor, targets: Tens
     never carry a label.
     """
     config = model.config
-    fill = fill_positions(model, tokens, hidden_states, rule, generator, use_sampler_head=use_sampler_head,
-                          purpose=Purpose.CRITIC_FILL)
+    fill = Filler(model, 'wave' if use_sampler_head else 'none').fill(
+        FillTask(tokens, hidden_states, rule, generator, purpose=Purpose.CRITIC_FILL))
     labelled = targets != config.ignore_index
     if config.pad_token_id is not None:
         labelled = labelled & (targets != config.pad_token_id) & (tokens != config.pad_token_id)

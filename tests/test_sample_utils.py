@@ -9,7 +9,7 @@ from core.common.drawing import DrawRule, allowed_ids, allowed_log_probabilities
 from core.common.errors import UserError
 from core.common.randomness import keyed
 from model import GPT, GPTConfig
-from sample_utils import (apply_remasking_step, build_critic_artifacts_from_logits, cosine_remasking_schedule,
+from sample_utils import (FillTask, apply_remasking_step, build_critic_artifacts_from_logits, cosine_remasking_schedule,
                           independent_fill, linear_remasking_schedule, nucleus_sample, predict_and_sample_tokens,
                           self_confidence)
 
@@ -162,9 +162,10 @@ def test_critic_labels(model, head, scope):
 def test_independent_draws_do_not_depend_on_the_batch_and_keep_the_graph(model):
     tokens = torch.full((4, 12), MASK)
     hidden = model.encode(tokens)
-    fill = independent_fill(model, tokens, hidden, DrawRule(ALLOWED), keyed(5, 0, 0, 4))
+    fill = independent_fill(model, FillTask(tokens, hidden, DrawRule(ALLOWED), keyed(5, 0, 0, 4)))
     for row in range(4):
-        alone = independent_fill(model, tokens[row:row + 1], hidden[row:row + 1], DrawRule(ALLOWED), keyed(5, 0, row, 1))
+        alone = independent_fill(model, FillTask(tokens[row:row + 1], hidden[row:row + 1], DrawRule(ALLOWED),
+                                                 keyed(5, 0, row, 1)))
         assert alone.tokens[0].equal(fill.tokens[row])
     kept = predict_and_sample_tokens(model, tokens, DrawRule(ALLOWED), keyed(5, 0, 0, 4), use_sampler_head=False,
                                      no_grad=False)

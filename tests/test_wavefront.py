@@ -11,7 +11,7 @@ import sample_utils
 from core.common.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw_tokens
 from core.common.randomness import RowRandom, keyed
 from model import GPT, GPTConfig
-from sample_utils import (_bootstrap_fill_by_confidence, draw_wave, group_schedule, neighbour_tables, neighbour_tokens,
+from sample_utils import (FillTask, Filler, _bootstrap_fill_by_confidence, draw_wave, group_schedule, neighbour_tokens,
                           predict_and_sample_tokens, prepare_sampler_inputs, sampler_wavefront_fill, wave_schedule)
 
 BASE, MASK, V, T = 10, 10, 14, 24
@@ -154,7 +154,7 @@ def test_the_fast_fill_is_the_plain_one(model, grouped):
     hidden, masked = model.encode(tokens), tokens == MASK
     positions = masked & (torch.arange(T) % 5 < 3) if grouped else masked
     stage = sample_utils._fill_stages(model, masked, positions, hidden, RULE, generator.uniform(9, T), 'wave')[0]
-    fill = sampler_wavefront_fill(model, tokens, hidden, RULE, generator, positions=positions if grouped else None)
+    fill = sampler_wavefront_fill(model, FillTask(tokens, hidden, RULE, generator, positions if grouped else None))
     expected, log_probabilities = slow_fill(model, tokens, hidden, generator.uniform(8, T), stage)
     assert fill.tokens.equal(expected)
     torch.testing.assert_close(fill.log_probabilities, log_probabilities)
@@ -166,7 +166,7 @@ def test_a_group_is_drawn_by_the_head_only_beside_fresh_tokens(model):
     tokens[0, 0] = 3
     positions = torch.zeros(1, T, dtype=torch.bool)
     positions[0, [1, 5, 6, 7, 12]] = True
-    fill = sampler_wavefront_fill(model, tokens, model.encode(tokens), RULE, keyed(1, 0, 0, 1), positions=positions)
+    fill = sampler_wavefront_fill(model, FillTask(tokens, model.encode(tokens), RULE, keyed(1, 0, 0, 1), positions))
     assert fill.statistics.bootstrapped == 3 and fill.statistics.tokens_per_wave == (2,)
     assert (fill.tokens != MASK).equal(positions | (tokens != MASK))
 
@@ -174,12 +174,13 @@ def test_a_group_is_drawn_by_the_head_only_beside_fresh_tokens(model):
 def test_a_row_does_not_depend_on_its_batch(model):
     tokens = some_tokens(6, seed=2)
     hidden = model.encode(tokens)
-    together = sampler_wavefront_fill(model, tokens, hidden, RULE, keyed(7, 1, 10, 6)).tokens
+    together = sampler_wavefront_fill(model, FillTask(tokens, hidden, RULE, keyed(7, 1, 10, 6))).tokens
     for row in range(6):
-        alone = sampler_wavefront_fill(model, tokens[row:row + 1], hidden[row:row + 1], RULE, keyed(7, 1, 10 + row, 1))
+        alone = sampler_wavefront_fill(model, FillTask(tokens[row:row + 1], hidden[row:row + 1], RULE,
+                                                       keyed(7, 1, 10 + row, 1)))
         assert alone.tokens[0].equal(together[row])
     order = torch.tensor([3, 0, 5])
-    some = sampler_wavefront_fill(model, tokens[order], hidden[order], RULE, RowRandom(7, 1, order + 10))
+    some = sampler_wavefront_fill(model, FillTask(tokens[order], hidden[order], RULE, RowRandom(7, 1, order + 10)))
     assert some.tokens.equal(together[order])
 
 
@@ -230,9 +231,8 @@ def test_a_wave_is_one_graph_and_draws_the_same_tokens(model):
     wave = torch.compile(draw_wave, dynamic=True, fullgraph=True, backend='eager')
     for temperature in (1.0, 0.7):
         rule = replace(RULE, temperature=temperature)
-        plain = sampler_wavefront_fill(model, tokens, hidden, rule, keyed(2, 0, 0, 4))
-        traced = sampler_wavefront_fill(model, tokens, hidden, rule, keyed(2, 0, 0, 4), tables=neighbour_tables(model),
-                                        wave=wave)
+        task = FillTask(tokens, hidden, rule, keyed(2, 0, 0, 4))
+        plain, traced = sampler_wavefront_fill(model, task), Filler(model, 'wave', wave).fill(task)
         assert torch.equal(plain.tokens, traced.tokens) and plain.statistics.waves > 1
         torch.testing.assert_close(plain.log_probabilities, traced.log_probabilities)
 
@@ -244,10 +244,11 @@ def test_the_most_logits_held_at_once_change_nothing(model, monkeypatch, tempera
     rule = replace(RULE, temperature=temperature, repetition_penalty=penalty)
     tokens = torch.full((4, T), MASK)
     hidden = model.encode(tokens)
-    whole = sampler_wavefront_fill(model, tokens, hidden, rule, keyed(2, 0, 0, 4))
+    task = FillTask(tokens, hidden, rule, keyed(2, 0, 0, 4))
+    whole = sampler_wavefront_fill(model, task)
     for most in (1, 5 * V):
         monkeypatch.setattr(sample_utils, '_CHUNK', most)
-        parts = sampler_wavefront_fill(model, tokens, hidden, rule, keyed(2, 0, 0, 4))
+        parts = sampler_wavefront_fill(model, task)
         assert torch.equal(whole.tokens, parts.tokens)
         torch.testing.assert_close(whole.log_probabilities, parts.log_probabilities)
         torch.testing.assert_close(whole.confidence, parts.confidence)

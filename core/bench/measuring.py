@@ -25,7 +25,8 @@ from core.checkpoints.run_folder import environment
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, has_fast_bfloat16, measure_matrix_rate, start_runtime
-from core.sampling.generation import GenerationSettings, Network, generate
+from core.sampling.generation import GenerationSettings, generate
+from core.sampling.network import Network
 from core.sampling.prompt import Layout
 from core.sampling.run import choose_autocast
 from model import GPT
@@ -217,7 +218,7 @@ def _timed_run(network: Network, run: PolicyRun, generator: RowRandom) -> dict[s
     config, device = network.model.config, generator.rows.device
     tokens = run.tokens.to(device)
     settings = GenerationSettings('diffusion', DrawRule(base_vocabulary(config, device), TEMPERATURE), run.policy,
-                                  use_sampler_head=run.use_sampler_head, use_critic=run.use_critic)
+                                  head='wave' if run.use_sampler_head else 'none', use_critic=run.use_critic)
     network.timer.reset()
     network.trunk_calls = network.network_calls = 0
     with network.timer.measure('run'):

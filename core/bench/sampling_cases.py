@@ -16,11 +16,12 @@ from core.bench.cases import Case, Shape, base_vocabulary, model_config, short_n
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator
-from core.sampling.generation import GenerationSettings, Method, Network, generate
+from core.sampling.generation import GenerationSettings, Method, generate
+from core.sampling.network import Network
 from core.sampling.policies import POLICIES, Policy, remask_policy
 from core.sampling.prompt import Layout
 from model import GPT, GPTConfig
-from sample_utils import linear_remasking_schedule
+from sample_utils import FillTask, linear_remasking_schedule
 
 FILL_ROWS = 16
 SAMPLING_ROWS = (1, 16)
@@ -46,7 +47,7 @@ def fill_cases(shape: Shape, device: torch.device, autocast: torch.dtype | None)
 
     def fill(number: int) -> None:
         with network.precision():
-            network.fill(tokens, hidden_states, rule, RowRandom(number, 0, rows))
+            network.filler('wave').fill(FillTask(tokens, hidden_states, rule, RowRandom(number, 0, rows)))
 
     dtype = autocast or torch.float32
     return {'trunk call': Case(trunk, tokens.numel() * model.operations_per_token(), tokens.numel(), dtype),
@@ -91,7 +92,7 @@ def _diffusion_case(network: Network, shape: Shape, rows: int, predictions: int)
     operations = predictions * network.model.operations_per_token() + \
         (1 + sum(levels)) * fill_operations(network.model.config)
     return _text_case(network, 'diffusion', shape, rows, operations,
-                      policy=remask_policy(levels, 'ratio', 0.4, True), use_sampler_head=True)
+                      policy=remask_policy(levels, 'ratio', 0.4, True), head='wave')
 
 
 def _causal_case(network: Network, shape: Shape, rows: int) -> Case:

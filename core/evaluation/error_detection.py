@@ -27,6 +27,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ from core.noise import apply_mask, draw_exact_mask
 from core.sampling.calibration import calibration_error, fit_calibration, reliability, write_calibration
 from core.validation import VALIDATION_SEED, fixed_windows
 from model import GPT, ModelMode
-from sample_utils import fill_positions, independent_fill, pseudo_log_likelihood, wrong_probabilities
+from sample_utils import FillTask, Filler, pseudo_log_likelihood, wrong_probabilities
 
 SHARES = tuple(tenths / 10 for tenths in range(1, 10))  # of positions masked
 SHOWN_SHARE = 0.5  # whose errors the printed summary and the reliability diagram are of
@@ -80,8 +81,9 @@ def one_shot(model: GPT, truth: Tensor, share: float, allowed: Tensor, generator
     mask = draw_exact_mask(generator, counts, T)
     masked = apply_mask(truth, mask, model.config.mask_token_id)
     hidden_states = model.encode(masked)
-    fill = fill_positions(model, masked, hidden_states, rule, generator, use_sampler_head=use_sampler_head)
-    alone = independent_fill(model, masked, hidden_states, rule, generator, positions=mask, truth=fill.tokens)
+    task = FillTask(masked, hidden_states, rule, generator, mask)
+    fill = Filler(model, 'wave' if use_sampler_head else 'none').fill(task)
+    alone = Filler(model, 'none').fill(replace(task, truth=fill.tokens))
     return Filled(fill.tokens, mask, fill.tokens != truth, 1 - fill.confidence.exp(), 1 - alone.confidence.exp())
 
 

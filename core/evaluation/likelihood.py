@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -31,12 +31,11 @@ from core.common.randomness import RowRandom, keyed
 from core.common.timing import TimingAccumulator
 from core.evaluation.likelihood_plots import plot_likelihood
 from core.evaluation.measure import Cell, Evaluation, Measure, Result
-from core.sampling.generation import Network
-from core.sampling.policies import POLICIES, Counts, Policy, PolicyView, Prediction
+from core.sampling.network import Network
+from core.sampling.policies import POLICIES, Counts, Open, Policy, PolicyView, Prediction
 from core.validation import bits_of, fixed_windows
-from sample_utils import fill_positions
+from sample_utils import Head
 
-Head = Literal['none', 'wave', 'left_to_right']  # who fills a step's positions: the trunk, or the head in that order
 HEADS: tuple[Head, ...] = get_args(Head)
 SCORING = tuple(name for name, row in POLICIES.items() if row.deterministic)
 POLICIES_SHOWN = 'random,left_to_right,strided'
@@ -54,7 +53,7 @@ def log_likelihood(network: Network, tokens: Tensor, policy: Policy, head: Head,
     as they do in generation, so a text's number does not depend on its batch. The trunk calls count on `network`.
     """
     assert policy.remask is None, 'a text has no likelihood under a policy that masks again'
-    model, mask_token_id, rule = network.model, network.model.config.mask_token_id, DrawRule(allowed)
+    mask_token_id, rule = network.model.config.mask_token_id, DrawRule(allowed)
     current = torch.full_like(tokens, mask_token_id)  # [B, T]
     nothing = torch.zeros_like(tokens, dtype=torch.bool)
     found = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
@@ -62,13 +61,12 @@ def log_likelihood(network: Network, tokens: Tensor, policy: Policy, head: Head,
         counts, masks = Counts(policy, [tokens.size(1)] * len(tokens), tokens.device), tokens.numel()
         for step in range(counts.limit):
             numbers = generator.at(step)
-            prediction = Prediction(model, network.encode, current, current == mask_token_id, masks, rule, numbers)
-            view = PolicyView(step, current, nothing, mask_token_id, counts.view(step), numbers, prediction, nothing,
-                              found, None)
+            prediction = Prediction(network, Open(current, current == mask_token_id, masks), rule, numbers, head)
+            view = PolicyView(step=step, tokens=current, protected=nothing, mask_token_id=mask_token_id,
+                              left=counts.view(step), generator=numbers, prediction=prediction, revealed=nothing,
+                              confidence=found, critic=None)
             masks = sum(counts.after(step))
-            fill = fill_positions(model, current, prediction.hidden_states, rule, numbers, truth=tokens,
-                                  positions=policy.reveal(view) & view.masked, use_sampler_head=head != 'none',
-                                  order='left_to_right' if head == 'left_to_right' else 'wave')
+            fill = prediction.fill(policy.reveal(view) & view.masked, truth=tokens)
             current, found = fill.tokens, found + fill.log_probabilities
     assert current.equal(tokens), 'the policy left masks behind'
     return found.sum(1)

@@ -35,7 +35,8 @@ from core.common.timing import TimingAccumulator
 from core.data.corpus import Corpus
 from core.data.vocabulary import Vocabulary
 from core.evaluation.copied_spans import CopyIndex, code_points
-from core.sampling.generation import Network, score_confidence
+from core.sampling.generation import score_confidence
+from core.sampling.network import Network
 from model import GPT
 
 SIZES = (1, 2, 3, 4, 5)  # characters of the n-grams

@@ -1,7 +1,7 @@
 """Samples of many settings and their quality: which policy, how many trunk calls, what temperature.
 
-A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by core/evaluation/text_metrics.py, beside
-controls of the same number and length. Since a lower temperature alone improves the bits under a reference model, the
+A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by
+core/evaluation/text_metrics.py, beside controls of the same number and length. Since a lower temperature alone improves the bits under a reference model, the
 settings of one policy and budget are compared at equal trigram entropy: temperature is swept and every figure
 interpolated to the entropy that real text of the same size has.
 
@@ -31,7 +31,8 @@ from core.common.timing import TimingAccumulator
 from core.data.corpus import Corpus
 from core.data.vocabulary import Vocabulary
 from core.evaluation.text_metrics import Reference
-from core.sampling.generation import GenerationSettings, Network, generate, score_confidence
+from core.sampling.generation import GenerationSettings, generate, score_confidence
+from core.sampling.network import Network
 from core.sampling.policies import POLICIES, Policy
 from core.sampling.policy_options import build_policy
 from core.sampling.prompt import lay_out_prompt
@@ -98,7 +99,8 @@ def write(writer: Writer, policy: Policy | None, temperature: float) -> Written:
     network = Network(model, TimingAccumulator(device), autocast, remasking_model=writer.remasking_model)
     newline = vocabulary.encode('\n')[0] if vocabulary.kind == 'bpe' or '\n' in vocabulary.tokens else 0
     settings = GenerationSettings('diffusion' if policy else 'standard', DrawRule(writer.allowed, temperature), policy,
-                                  use_sampler_head=writer.sampler_head, use_critic=writer.critic, start_token=newline)
+                                  head='wave' if writer.sampler_head else 'none', use_critic=writer.critic,
+                                  start_token=newline)
     texts, confidence, seconds = [], 0.0, 0.0
     firsts = range(0, writer.samples, writer.batch_size)
     for first in firsts:

@@ -15,7 +15,7 @@ from typing import NamedTuple, TextIO
 
 from torch import Tensor
 
-from core.sampling.generation import TraceStep
+from core.sampling.trace import TraceStep
 
 SECONDS_PER_FRAME = 0.05  # the least, so that the eye can follow a fast model
 COLUMNS_AT_MOST = 100

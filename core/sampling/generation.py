@@ -1,6 +1,7 @@
-"""Generation: the loop that calls the network and counts the calls, blocks beyond the block size, and the trace.
+"""Generation: the loop that calls the network, window by window, step by step.
 
-    diffusion    predict, then remask, as a policy of core/sampling/policies says; through the sampler head if there is one
+    diffusion    predict, then remask, as a policy of core/sampling/policies says; through the sampler head if there is
+                 one
     sampler      the same, but the head is required
     multinomial  every unprotected position is redrawn at each iteration from the network's own softmax
     standard     left to right; a causal model reads with a key-value cache
@@ -12,149 +13,39 @@ sampler head's waves must end.
 Letters: B rows, L sequence length, T window length (at most block_size), V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from core.common.drawing import Chosen, DrawRule, draw, revealed_ids
-from core.common.errors import UserError
+from core.common.drawing import DrawRule, draw, revealed_ids
 from core.common.randomness import Purpose, RowRandom
-from core.common.timing import TimingAccumulator
-from core.sampling.policies import Counts, Policy, PolicyView, Prediction
+from core.sampling.network import LOGITS, Network, Soundness
+from core.sampling.policies import Counts, Open, Policy, PolicyView, Prediction
 from core.sampling.prompt import Layout
-from model import GPT, KeyValueCache
-from sample_utils import (Fill, SelfConfidence, causal_confidence, draw_wave, independent_fill, neighbour_tables,
-                          sampler_wavefront_fill, self_confidence, wrong_probabilities)
+from core.sampling.trace import Event, TraceStep, Watch
+from sample_utils import Fill, FillTask, Head, SelfConfidence, causal_confidence, self_confidence
 
 Method = Literal['diffusion', 'sampler', 'multinomial', 'standard']
 
 
-class TraceStep(NamedTuple):
-    """What one step did to a window of some rows.
-
-    window: number of the block; start: its first position; step: of the window, from 0; steps: the most it can have;
-    event: 'start', 'predict' or 'remask'; rows int64 [B]: the samples' numbers; tokens int64 [B, T] after the event;
-    changed bool [B, T]: drawn by a prediction, or remasked; confidence float64 [B, T]: log-probability of each token
-    when it was drawn. On the CPU.
-    """
-
-    window: int
-    start: int
-    step: int
-    steps: int
-    event: Literal['start', 'predict', 'remask']
-    rows: Tensor
-    tokens: Tensor
-    changed: Tensor
-    confidence: Tensor
-
-
-Watch = Callable[[TraceStep], None]
-
-
-@dataclass
-class Trace:
-    """A sampling run step by step: the one record that the terminal, the JSON file and the statistics read.
-
-    protected bool [samples, L]; settings: the run's options in built-in types.
-    """
-
-    settings: dict[str, Any]
-    protected: Tensor
-    steps: list[TraceStep] = field(default_factory=list)
-
-    def add(self, step: TraceStep) -> None:
-        """Append a step; a `Watch`."""
-        self.steps.append(step)
-
-    def to_builtins(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-        """The run in built-in types for JSON; changed positions are indices into the window, confidence is in nats."""
-        return {'settings': self.settings, 'protected': [row.nonzero().squeeze(1).tolist() for row in self.protected],
-                'steps': [{'window': step.window, 'start': step.start, 'step': step.step, 'event': step.event,
-                           'samples': [{'sample': row, 'text': decode(tokens), 'tokens': tokens,
-                                        'changed': changed.nonzero().squeeze(1).tolist(),
-                                        'confidence': [round(value, 4) for value in confidence]}
-                                       for row, tokens, changed, confidence in zip(
-                                           step.rows.tolist(), step.tokens.tolist(), step.changed,
-                                           step.confidence.tolist())]}
-                          for step in self.steps]}
-
-
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate. policy: of 'diffusion' and 'sampler'; iterations: of 'multinomial'; start_token: what a causal
-    model reads before an empty prompt; block_length: the policy completes this many positions after one another
-    (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025), None for all at once; use_critic: the policy may ask
-    how wrong tokens are, of the network's remasking model or critic head."""
+    """How to generate. policy, and head, which says who fills: of 'diffusion' and 'sampler'; iterations: of
+    'multinomial'; start_token: what a causal model reads before an empty prompt; block_length: the policy completes
+    this many positions after one another (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025), None for all at
+    once; use_critic: the policy may ask how wrong tokens are, of the network's remasking model or critic head."""
 
     method: Method
     rule: DrawRule
     policy: Policy | None = None
     iterations: int = 1
-    use_sampler_head: bool = False
+    head: Head = 'none'
     use_critic: bool = False
     start_token: int = 0
     block_length: int | None = None
-
-
-class Network:
-    """A model whose calls are counted and timed.
-
-    trunk_calls: evaluations of the generator's trunk for predictions; network_calls: these and every helper's, the
-    critic's among them. One call serves a whole batch. autocast: a lower precision for the calls, or None; encode and
-    wave: the trunk call and `draw_wave` where they are not the plain ones but compiled; remasking_model: judges tokens
-    in place of the model's own critic head. The weights stay as they are while it serves.
-    """
-
-    def __init__(self, model: GPT, timer: TimingAccumulator, autocast: torch.dtype | None = None,
-                 encode: Callable[..., Tensor] | None = None, remasking_model: GPT | None = None,
-                 wave: Callable[..., Chosen] = draw_wave) -> None:
-        self.model, self.timer, self.autocast, self.remasking_model = model, timer, autocast, remasking_model
-        self._encode, self._wave = encode or model.encode, wave
-        self.compiled = encode is not None  # then every call is to have the same shape
-        self.trunk_calls = self.network_calls = 0
-
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        """The precision that the network computes in, without gradients."""
-        device = next(self.model.parameters()).device.type
-        with torch.no_grad(), torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
-            yield
-
-    def encode(self, tokens: Tensor, cache: KeyValueCache | None = None, positions: Tensor | None = None) -> Tensor:
-        """Hidden states [B, T, D], or [N, D] of positions: one trunk call, as `GPT.encode` describes it. A cache and
-        positions take the uncompiled way, since their lengths change."""
-        self.trunk_calls += 1
-        self.network_calls += 1
-        with self.timer.measure('trunk'):
-            if cache is None and positions is None:
-                return self._encode(tokens)
-            return self.model.encode(tokens, cache=cache, positions=positions)
-
-    @cached_property
-    def _tables(self) -> Tensor:
-        return neighbour_tables(self.model)
-
-    def fill(self, tokens: Tensor, hidden_states: Tensor, rule: DrawRule, generator: RowRandom,
-             positions: Tensor | None = None) -> Fill:
-        """Masked positions, or those in positions bool [B, T], through the sampler head (`sampler_wavefront_fill`)."""
-        return sampler_wavefront_fill(self.model, tokens, hidden_states, rule, generator, positions=positions,
-                                      tables=self._tables, wave=self._wave)
-
-    def critic(self, tokens: Tensor) -> Tensor:
-        """Probability [B, T] that each token is wrong, by the remasking model or else the critic head: one network
-        call, and none of the trunk."""
-        self.network_calls += 1
-        if self.remasking_model is not None:
-            with self.timer.measure('remasking model'):
-                return wrong_probabilities(self.remasking_model, tokens)
-        with self.timer.measure('critic'):
-            return self.model.critic_scores(tokens)
 
 
 class Generation(NamedTuple):
@@ -165,6 +56,8 @@ class Generation(NamedTuple):
     confidence: Tensor
     waves: int
 
+
+# Windows --------------------------------------------------------------------------------------------------------------
 
 class Window(NamedTuple):
     """Positions start .. stop - 1 of a sequence, of which those before first_new are context already written."""
@@ -187,6 +80,38 @@ def windows(length: int, block_size: int) -> list[Window]:
     return found
 
 
+@dataclass(frozen=True)
+class WindowRun:
+    """What the steps of one window of one batch have in common.
+
+    number and start: of the window; fixed bool [B, T]: prompt and carried context; generator: the batch's rows.
+    """
+
+    number: int
+    start: int
+    fixed: Tensor
+    generator: RowRandom
+    watch: Watch | None
+    soundness: Soundness
+
+    def numbers(self, step: int, steps: int) -> RowRandom:
+        """The rows' random numbers of one of `steps` steps, apart from those of all other windows."""
+        return self.generator.at(self.number * steps + step)
+
+    def tell(self, step: int, steps: int, event: Event, made: Generation, changed: Tensor | None = None) -> None:
+        """Show what one of `steps` steps did to whoever watches; changed bool [B, T], None for nothing."""
+        if self.watch is None:
+            return
+        self.soundness.require()
+        rows, tokens, changed, confidence = (part.detach().cpu() for part in (
+            self.generator.rows, made.tokens, torch.zeros_like(self.fixed) if changed is None else changed,
+            made.confidence))
+        self.watch(TraceStep(window=self.number, start=self.start, step=step, steps=steps, event=event, rows=rows,
+                             tokens=tokens, changed=changed, confidence=confidence))
+
+
+# The loop -------------------------------------------------------------------------------------------------------------
+
 def generate(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
              watch: Watch | None = None) -> Generation:
     """Write the masked positions of `layout` [B, L], one row per row of `generator`; protected ones never change."""
@@ -196,21 +121,90 @@ def generate(network: Network, layout: Layout, settings: GenerationSettings, gen
     with network.precision():
         if settings.method == 'standard' and network.model.config.attention_type == 'causal':
             return _read_on(network, layout, settings, generator, watch)
-        for index, (start, stop, first_new) in enumerate(windows(tokens.size(1), network.model.config.block_size)):
+        for number, (start, stop, first_new) in enumerate(windows(tokens.size(1), network.model.config.block_size)):
             fixed = protected[:, start:stop] | (torch.arange(start, stop, device=tokens.device) < first_new)
-            part = _WindowRun(network, settings, fixed, generator, index, start, watch, _Soundness(tokens.device))
-            if settings.method == 'multinomial':
-                result = part.resample(tokens[:, start:stop], confidence[:, start:stop])
-            elif settings.method == 'standard':
-                result = part.reveal_left_to_right(tokens[:, start:stop], confidence[:, start:stop])
-            else:
-                result = part.run_policy(tokens[:, start:stop], confidence[:, start:stop])
-            part.soundness.require()
-            assert not (result.tokens == network.model.config.mask_token_id).any(), 'masks were left behind'
-            tokens = torch.cat((tokens[:, :start], result.tokens, tokens[:, stop:]), dim=1)
-            confidence = torch.cat((confidence[:, :start], result.confidence, confidence[:, stop:]), dim=1)
-            waves += result.waves
+            window = WindowRun(number, start, fixed, generator, watch, Soundness(tokens.device))
+            made = WRITERS[settings.method](network, settings, window,
+                                            Generation(tokens[:, start:stop], confidence[:, start:stop], waves))
+            window.soundness.require()
+            assert not (made.tokens == network.model.config.mask_token_id).any(), 'masks were left behind'
+            tokens = torch.cat((tokens[:, :start], made.tokens, tokens[:, stop:]), dim=1)
+            confidence = torch.cat((confidence[:, :start], made.confidence, confidence[:, stop:]), dim=1)
+            waves = made.waves
     return Generation(tokens, confidence, waves)
+
+
+def follow_policy(network: Network, settings: GenerationSettings, window: WindowRun, made: Generation) -> Generation:
+    """The diffusion loop, over the whole window or over one block of it after another."""
+    T = made.tokens.size(1)
+    width = min(T, settings.block_length or T)
+    limit = settings.policy.limit(width)  # steps of a block; the same for every batch
+    blocks = -(-T // width)
+    window.tell(0, blocks * limit, 'start', made)
+    position = torch.arange(T, device=made.tokens.device)
+    for number in range(blocks):
+        protected = window.fixed | (position // width != number)
+        block = Block(protected, (~protected).sum(1).tolist(), number * limit, blocks * limit)
+        if any(block.sizes):
+            made = run_block(network, settings, window, block, made)
+    return made
+
+
+class Block(NamedTuple):
+    """A part of a window that is completed before the next begins.
+
+    protected bool [B, T]: all other positions, and prompt and context; sizes [B]: how many positions each row has to
+    fill; first: the number of its first step among the window's `steps`.
+    """
+
+    protected: Tensor
+    sizes: list[int]
+    first: int
+    steps: int
+
+
+def run_block(network: Network, settings: GenerationSettings, window: WindowRun, block: Block,
+              made: Generation) -> Generation:
+    """Trunk call, reveal, remask, as often as the policy says, or until no mask is left where it asks for that.
+
+    `masks` is how many positions each row has masked, None where the host would have to ask; where it knows, the
+    network reads no row without any.
+    """
+    policy, mask_token_id = settings.policy, network.model.config.mask_token_id
+    counts, masks = Counts(policy, block.sizes, made.tokens.device), block.sizes
+    finished = torch.zeros(len(made.tokens), 1, dtype=torch.bool, device=made.tokens.device)  # [B, 1]
+    for step in range(counts.limit):
+        number, remasks = block.first + step, policy.remask is not None and step < counts.limit - 1
+        numbers = window.numbers(number, block.steps)
+        prediction = Prediction(network, _open(made.tokens, block, mask_token_id, masks), settings.rule, numbers,
+                                settings.head)
+        view = PolicyView(step=step, tokens=made.tokens, protected=block.protected, mask_token_id=mask_token_id,
+                          left=counts.view(step), generator=numbers, prediction=prediction,
+                          revealed=torch.zeros_like(block.protected), confidence=made.confidence, critic=None)
+        view, drawn, waves = _reveal(network, settings, window, view, masks, counts.after(step))
+        made = Generation(view.tokens, view.confidence, made.waves + waves)
+        window.tell(number, block.steps, 'predict', made, view.revealed)
+        masks = None if masks is None else [before - count for before, count in zip(masks, drawn)]
+        if remasks:
+            with network.timer.measure('remask'):
+                remasked = policy.remask(view) & ~block.protected & ~finished
+                made = made._replace(tokens=made.tokens.masked_fill(remasked, mask_token_id))
+                masks = counts.after(step)
+        if policy.asks:
+            open = (made.tokens == mask_token_id) & ~block.protected
+            finished = finished | ~open.any(1, keepdim=True)
+            masks = open.sum(1).tolist() if masks is None else masks
+            if not any(masks):
+                break
+        if remasks:
+            window.tell(number, block.steps, 'remask', made, remasked)
+    return made
+
+
+def _open(tokens: Tensor, block: Block, mask_token_id: int, masks: list[int] | None) -> Open:
+    """The block's masked positions; masks [B]: how many each row has, where the host knows."""
+    count = None if masks is None else sum(masks)
+    return Open(tokens, (tokens == mask_token_id) & ~block.protected, count, rows_to_read(masks, tokens.device))
 
 
 def rows_to_read(masks: list[int] | None, device: torch.device) -> Tensor | None:
@@ -220,169 +214,78 @@ def rows_to_read(masks: list[int] | None, device: torch.device) -> Tensor | None
     return torch.tensor(rows, device=device) if 0 < len(rows) < len(masks or ()) else None
 
 
-class _Soundness:
-    """Whether every drawn token had a number for a log-probability: a network without numbers must not print letters.
+def _reveal(network: Network, settings: GenerationSettings, window: WindowRun, view: PolicyView,
+            masks: list[int] | None, left: list[int] | None) -> tuple[PolicyView, list[int] | None, int]:
+    """The step's draws: what the policy sees after them, how many each row has, and the number of waves.
 
-    Each step adds what it saw to `broken`, a bool on the device; the host asks once a window, or when somebody watches.
+    masks: how many positions of each row are masked, left: how many will be after the step, where the host knows.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.broken = torch.zeros((), dtype=torch.bool, device=device)
-
-    def look_at(self, log_probabilities: Tensor) -> None:
-        self.broken = self.broken | log_probabilities.isnan().any()
-
-    def require(self) -> None:
-        """UserError if anything was not a number."""
-        if bool(self.broken):
-            raise UserError("the network's logits are not numbers (NaN or infinite); the checkpoint is damaged or its "
-                            'training diverged: take an earlier one (checkpoint_name), or dtype=float32')
-
-
-@dataclass(frozen=True)
-class _WindowRun:
-    """One window of one batch: what its steps have in common. fixed bool [B, T]: prompt and carried context."""
-
-    network: Network
-    settings: GenerationSettings
-    fixed: Tensor
-    generator: RowRandom
-    window: int
-    start: int
-    watch: Watch | None
-    soundness: _Soundness
-
-    def numbers(self, step: int, steps: int) -> RowRandom:
-        """The rows' random numbers of a step, apart from those of all other windows."""
-        return self.generator.at(self.window * steps + step)
-
-    def tell(self, step: int, steps: int, event: Literal['start', 'predict', 'remask'], tokens: Tensor,
-             changed: Tensor, confidence: Tensor) -> None:
-        """Show a step to whoever watches."""
-        if self.watch is not None:
-            self.soundness.require()
-            self.watch(TraceStep(self.window, self.start, step, steps, event, *(part.detach().cpu() for part in (
-                self.generator.rows, tokens, changed, confidence))))
-
-    def run_policy(self, tokens: Tensor, confidence: Tensor) -> Generation:
-        """The diffusion loop, over the whole window or over one block of it after another."""
-        T = tokens.size(1)
-        width = min(T, self.settings.block_length or T)
-        steps = self.settings.policy.limit(width)  # of a block; the same for every batch
-        blocks = -(-T // width)
-        self.tell(0, blocks * steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
-        position, waves = torch.arange(T, device=tokens.device), 0
-        for block in range(blocks):
-            protected = self.fixed | (position // width != block)
-            sizes = (~protected).sum(1).tolist()  # how many positions each row has to fill
-            if not any(sizes):
-                continue
-            tokens, confidence, filled = self.run_block(tokens, confidence, protected, sizes, block * steps,
-                                                        blocks * steps)
-            waves += filled
-        return Generation(tokens, confidence, waves)
-
-    def run_block(self, tokens: Tensor, confidence: Tensor, protected: Tensor, sizes: list[int], first: int,
-                  steps: int) -> Generation:
-        """Trunk call, reveal, remask, as often as the policy says, or until no mask is left where it asks for that.
-
-        sizes [B]: how many positions of each row are not protected; first: the number of the block's first step among
-        the window's `steps`. `masks` is how many positions each row has masked, None where the host would have to ask;
-        where it knows, the network reads no row without any.
-        """
-        policy, mask_token_id, waves = self.settings.policy, self.network.model.config.mask_token_id, 0
-        counts, masks = Counts(policy, sizes, tokens.device), sizes
-        finished = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)  # [B, 1]
-        for step in range(counts.limit):
-            last, numbers = step == counts.limit - 1, self.numbers(first + step, steps)
-            open = (tokens == mask_token_id) & ~protected
-            prediction = Prediction(self.network.model, self.network.encode, tokens, open,
-                                    None if masks is None else sum(masks), self.settings.rule, numbers,
-                                    rows=rows_to_read(masks, tokens.device), whole=self.network.compiled)
-            view, drawn, filled = self._reveal(PolicyView(
-                step, tokens, protected, mask_token_id, counts.view(step), numbers, prediction,
-                torch.zeros_like(protected), confidence, None), masks, counts.after(step))
-            tokens, confidence, waves = view.tokens, view.confidence, waves + filled
-            self.tell(first + step, steps, 'predict', tokens, view.revealed, confidence)
-            masks = None if masks is None else [before - count for before, count in zip(masks, drawn)]
-            if policy.remask is not None and not last:
-                with self.network.timer.measure('remask'):
-                    remasked = policy.remask(view) & ~protected & ~finished
-                    tokens, masks = tokens.masked_fill(remasked, mask_token_id), counts.after(step)
-            if policy.asks:
-                open = (tokens == mask_token_id) & ~protected
-                finished = finished | ~open.any(1, keepdim=True)
-                masks = open.sum(1).tolist() if masks is None else masks
-                if not any(masks):
-                    break
-            if policy.remask is not None and not last:
-                self.tell(first + step, steps, 'remask', tokens, remasked, confidence)
-        return Generation(tokens, confidence, waves)
-
-    def _reveal(self, view: PolicyView, masks: list[int] | None,
-                left: list[int] | None) -> tuple[PolicyView, list[int] | None, int]:
-        """The step's draws: what the policy sees after them, how many each row has, and the number of waves.
-
-        masks: how many positions of each row are masked, left: how many will be after the step, where the host knows.
-        """
-        network, settings = self.network, self.settings
-        with network.timer.measure('reveal'):
-            positions = settings.policy.reveal(view)
-            if positions is None:
-                positions, drawn = view.masked, masks
-            else:
-                positions = positions & view.masked
-                drawn = positions.sum(1).tolist() if left is None else [
-                    before - after for before, after in zip(masks, left)]
-        if settings.policy.idles and drawn is not None and not any(drawn):  # so no trunk call
-            fill, waves = Fill(view.tokens, view.confidence, view.confidence, positions, None), 0
+    with network.timer.measure('reveal'):
+        positions = settings.policy.reveal(view)
+        if positions is None:
+            positions, drawn = view.masked, masks
         else:
-            hidden_states = view.prediction.hidden_states
-            with network.timer.measure('draw'):
-                count = None if drawn is None else sum(drawn)
-                fill = network.fill(view.tokens, hidden_states, settings.rule, view.generator, positions) \
-                    if settings.use_sampler_head else view.prediction.reveal(positions, count)
-            self.soundness.look_at(fill.log_probabilities)
-            waves = fill.statistics.waves if fill.statistics is not None else 0
-        critic = (lambda: network.critic(fill.tokens)) if settings.use_critic else None
-        return replace(view, tokens=fill.tokens, confidence=torch.where(fill.drawn, fill.confidence, view.confidence),
-                       revealed=fill.drawn, critic=critic), drawn, waves
+            positions = positions & view.masked
+            drawn = positions.sum(1).tolist() if left is None else [
+                before - after for before, after in zip(masks, left)]
+    if settings.policy.idles and drawn is not None and not any(drawn):  # so no trunk call
+        fill = Fill(view.tokens, view.confidence, view.confidence, positions, None)
+    else:
+        view.prediction.hidden_states  # the trunk call has a time of its own
+        with network.timer.measure('draw'):
+            fill = view.prediction.fill(positions, None if drawn is None else sum(drawn))
+        window.soundness.look_at(LOGITS, fill.log_probabilities)
+    waves = fill.statistics.waves if fill.statistics is not None else 0
+    critic = (lambda: window.soundness.look_at(network.judging, network.critic(fill.tokens))) \
+        if settings.use_critic else None
+    return replace(view, tokens=fill.tokens, confidence=torch.where(fill.drawn, fill.confidence, view.confidence),
+                   revealed=fill.drawn, critic=critic), drawn, waves
 
-    def resample(self, tokens: Tensor, confidence: Tensor) -> Generation:
-        """Multinomial: at every iteration all unprotected positions are redrawn, visible ones too."""
-        steps = self.settings.iterations
-        self.tell(0, steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
-        count = int((~self.fixed).sum())
-        for step in range(steps):
-            tokens, confidence = self._predict(tokens, confidence, ~self.fixed, count, step, steps)
-        return Generation(tokens, confidence, 0)
 
-    def reveal_left_to_right(self, tokens: Tensor, confidence: Tensor) -> Generation:
-        """A bidirectional model from left to right: each trunk call reveals the first masked position of every row."""
-        mask_token_id = self.network.model.config.mask_token_id
-        sizes = (tokens == mask_token_id).sum(1).tolist()
-        steps = max(sizes)
-        self.tell(0, steps, 'start', tokens, torch.zeros_like(self.fixed), confidence)
-        for step in range(steps):
-            masked = tokens == mask_token_id
-            first = masked & (masked.cumsum(1) == 1)
-            # one number per position serves all steps: each position is drawn once
-            count = sum(size > step for size in sizes)
-            tokens, confidence = self._predict(tokens, confidence, first, count, step, steps, self.numbers(0, 1))
-        return Generation(tokens, confidence, 0)
+def redraw(network: Network, settings: GenerationSettings, window: WindowRun, made: Generation) -> Generation:
+    """Multinomial: at every iteration all unprotected positions are redrawn, visible ones too."""
+    steps, open = settings.iterations, ~window.fixed
+    window.tell(0, steps, 'start', made)
+    count = int(open.sum())
+    for step in range(steps):
+        made = _redrawn(network, settings, window, made, open, count, window.numbers(step, steps))
+        window.tell(step, steps, 'predict', made, open)
+    return made
 
-    def _predict(self, tokens: Tensor, confidence: Tensor, positions: Tensor, count: int, step: int, steps: int,
-                 generator: RowRandom | None = None) -> tuple[Tensor, Tensor]:
-        """A trunk call and independent draws of the `count` positions; tokens and confidence afterwards."""
-        hidden_states = self.network.encode(tokens)
-        with self.network.timer.measure('draw'):
-            fill = independent_fill(self.network.model, tokens, hidden_states, self.settings.rule,
-                                    generator or self.numbers(step, steps), positions=positions, count=count)
-        self.soundness.look_at(fill.log_probabilities)
-        confidence = torch.where(positions, fill.confidence, confidence)
-        self.tell(step, steps, 'predict', fill.tokens, positions, confidence)
-        return fill.tokens, confidence
 
+def reveal_left_to_right(network: Network, settings: GenerationSettings, window: WindowRun,
+                         made: Generation) -> Generation:
+    """A bidirectional model from left to right: each trunk call reveals the first masked position of every row."""
+    mask_token_id = network.model.config.mask_token_id
+    sizes = (made.tokens == mask_token_id).sum(1).tolist()
+    steps, numbers = max(sizes), window.numbers(0, 1)  # of all steps: each position is drawn once
+    window.tell(0, steps, 'start', made)
+    for step in range(steps):
+        masked = made.tokens == mask_token_id
+        first = masked & (masked.cumsum(1) == 1)
+        count = sum(size > step for size in sizes)
+        made = _redrawn(network, settings, window, made, first, count, numbers)
+        window.tell(step, steps, 'predict', made, first)
+    return made
+
+
+def _redrawn(network: Network, settings: GenerationSettings, window: WindowRun, made: Generation, positions: Tensor,
+             count: int, numbers: RowRandom) -> Generation:
+    """A trunk call, then independent draws of the `count` positions bool [B, T]."""
+    hidden_states = network.encode(made.tokens)
+    with network.timer.measure('draw'):
+        fill = network.filler('none').fill(FillTask(made.tokens, hidden_states, settings.rule, numbers, positions,
+                                                    count))
+    window.soundness.look_at(LOGITS, fill.log_probabilities)
+    return Generation(fill.tokens, torch.where(positions, fill.confidence, made.confidence), made.waves)
+
+
+Writer = Callable[[Network, GenerationSettings, WindowRun, Generation], Generation]
+WRITERS: dict[Method, Writer] = {'diffusion': follow_policy, 'sampler': follow_policy, 'multinomial': redraw,
+                                 'standard': reveal_left_to_right}
+
+
+# Causal models --------------------------------------------------------------------------------------------------------
 
 def _read_on(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
              watch: Watch | None) -> Generation:
@@ -415,13 +318,16 @@ def _read_on(network: Network, layout: Layout, settings: GenerationSettings, gen
         if watch is not None:
             changed = torch.zeros(B, L, dtype=torch.bool)
             changed[:, position] = True
-            watch(TraceStep(0, 0, position - known, L - known, 'predict', generator.rows.cpu(),
-                            text[:, before.size(1):].cpu().clone(), changed, confidence.cpu().clone()))
-    soundness = _Soundness(text.device)
-    soundness.look_at(confidence)
+            watch(TraceStep(window=0, start=0, step=position - known, steps=L - known, event='predict',
+                            rows=generator.rows.cpu(), tokens=text[:, before.size(1):].cpu().clone(),
+                            changed=changed, confidence=confidence.cpu().clone()))
+    soundness = Soundness(text.device)
+    soundness.look_at(LOGITS, confidence)
     soundness.require()
     return Generation(text[:, before.size(1):], confidence, 0)
 
+
+# Self-confidence ------------------------------------------------------------------------------------------------------
 
 def score_confidence(network: Network, tokens: Tensor, protected: Tensor, allowed: Tensor, generator: RowRandom,
                      groups: int) -> SelfConfidence:

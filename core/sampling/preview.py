@@ -6,7 +6,8 @@ from core.common.drawing import DrawRule
 from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
 from core.data.vocabulary import Vocabulary
-from core.sampling.generation import GenerationSettings, Network, generate
+from core.sampling.generation import GenerationSettings, generate
+from core.sampling.network import Network
 from core.sampling.policies import remask_policy
 from core.sampling.prompt import Layout
 from model import GPT
@@ -26,7 +27,7 @@ def preview(model: GPT, vocabulary: Vocabulary, allowed: torch.Tensor, with_samp
     settings = GenerationSettings(
         'standard' if causal else 'diffusion', DrawRule(allowed, TEMPERATURE),
         policy=remask_policy(linear_remasking_schedule(PREDICTIONS - 1, 0.95, 0.05), 'ratio', 0.4, True),
-        use_sampler_head=with_sampler_head, start_token=newline)
+        head='wave' if with_sampler_head else 'none', start_token=newline)
     with torch.no_grad():
         written = generate(Network(model, TimingAccumulator(device)), Layout(tokens, torch.zeros_like(tokens).bool()),
                            settings, keyed(seed, 0, 0, 1, device))

@@ -27,12 +27,14 @@ from core.common.timing import TimingAccumulator, get_global_timer
 from core.data.vocabulary import Vocabulary
 from core.sampling.animation import TerminalAnimation
 from core.sampling.calibration import find_calibration
-from core.sampling.generation import GenerationSettings, Network, Trace, TraceStep, generate, score_confidence, windows
+from core.sampling.generation import GenerationSettings, generate, score_confidence, windows
+from core.sampling.network import Network
 from core.sampling.options import SampleConfig
 from core.sampling.policy_options import (DIFFUSION, build_policy, guidance_problems, model_problems, option_problems,
                                           reads_thresholds)
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.sampling.replay import write_html
+from core.sampling.trace import Trace, TraceStep
 from model import GPT
 from sample_utils import draw_wave, judge_scores
 
@@ -100,7 +102,8 @@ def _load(config: SampleConfig, explicit: Mapping[str, str]) -> _Loaded:
         calibrate = None if calibration is None else calibration.to(device).error_rate
     newline = vocabulary.encode('\n')[0] if _encodes(vocabulary, '\n') else 0
     settings = GenerationSettings(config.sampling_method, rule, build_policy(config, calibrate) if diffusing else None,
-                                  config.iterations, diffusing and sampler and config.use_sampler_head,
+                                  config.iterations,
+                                  'wave' if diffusing and sampler and config.use_sampler_head else 'none',
                                   diffusing and (critic or remasking_model is not None), newline,
                                   config.block_length)
     return _Loaded(model, remasking_model, judge, vocabulary, settings, device, said)
@@ -298,7 +301,7 @@ def _say_checks(config: SampleConfig, loaded: _Loaded, layout: Layout, say: Call
         f'may be drawn, special ids {loaded.vocabulary.base_size} to {model.config.vocab_size - 1} never')
     critic = 'replaced by the remasking model' if loaded.remasking_model is not None else \
         'on' if loaded.settings.use_critic else 'off'
-    say(f'sampler head {"on" if loaded.settings.use_sampler_head else "off"}, critic {critic}, seed {config.seed}')
+    say(f'sampler head {"off" if loaded.settings.head == "none" else "on"}, critic {critic}, seed {config.seed}')
 
 
 # The report ---------------------------------------------------------------------------------------------------------
@@ -327,7 +330,7 @@ def _report(config: SampleConfig, loaded: _Loaded, result: SamplingResult, timer
         say(text)
     say('---')
     new = int((~result.protected).sum())
-    waves = f', {result.waves} waves' if loaded.settings.use_sampler_head else ''
+    waves = f', {result.waves} waves' if loaded.settings.head != 'none' else ''
     say(f'{new} tokens in {result.seconds:.2f} s ({new / result.seconds:.0f} tokens/s), {result.trunk_calls} trunk '
         f'calls, {result.network_calls} network calls{waves}')
     if result.self_confidence is not None:

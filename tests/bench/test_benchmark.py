@@ -31,14 +31,15 @@ from core.common.runtime import Runtime
 from core.common.tables import write_between
 from core.common.timing import TimingAccumulator
 from core.objective import Objective
-from core.sampling.generation import Generation, Network
+from core.sampling.generation import Generation
+from core.sampling.network import Network
 from core.sampling.policies import POLICIES
 from core.stages import Stage
 from core.training_step import TrainingState
 from helpers.benchmark import TINY, group
 from helpers.toys import toy_plan
 from model import GPT
-from sample_utils import sampler_wavefront_fill
+from sample_utils import FillTask, Filler
 
 BEGIN, END = KIND.begin, KIND.end
 ROOT = Path(__file__).parent.parent.parent
@@ -244,8 +245,8 @@ def test_fill_operations_are_needed_and_nearly_all():
     model, tokens = GPT(config), torch.full((64, TINY.block_size), TINY.base_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         hidden_states = torch.zeros(64, TINY.block_size, TINY.n_embd)
-        sampler_wavefront_fill(model, tokens, hidden_states, DrawRule(base_vocabulary(config, torch.device('cpu'))),
-                               RowRandom(1, 0, torch.arange(64)))
+        rule = DrawRule(base_vocabulary(config, torch.device('cpu')))
+        Filler(model, 'wave').fill(FillTask(tokens, hidden_states, rule, RowRandom(1, 0, torch.arange(64))))
     ours = fill_operations(config) * tokens.numel()
     assert 0.8 * ours < counter.get_total_flops() < 1.6 * ours  # bootstrap reads all logits and spares the head its row
 

@@ -12,7 +12,8 @@ from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.timing import TimingAccumulator
 from core.evaluation.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, log_likelihood,
                                         policy_problems, window_likelihoods)
-from core.sampling.generation import GenerationSettings, Network, generate
+from core.sampling.generation import GenerationSettings, generate
+from core.sampling.network import Network
 from core.sampling.policies import POLICIES
 from core.sampling.prompt import Layout
 from core.validation import fixed_windows
@@ -171,7 +172,7 @@ def test_it_is_what_the_sampler_says_of_the_texts_that_it_draws(policy, head):
     model, rows = make_model(block_size=8), 20
     start = torch.full((rows, 8), V0)
     settings = GenerationSettings('diffusion', DrawRule(ALLOWED), POLICIES[policy].make(iterations=3),
-                                  use_sampler_head=head == 'wave')
+                                  head=head)
     generator = keyed(2, 0, 40, rows)
     made = generate(Network(model, TimingAccumulator()), Layout(start, start < 0), settings, generator)
     assert len(made.tokens.unique(dim=0)) > 8

@@ -26,7 +26,8 @@ from core.evaluation.written_samples import (DIALS, POLICY_DEFAULTS, Budget, Wri
                                              held_out_texts, load_causal, make_policy, nearest_setting,
                                              shuffled_characters, shuffled_words, write)
 from core.options import TrainConfig
-from core.sampling.generation import GenerationSettings, Network, generate
+from core.sampling.generation import GenerationSettings, generate
+from core.sampling.network import Network
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
 from core.sampling.policy_options import POLICY_OPTIONS

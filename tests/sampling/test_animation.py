@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.sampling.animation import TerminalAnimation
-from core.sampling.generation import TraceStep
+from core.sampling.trace import TraceStep
 
 LETTERS, MASK = ['a', 'b', 'c', '\n', '\x1b', '漢', 'é'], 7
 SIZE = namedtuple('Size', 'columns lines')

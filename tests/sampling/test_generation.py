@@ -9,9 +9,11 @@ from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
-from core.sampling.generation import GenerationSettings, Network, Trace, generate, score_confidence, windows
+from core.sampling.generation import GenerationSettings, generate, score_confidence, windows
+from core.sampling.network import Network
 from core.sampling.policies import Policy, remask_policy
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
+from core.sampling.trace import Trace
 from model import GPT, GPTConfig
 
 BASE, MASK, V, T = 10, 10, 14, 16
@@ -34,7 +36,7 @@ MODEL, CAUSAL = make_model(), make_model(attention_type='causal')
 
 def settings(method='diffusion', levels=(0.9, 0.5, 0.1), mode='ratio', randomness=0.4, intelligent=True, **changes):
     return GenerationSettings(method, RULE, remask_policy(levels, mode, randomness, intelligent), iterations=3,
-                              use_sampler_head=changes.pop('head', True), **changes)
+                              head='wave' if changes.pop('head', True) else 'none', **changes)
 
 
 def run(settings, length=T, rows=3, prompt=(1, 2), model=MODEL, first=0, watch=None, placement='prefix'):

@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import RowRandom, keyed
 from core.common.timing import TimingAccumulator
-from core.sampling.generation import GenerationSettings, Network, Trace, _Soundness, _WindowRun, generate, windows
+from core.sampling.generation import Block, Generation, GenerationSettings, WindowRun, generate, run_block, windows
+from core.sampling.network import Network, Soundness
 from core.sampling.options import SampleConfig
-from core.sampling.policies import POLICIES, Policy, Prediction
+from core.sampling.policies import POLICIES, Open, Policy, Prediction
 from core.sampling.policy_options import build_policy
 from core.sampling.prompt import Layout, lay_out_prompt
+from core.sampling.trace import Trace
 from model import GPT, GPTConfig
 from sample_utils import linear_remasking_schedule
 
@@ -242,7 +244,7 @@ def test_the_sampler_head_draws_what_the_policy_chose():
     """The group rule: one position of each run from the trunk, the others given their neighbours; waves at the end."""
     for name, step_of in (('random', laws.random(2, laws.waves)), ('mdlm', laws.mdlm(2, laws.waves))):
         expected = tokens_of(law_of(step_of, 2))
-        assert p_value(run(make(name, iterations=2), use_sampler_head=True)[0].tokens, expected) > ALARM
+        assert p_value(run(make(name, iterations=2), head='wave')[0].tokens, expected) > ALARM
         assert p_value(run(make(name, iterations=2))[0].tokens, expected) < 1e-6
 
 
@@ -295,7 +297,8 @@ def test_no_mask_is_left_nothing_protected_is_touched_and_calls_are_as_stated(
     policy = make(name, iterations=iterations, remdm_eta=share, confidence_threshold=share, entropy_bound=5 * share,
                   start_ratio=share, end_ratio=1 - share)
     made, network, layout = write(policy, length, rows, prompt[:length], dataclasses.replace(
-        SMALL_RULE, top_p=top_p, temperature=temperature), use_sampler_head=head, block_length=block_length)
+        SMALL_RULE, top_p=top_p, temperature=temperature), head='wave' if head else 'none',
+        block_length=block_length)
     assert (made.tokens < 10).all() and made.tokens.shape == (rows, length)
     assert made.tokens[layout.protected].equal(layout.tokens[layout.protected])
     assert (made.confidence[layout.protected] == 0).all() and (made.confidence[~layout.protected] < 0).all()
@@ -406,11 +409,12 @@ def test_a_revealed_candidate_is_the_token_that_would_be_drawn():
     tokens = torch.tensor([[10, 2, 10, 10, 4, 10, 10, 10], [10, 10, 1, 10, 10, 7, 7, 10]])
     open = (tokens == 10) & (torch.arange(8) > 0)
     chosen, rule = open & (torch.arange(8) % 3 != 1), dataclasses.replace(SMALL_RULE, top_p=0.8, repetition_penalty=1.3)
-    fresh, asked = (Prediction(SMALL, SMALL.encode, tokens, open, None, rule, keyed(4, 2, 0, 2)) for _ in range(2))
+    fresh, asked = (Prediction(Network(SMALL, TimingAccumulator()), Open(tokens, open), rule, keyed(4, 2, 0, 2))
+                    for _ in range(2))
     assert (asked.candidates.tokens[open] < 10).all() and (asked.candidates.tokens[~open] == tokens[~open]).all()
-    for taken, drawn in zip(asked.reveal(chosen, None)[:4], fresh.reveal(chosen, int(chosen.sum()))[:4]):
+    for taken, drawn in zip(asked.fill(chosen)[:4], fresh.fill(chosen, int(chosen.sum()))[:4]):
         torch.testing.assert_close(taken, drawn)
-    assert asked.reveal(chosen, None).drawn.equal(chosen)
+    assert asked.fill(chosen).drawn.equal(chosen)
 
 
 class HostReads(TorchDispatchMode):
@@ -487,14 +491,15 @@ def test_a_whole_block_runs_without_reading_the_device(name):
     policy = make(name, iterations=3)
     with FakeTensorMode():
         model = GPT(SMALL.config)
-        generator = RowRandom(1, 0, torch.arange(2))
-        part = _WindowRun(Network(model, TimingAccumulator()), GenerationSettings(
+        free = torch.zeros(2, 8, dtype=torch.bool)
+        window = WindowRun(0, 0, free, RowRandom(1, 0, torch.arange(2)), None, Soundness('cpu'))
+        settings = GenerationSettings(
             'diffusion', dataclasses.replace(SMALL_RULE, allowed=torch.ones(SMALL.config.vocab_size, dtype=torch.bool)),
-            policy, use_critic=POLICIES[name].needs_critic), torch.zeros(2, 8, dtype=torch.bool), generator, 0, 0, None,
-            _Soundness('cpu'))
+            policy, use_critic=POLICIES[name].needs_critic)
         with torch.no_grad():
-            made = part.run_block(torch.full((2, 8), 10), torch.zeros(2, 8, dtype=torch.float64), part.fixed, [8, 8], 0,
-                                  policy.limit(8))
+            made = run_block(Network(model, TimingAccumulator()), settings, window,
+                             Block(free, [8, 8], 0, policy.limit(8)),
+                             Generation(torch.full((2, 8), 10), torch.zeros(2, 8, dtype=torch.float64), 0))
     assert made.tokens.shape == (2, 8)
 
 
@@ -514,8 +519,8 @@ def test_the_loop_guards_other_blocks_and_the_prompt_from_a_careless_policy():
 @pytest.mark.parametrize('name', ['mdlm', 'remdm_cap', 'remdm_rescale', 'remdm_conf', 'remdm_loop'])
 @pytest.mark.parametrize('head', [False, True])
 def test_the_idle_cache_changes_no_token(name, head):
-    made = [write(make(name, iterations=12, idle_cache=cached, remdm_eta=0.05), 9, 2, (3,), use_sampler_head=head)
-            for cached in (True, False)]
+    made = [write(make(name, iterations=12, idle_cache=cached, remdm_eta=0.05), 9, 2, (3,),
+                  head='wave' if head else 'none') for cached in (True, False)]
     (cached, saving, _), (plain, costly, _) = made
     assert cached.tokens.equal(plain.tokens) and cached.confidence.equal(plain.confidence)
     assert costly.trunk_calls == 12 * len(windows(9, 8)) and saving.trunk_calls < 0.8 * costly.trunk_calls
@@ -534,7 +539,8 @@ def test_what_is_finished_is_computed_no_more_and_nothing_else_changes(name, hea
     lengths, read = (0, 1, 8, 3), []
     protected = torch.arange(8) >= torch.tensor(lengths)[:, None]
     settings = GenerationSettings('diffusion', SMALL_RULE, make(name, entropy_bound=0.01, confidence_threshold=0.99,
-                                                                parallel_factor=0.01), use_sampler_head=head)
+                                                                parallel_factor=0.01),
+                                  head='wave' if head else 'none')
 
     class Reader(Network):
         def encode(self, tokens, cache=None, positions=None):

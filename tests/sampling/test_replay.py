@@ -14,10 +14,12 @@ from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
-from core.sampling.generation import GenerationSettings, Network, Trace, TraceStep, generate
+from core.sampling.generation import GenerationSettings, generate
+from core.sampling.network import Network
 from core.sampling.policies import POLICIES, remask_policy
 from core.sampling.prompt import lay_out_prompt
 from core.sampling.replay import embedded_json, replay_data, write_html
+from core.sampling.trace import Trace, TraceStep
 from model import GPT, GPTConfig
 
 LETTERS = 'abcde \n<&"'

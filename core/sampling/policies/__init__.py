@@ -1,18 +1,19 @@
 """Sampling policies: which masked positions a step reveals and which positions it masks again.
 
-The loop in core/sampling/generation.py owns the network, calls it and counts the calls. A policy is a pair of functions of what
-the loop shows it; a new one is one function that builds the pair, one row of `POLICIES` and one test of its law. With a
-sampler head the positions are the policy's and the tokens the head's: it draws each group wave by wave.
+The loop in core/sampling/generation.py calls the network, which counts its calls. A policy is a pair of functions of
+what the loop shows it; a new one is one function that builds the pair, one row of `POLICIES` and one test of its law.
+With a sampler head the positions are the policy's and the tokens the head's: it draws each group wave by wave.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from core.sampling.policies import adaptive, ancestral, ordered, revising
-from core.sampling.policies.interface import Counts, Policy, PolicyView, Prediction
+from core.sampling.policies.interface import Counts, Open, Policy, PolicyView, Prediction
 from core.sampling.policies.revising import remask_policy
 
-__all__ = ['POLICIES', 'REMASKING', 'Counts', 'Policy', 'PolicyRow', 'PolicyView', 'Prediction', 'remask_policy']
+__all__ = ['POLICIES', 'REMASKING', 'Counts', 'Open', 'Policy', 'PolicyRow', 'PolicyView', 'Prediction',
+           'remask_policy']
 
 REMASKING = ('start_ratio', 'end_ratio', 'schedule_type', 'masking_ratios', 'schedule_mode', 'start_threshold',
              'end_threshold', 'intelligent_remasking', 'randomness_strength')

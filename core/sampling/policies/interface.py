@@ -6,84 +6,86 @@ Letters: B rows, T window length, V vocabulary with the special ids, N positions
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from core.common.drawing import DrawRule, allowed_log_probabilities
 from core.common.randomness import Purpose, RowRandom
-from model import GPT
-from sample_utils import Fill, flat_positions, highest_positions, independent_fill
+from core.sampling.network import Network
+from sample_utils import Fill, FillTask, Head, flat_positions, highest_positions, logits_in_parts
 
 ROUNDING = 1e-9  # added before a count is cut to a whole number, so that a cosine of 1/2 counts as one
-_CHUNK = 1 << 24  # most logits held at once
 _KEYS, _TIES = 1, 2  # streams of random numbers; stream 0 of Purpose.ORDER deals self-confidence's groups
 
 
-class Prediction:
-    """What the network says about tokens [B, T]: one trunk call, made when it is first asked for.
+class Open(NamedTuple):
+    """The masked positions that a step may fill.
 
-    model: read through its `lm_head` and `config` alone; encode makes the trunk call and counts it; open: bool [B, T],
-    the masked positions in question, and logits are computed for no others; open_count: how many these are, None where
-    the host would have to ask; whole: the network computes everything, as a compiled one must, whose shapes do not
-    change; else, where open_count is known, its last layer computes the open positions alone, and it reads none but
-    rows int64 [R], those that have any, or None for every row. Nothing is computed twice: what a policy asked for is
-    kept for this step.
+    tokens int64 [B, T]; positions bool [B, T]; count: how many these are, None where the host would have to ask; rows
+    int64 [R]: the rows that have any, None for every row.
     """
 
-    def __init__(self, model: GPT, encode: Callable[..., Tensor], tokens: Tensor, open: Tensor, open_count: int | None,
-                 rule: DrawRule, generator: RowRandom, *, rows: Tensor | None = None, whole: bool = False) -> None:
-        self._model, self._encode, self._tokens, self._rows = model, encode, tokens, rows
-        self._open, self._open_count, self._whole = open, open_count, whole or open_count is None
-        self._rule, self._generator = rule, generator
-        self._candidates: Fill | None = None
+    tokens: Tensor
+    positions: Tensor
+    count: int | None = None
+    rows: Tensor | None = None
+
+
+class Prediction:
+    """What the network says about open positions: one trunk call, made when it is first asked for.
+
+    Logits are computed for the open positions and no others. A compiled network, whose shapes do not change, computes
+    every position; another one, where the count is known, computes the open ones alone in its last layer and reads only
+    the rows that have any. Nothing is computed twice: what a policy asked for is kept for this step. head: who fills.
+    """
+
+    def __init__(self, network: Network, open: Open, rule: DrawRule, generator: RowRandom, head: Head = 'none') -> None:
+        self._network, self._open, self._rule, self._generator, self._head = network, open, rule, generator, head
 
     @cached_property
     def hidden_states(self) -> Tensor:
         """[B, T, D], of the open positions; elsewhere nothing to build on."""
-        if self._whole:
-            return self._encode(self._tokens)
-        picked = within = flat_positions(self._open, self._open_count)  # [N]
-        tokens = self._tokens
-        if self._rows is not None:
-            tokens, within = tokens[self._rows], flat_positions(self._open[self._rows], self._open_count)  # [R, T], [N]
-        found = self._encode(tokens, positions=within)  # [N, D]
-        hidden = found.new_zeros(self._tokens.numel(), found.size(-1)).index_copy_(0, picked, found)  # [B T, D]
-        return hidden.view(*self._tokens.shape, -1)
+        tokens, positions, count, rows = self._open
+        if self._network.compiled or count is None:
+            return self._network.encode(tokens)
+        picked = within = flat_positions(positions, count)  # [N]
+        read = tokens
+        if rows is not None:
+            read, within = tokens[rows], flat_positions(positions[rows], count)  # [R, T], [N]
+        found = self._network.encode(read, positions=within)  # [N, D]
+        hidden = found.new_zeros(tokens.numel(), found.size(-1)).index_copy_(0, picked, found)  # [B T, D]
+        return hidden.view(*tokens.shape, -1)
 
-    @property
+    @cached_property
     def candidates(self) -> Fill:
         """A token drawn for every open position, each without the others, from the step's own random numbers: if a
         position is then revealed without the sampler head, this is the token that it gets."""
-        if self._candidates is None:
-            self._candidates = self._draw(self._open, self._open_count)
-        return self._candidates
+        return self._network.filler('none').fill(self._task(self._open.positions, self._open.count))
 
-    def reveal(self, positions: Tensor, count: int | None) -> Fill:
-        """The open `positions` bool [B, T], `count` of them if that is known, filled, each without the others; with
-        its candidate where there is one."""
-        made = self._candidates
-        if made is None:
-            return self._draw(positions, count)
-        return Fill(torch.where(positions, made.tokens, self._tokens),
+    def fill(self, positions: Tensor, count: int | None = None, truth: Tensor | None = None) -> Fill:
+        """The open `positions` bool [B, T] filled, `count` of them if that is known: by the sampler head where there is
+        one, else each without the others, with its candidate where there is one; truth: see `FillTask`."""
+        if self._head != 'none' or truth is not None or 'candidates' not in self.__dict__:
+            return self._network.filler(self._head).fill(self._task(positions, count, truth))
+        made = self.candidates
+        return Fill(torch.where(positions, made.tokens, self._open.tokens),
                     torch.where(positions, made.log_probabilities, 0.0),
                     torch.where(positions, made.confidence, 0.0), positions, None)
 
-    def _draw(self, positions: Tensor, count: int | None) -> Fill:
-        return independent_fill(self._model, self._tokens, self.hidden_states, self._rule, self._generator,
-                                positions=positions, count=count)
+    def _task(self, positions: Tensor, count: int | None, truth: Tensor | None = None) -> FillTask:
+        return FillTask(self._open.tokens, self.hidden_states, self._rule, self._generator, positions, count,
+                        truth=truth)
 
     def measure(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """float64 [B, T]: `of` maps log-probabilities [N, V] (temperature 1, nothing cut) of the open positions to
         numbers [N]; 0 elsewhere."""
-        B, T, D = self.hidden_states.shape
-        picked = flat_positions(self._open, self._open_count)  # [N]
-        hidden = self.hidden_states.reshape(B * T, D)
-        found = torch.zeros(B * T, dtype=torch.float64, device=hidden.device)
-        for chunk in picked.split(max(1, _CHUNK // self._rule.allowed.numel())) if len(picked) else ():
-            values = of(allowed_log_probabilities(self._model.lm_head(hidden[chunk]), self._rule.allowed))  # [n]
-            found = found.index_put((chunk,), values)
-        return found.view(B, T)
+        picked = flat_positions(self._open.positions, self._open.count)  # [N]
+        found = torch.zeros(self._open.tokens.numel(), dtype=torch.float64, device=picked.device)
+        for part, logits in logits_in_parts(self._network.model, self.hidden_states, picked):
+            found = found.index_put((part,), of(allowed_log_probabilities(logits, self._rule.allowed)))
+        return found.view(self._open.tokens.shape)
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,8 @@ class Counts:
 
 
 def equal_shares(iterations: int) -> Callable[[int, int], int]:
-    """A policy's `left` where n positions come in `iterations` equal shares: n // iterations each, one more in the first
-    n % iterations steps; with more steps than positions one each."""
+    """A policy's `left` where n positions come in `iterations` equal shares: n // iterations each, one more in the
+    first n % iterations steps; with more steps than positions one each."""
     def left(step: int, size: int) -> int:
         return size - (step + 1) * (size // iterations) - min(step + 1, size % iterations)
 
