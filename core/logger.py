@@ -6,7 +6,6 @@ and can never stop a run. Only rank 0 says anything.
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from core.common.files import write_whole
 
 METRICS_NAME = 'metrics.jsonl'
 WANDB_FAILURES_BORNE = 5  # consecutive log calls that may fail before W&B is left for the rest of the run
@@ -143,12 +144,7 @@ def rewind_metrics(path: Path, start_iteration: int) -> None:
     kept = b''.join(line + b'\n' for line, record in _whole_lines(path) if record['iteration'] < start_iteration)
     if kept == path.read_bytes():
         return
-    temporary = path.with_name(path.name + '.tmp')
-    with temporary.open('wb') as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, kept)
 
 
 def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.common.errors import UserError
-from core.common.files import atomic_writer
+from core.common.files import write_whole
 from core.common.tables import split_at_markers, write_between
 
 PAGE = 'docs/performance.md'
@@ -68,8 +68,7 @@ def show_and_write(config: Any, record: Mapping[str, Any], text: str, kind: Reco
     """Print the tables, and write record and tables where the options json and report say."""
     say(f'\n{text}')
     if config.json is not None:
-        with atomic_writer(Path(config.json)) as file:
-            file.write((json.dumps(record, indent=1) + '\n').encode())
+        write_whole(Path(config.json), json.dumps(record, indent=1) + '\n')
         say(f'record written to {config.json}')
     if config.report is not None:
         write_between(Path(config.report), kind.begin, kind.end, text, PAGE)

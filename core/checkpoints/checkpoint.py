@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import excerpt, shown, shown_name
-from core.common.files import atomic_writer, unwritable
+from core.common.files import atomic_files, atomic_writer, unwritable
 from core.data.corpus import file_hash
 from model import GPT, GPTConfig
 
@@ -404,10 +404,9 @@ def export_checkpoint(path: Path | str, folder: Path | str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
-    with atomic_writer(folder / WEIGHTS_FILE) as file:
-        file.write(data)
-    with atomic_writer(folder / CONFIG_FILE) as file:
-        file.write(json.dumps(_to_json(description), indent=2, ensure_ascii=False).encode())
+    with atomic_files([folder / WEIGHTS_FILE, folder / CONFIG_FILE]) as (weights, described):
+        weights.write(data)
+        described.write(json.dumps(_to_json(description), indent=2, ensure_ascii=False).encode())
     return folder
 
 

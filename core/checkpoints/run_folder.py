@@ -21,7 +21,7 @@ import torch
 
 from core.checkpoints.checkpoint import HOW_TO_TRAIN, Checkpoint, CheckpointSummary, save_checkpoint, verify_checkpoint
 from core.common.errors import UserError
-from core.common.files import TEMPORARY_SUFFIX, atomic_writer, unwritable
+from core.common.files import TEMPORARY_SUFFIX, unwritable, write_whole
 
 LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_previous.pt', 'ckpt_best.pt'
 LOCK_FILE = 'run.lock'
@@ -132,8 +132,7 @@ class RunFolder:
     def write_description(self, config: Mapping[str, object]) -> None:
         """Write config.json (`config`, the run's options) and environment.json (of `environment`)."""
         for name, values in (('config.json', config), ('environment.json', environment())):
-            with atomic_writer(self.path / name) as file:
-                file.write((json.dumps(values, indent=2, ensure_ascii=False) + '\n').encode())
+            write_whole(self.path / name, json.dumps(values, indent=2, ensure_ascii=False) + '\n')
 
     def _sync(self) -> None:
         descriptor = os.open(self.path, os.O_RDONLY)

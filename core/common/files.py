@@ -1,58 +1,197 @@
-"""Files that are whole or absent, whatever fails while they are written."""
+"""The one way in which the program writes files: whole or not at all, whatever fails meanwhile, and nothing but files.
+
+    write_whole(path, text_or_bytes)                         one file at once
+    with atomic_writer(path) as file: ...                    one file in parts
+    with atomic_files([first, second]) as (one, two): ...    several that get their names together, in this order
+
+A new file is written under a temporary name beside its place, brought to the disk, and renamed onto a regular file or
+onto nothing. Symbolic links stay and their targets are replaced; devices, pipes and the process's own output streams
+are written to. A process that is killed leaves `<name>.<token>.saving.tmp`.
+"""
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import stat
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from core.common.errors import UserError
 
 TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves behind
+LONGEST_STEM = 120  # bytes of a name that its temporary name repeats; a name may have 255 with all that follows
+NOT_OFFERED = frozenset(getattr(errno, name) for name in ('EINVAL', 'ENOSYS', 'ENOTSUP', 'EOPNOTSUPP', 'ENOLCK', 'EBADF')
+                        if hasattr(errno, name))  # of an fsync or a lock that a file system does not have
+_said: set[str] = set()  # what was said once
+
+
+class NewFile:
+    """A file on its way to `path`: `file` takes its bytes, `finish` brings them to the disk, `settle` gives the name.
+
+    Until `settle` an earlier `path` is as it was; `discard` gives up. Where `path` is a device, a pipe or a stream of
+    this process there is nothing to rename, and the bytes go there at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where `path` cannot be written."""
+        self.path, self.temporary = path, None
+        stream = _own_stream(path)
+        if stream is not None:
+            getattr(sys, ('stdin', 'stdout', 'stderr')[stream]).flush()
+            self.file: BinaryIO = os.fdopen(os.dup(stream), 'wb')  # shares the stream's position
+            return
+        mode = _mode(path)
+        if mode is not None and not stat.S_ISREG(mode):
+            self.file = open(path, 'wb')  # raises for a folder
+            return
+        if mode is not None and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, 'it is write-protected', str(path))
+        self.target = Path(os.path.realpath(path))
+        self.temporary = temporary_name(self.target)
+        self.file = open(self.temporary, 'xb')
+        if mode is not None:
+            with suppress(OSError):
+                os.chmod(self.temporary, stat.S_IMODE(mode))
+
+    def finish(self, verify: Callable[[Path], object] | None = None) -> None:
+        """Bring all to the disk and let `verify` read it back; nothing more can be written."""
+        self.file.flush()
+        if self.temporary is not None:
+            _sync(self.file.fileno(), self.target.parent)
+        self.file.close()
+        if verify is not None and self.temporary is not None:
+            verify(self.temporary)
+
+    def settle(self) -> None:
+        """Give the finished file its name."""
+        if self.temporary is not None:
+            os.replace(self.temporary, self.target)
+            self.temporary = None
+            sync_folder(self.target.parent)
+
+    def discard(self) -> None:
+        """Remove what has not settled; never raises."""
+        with suppress(OSError):
+            self.file.close()
+        if self.temporary is not None:
+            with suppress(OSError):  # a folder that fails now has raised already
+                self.temporary.unlink()
 
 
 @contextmanager
 def atomic_writer(path: Path, verify: Callable[[Path], object] | None = None) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` only when all of it is on the disk and `verify` has not objected.
 
-    Whatever fails, the earlier `path` stays as it was and the temporary file beside it is removed; a process that is
-    killed leaves one named *.saving.tmp. Raises UserError where the disk is full or the folder is not writable.
+    Whatever fails, the earlier `path` stays as it was. Raises UserError where the disk is full or the folder is not
+    writable.
     """
-    temporary = path.with_name(f'{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}')
+    with atomic_files([path], verify) as (file,):
+        yield file
+
+
+@contextmanager
+def atomic_files(paths: Sequence[Path], verify: Callable[[Path], object] | None = None) -> Iterator[list[BinaryIO]]:
+    """Binary files that become `paths`, in this order, only when all of them are on the disk and `verify` has not
+    objected to one. Whatever fails before, the earlier files stay as they were; as `atomic_writer` otherwise.
+    """
+    with ExitStack() as cleaning:
+        at = Path(paths[0])
+        try:
+            files = []
+            for at in map(Path, paths):
+                files.append(NewFile(at))
+                cleaning.callback(files[-1].discard)
+            yield [one.file for one in files]
+            for step in (lambda one: one.finish(verify), NewFile.settle):
+                for one in files:
+                    at = one.path
+                    step(one)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has gone, which is no fault of the file
+        except OSError as error:
+            raise unwritable(at, error) from error
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Let `path` hold `data`, text as UTF-8; as `atomic_writer`."""
+    with atomic_writer(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def temporary_name(path: Path) -> Path:
+    """A new name beside `path` for what is to become it."""
+    stem = os.fsdecode(os.fsencode(path.name)[:LONGEST_STEM])
+    return path.with_name(f'{stem}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}')
+
+
+def sync_folder(folder: Path) -> None:
+    """Put renames in `folder` on the disk, where the system can: not on Windows, nor on some network drives."""
+    if os.name != 'posix':
+        return
     try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if verify is not None:
-            verify(temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # a folder that may be written to and not read has no handle to sync
+    try:
+        _sync(descriptor, folder)
     finally:
-        _remove_quietly(temporary)
+        os.close(descriptor)
+
+
+def say_once(text: str) -> None:
+    """A line on stderr that is not said a second time."""
+    if text not in _said and sys.stderr is not None:
+        _said.add(text)
+        with suppress(OSError, ValueError):
+            print(text, file=sys.stderr)
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """The words for a file that could not be written."""
-    cure = 'free some space' if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else \
-        'choose a folder you may write to (--out_dir=...)'
+    cure = _CURES.get(error.errno, 'choose a folder you may write to')
     return UserError(f'cannot write {path}: {error.strerror or error}; {cure}; what was saved before is unchanged')
 
 
-def _remove_quietly(path: Path) -> None:
+_CURES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), 'free some space'),
+    errno.EFBIG: 'free some space, or raise the limit on the size of files',
+    errno.ENOENT: 'create its folder first',
+    errno.ENOTDIR: 'what should be its folder is a file; choose another place',
+    errno.EISDIR: 'it is a folder; name a file',
+    errno.EEXIST: 'a file of that name is in the way; choose another name',
+    errno.ENAMETOOLONG: 'shorten the name',
+    errno.ELOOP: 'a symbolic link leads to itself; remove it',
+    errno.EIO: 'the disk or its connection fails; choose another one',
+    errno.EMFILE: 'too many files are open; raise the limit (ulimit -n)',
+}
+
+
+def _mode(path: Path) -> int | None:
+    """The kind and permissions of what `path` leads to; None where there is nothing."""
     try:
-        path.unlink()
-    except OSError:
-        pass  # it was renamed, or never made; a folder that fails now has raised already
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a rename on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _own_stream(path: Path) -> int | None:
+    """The number of this process's output stream that `path` is, such as /dev/stdout, if it is one."""
+    for stream, opened in ((1, sys.stdout), (2, sys.stderr)):
+        with suppress(OSError):
+            if opened is not None and os.path.samestat(os.fstat(stream), os.stat(path)):
+                return stream
+    return None
+
+
+def _sync(descriptor: int, folder: Path) -> None:
+    """fsync; a file system that has none goes without, which is said."""
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        say_once(f'the file system of {folder} cannot be told to keep what is written; a power cut may lose the last '
+                 f'files')

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.common.errors import UserError
-from core.common.files import atomic_writer
+from core.common.files import write_whole
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -18,8 +18,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 def write_between(path: Path, begin: str, end: str, text: str, usual: str) -> None:
     """Put `text` between the marker lines of `path`; all else stays. Atomic."""
     before, after = split_at_markers(path, begin, end, usual)
-    with atomic_writer(path) as file:
-        file.write(f'{before}{begin}\n\n{text}\n\n{end}{after}'.encode())
+    write_whole(path, f'{before}{begin}\n\n{text}\n\n{end}{after}')
 
 
 def split_at_markers(path: Path, begin: str, end: str, usual: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.checkpoints.checkpoint import Checkpoint
 from core.common.errors import UserError
-from core.common.files import atomic_writer
+from core.common.files import write_whole
 from core.common.runtime import Runtime
 from core.data.corpus import Corpus
 from core.data.vocabulary import Vocabulary
@@ -97,8 +97,7 @@ class ResultCache:
         entries[_key(checkpoint_hash, measure, settings)] = {'checkpoint': checkpoint_hash, 'measure': measure,
                                                              'settings': settings, 'result': result}
         text = json.dumps({'format': CACHE_FORMAT, 'results': entries}, indent=1, allow_nan=False)
-        with atomic_writer(self.path) as file:
-            file.write(text.encode() + b'\n')
+        write_whole(self.path, text + '\n')
 
     def _read(self) -> dict[str, Result]:
         if not self.path.exists():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.common.files import atomic_writer
+from core.common.files import write_whole
 from core.common.tables import markdown_table, split_at_markers, write_between
 from core.evaluation.measure import Evaluation, Result
 from core.evaluation.options import EvaluateConfig
@@ -131,7 +131,7 @@ def quality_text(rows: Sequence[Row], command: str) -> str:
 def draw_quality(evaluation: Evaluation, rows: Sequence[Result]) -> None:
     """quality.md and quality.png in the run folder."""
     folder = evaluation.out_dir
-    _write(folder / 'quality.md', quality_text(rows, command_of(evaluation.config, evaluation.explicit, 'quality')) + '\n')
+    write_whole(folder / 'quality.md', quality_text(rows, command_of(evaluation.config, evaluation.explicit, 'quality')) + '\n')
     evaluation.say(f'table written to {folder / "quality.md"}')
     plot_quality(rows, [f'{name_of(row)} {row["wanted_calls"] or ""}'.strip() if 'policy' in row else name_of(row)
                         for row in rows], folder / 'quality.png', evaluation.say)
@@ -197,7 +197,7 @@ def tell_curves(evaluation: Evaluation, rows: Sequence[Result]) -> None:
     """curves.md and curves.png in the run folder."""
     folder = evaluation.out_dir
     command = command_of(evaluation.config, evaluation.explicit, 'curves')
-    _write(folder / 'curves.md', curves_text(rows, command) + '\n')
+    write_whole(folder / 'curves.md', curves_text(rows, command) + '\n')
     evaluation.say(f'table written to {folder / "curves.md"}')
     draw_curves(rows, folder / 'curves.png', evaluation.say)
 
@@ -267,10 +267,5 @@ def _publish(evaluation: Evaluation, measure: str, record: Result, text: Callabl
     page = Path(evaluation.config.report)
     write_between(page, *markers(measure), text(record), PAGE)
     (page.parent / 'results').mkdir(exist_ok=True)
-    _write(page.parent / 'results' / f'{measure}.json', json.dumps(record, indent=1, ensure_ascii=False) + '\n')
+    write_whole(page.parent / 'results' / f'{measure}.json', json.dumps(record, indent=1, ensure_ascii=False) + '\n')
     evaluation.say(f'{measure} written to {page} and {page.parent / "results" / measure}.json')
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_writer(path) as file:
-        file.write(text.encode())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.checkpoints.checkpoint import checkpoint_hash
 from core.common.errors import UserError
-from core.common.files import atomic_writer
+from core.common.files import write_whole
 
 CALIBRATION_NAME = 'calibration.json'
 CALIBRATION_FORMAT = 1
@@ -116,8 +116,7 @@ def write_calibration(checkpoint: Path, digest: str, fitted: Mapping[str, Any]) 
     in calibration.json beside the file `checkpoint` of SHA-256 `digest`; atomic. Returns its path."""
     path = checkpoint.parent / CALIBRATION_NAME
     text = json.dumps({'format': CALIBRATION_FORMAT, 'checkpoint': digest, **fitted}, indent=1, allow_nan=False)
-    with atomic_writer(path) as file:
-        file.write(text.encode() + b'\n')
+    write_whole(path, text + '\n')
     return path
 
 

@@ -2,7 +2,6 @@
 """
 
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from core.checkpoints.heads import started_heads
 from core.checkpoints.helpers import load_judge, load_remasking_model, require_block
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError, raise_problems
+from core.common.files import write_whole
 from core.common.randomness import RowRandom
 from core.common.runtime import DTYPES, resolve_device
 from core.common.timing import TimingAccumulator, get_global_timer
@@ -151,10 +151,10 @@ def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Callabl
     result = _sample(config, loaded, timer, say)
     _report(config, loaded, result, timer, say)
     if config.output_file is not None:
-        _write(Path(config.output_file), '\n\n'.join(result.texts) + '\n')
+        write_whole(Path(config.output_file), '\n\n'.join(result.texts) + '\n')
         say(f'texts written to {config.output_file}')
     if config.save_json is not None:
-        _write(Path(config.save_json), json.dumps(_as_builtins(result, loaded), ensure_ascii=False) + '\n')
+        write_whole(Path(config.save_json), json.dumps(_as_builtins(result, loaded), ensure_ascii=False) + '\n')
         say(f'run written to {config.save_json}')
     if config.save_html is not None:
         write_html(result.trace, loaded.vocabulary.decode, Path(config.save_html))
@@ -354,14 +354,3 @@ def _as_builtins(result: SamplingResult, loaded: _Loaded) -> dict[str, Any]:
             'tokens': result.tokens.tolist(), 'self_confidence': result.self_confidence,
             'judge_scores': result.judge_scores,
             'trunk_calls': result.trunk_calls, 'network_calls': result.network_calls, 'seconds': result.seconds}
-
-
-def _write(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all."""
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        temporary.write_text(text, encoding='utf-8')
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f'cannot write {path}: {error.strerror}; choose another file') from None

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from core.common.errors import UserError
-from core.common.files import atomic_writer
+from core.common.files import write_whole
 from core.common.tables import markdown_table, split_at_markers, write_between
 from core.evaluation.measure import Result
 from core.evaluation.options import RESULTS_PAGE, EvaluateConfig
@@ -81,7 +81,7 @@ def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: 
                                f'not exist; make it with: {experiment.training}')
                 continue
         if records:
-            _write(folder / f'{section.name}.json', json.dumps(records, indent=None, ensure_ascii=False,
+            write_whole(folder / f'{section.name}.json', json.dumps(records, indent=None, ensure_ascii=False,
                                                                separators=(',', ':')).replace('},{', '},\n{') + '\n')
             write_between(page, *markers(section.name), section.text(records), section.page)
             if section.draw is not None:
@@ -166,8 +166,3 @@ def read_records(path: Path) -> dict[str, Record]:
     except ValueError as error:
         raise UserError(f'{path} is damaged ({error}); take it from the repository again') from None
     return records
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_writer(path) as file:
-        file.write(text.encode())

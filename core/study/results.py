@@ -8,7 +8,7 @@ Letters: K trunk calls, C neighbours that a head sees on each side.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from core.common.files import atomic_writer
+from core.common.files import write_whole
 from core.common.tables import markdown_table
 from core.evaluation.error_detection import DETECTORS, SHOWN_SHARE, arranged as arranged_errors
 from core.evaluation.error_plots import plot_errors
@@ -40,8 +40,7 @@ def draw_main(records: Records, folder: Path, say: Say) -> None:
     """loss.png as the training drew it, where its checkpoint is there."""
     picture = Path('out/loss.png')
     if Path('out/ckpt_best.pt').exists() and picture.exists():
-        with atomic_writer(folder / picture.name) as file:
-            file.write(picture.read_bytes())
+        write_whole(folder / picture.name, picture.read_bytes())
 
 
 # The sampler head ---------------------------------------------------------------------------------------------------

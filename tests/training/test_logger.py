@@ -2,12 +2,12 @@
 
 import io
 import json
+import os
 import sys
 import types
 
 import pytest
 
-import core.logger
 from core.logger import WANDB_FAILURES_BORNE, IterationRecord, RunLogger, read_metrics, rewind_metrics
 
 
@@ -80,7 +80,7 @@ def test_rewinding_is_atomic(tmp_path, monkeypatch):
 
     def killed(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(core.logger.os, 'replace', killed)
+    monkeypatch.setattr(os, 'replace', killed)
     rewind_metrics(path, 3)  # nothing to drop: the file is not touched
     with pytest.raises(KeyboardInterrupt):
         rewind_metrics(path, 2)

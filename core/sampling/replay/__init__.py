@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.common.files import atomic_writer
+from core.common.files import write_whole
 from core.sampling.trace import Trace
 
 Decode = Callable[[list[int]], str]
@@ -70,5 +70,4 @@ def write_html(trace: Trace, decode_tokens: Decode, path: Path) -> None:
                            for name in ('page.html', 'style.css', 'page.js'))
     page = page.replace('STYLE', style).replace('SCRIPT', script)
     before, after = page.split('DATA')
-    with atomic_writer(Path(path)) as file:
-        file.write((before + embedded_json(replay_data(trace, decode_tokens)) + after).encode())
+    write_whole(path, (before + embedded_json(replay_data(trace, decode_tokens)) + after))
