@@ -70,4 +70,4 @@ def write_html(trace: Trace, decode_tokens: Decode, path: Path) -> None:
                            for name in ('page.html', 'style.css', 'page.js'))
     page = page.replace('STYLE', style).replace('SCRIPT', script)
     before, after = page.split('DATA')
-    write_whole(path, (before + embedded_json(replay_data(trace, decode_tokens)) + after))
+    write_whole(path, before + embedded_json(replay_data(trace, decode_tokens)) + after)
