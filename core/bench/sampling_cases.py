@@ -18,16 +18,18 @@ from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator
 from core.sampling.generation import GenerationSettings, Method, generate
 from core.sampling.network import Network
-from core.sampling.policies import POLICIES, Policy, remask_policy
+from core.sampling.options import SampleConfig
+from core.sampling.policies import POLICIES, Policy
+from core.sampling.policy_options import build_policy, make_policy, remasking_levels
 from core.sampling.prompt import Layout
 from model import GPT, GPTConfig
-from sample_utils import FillTask, linear_remasking_schedule
+from sample_utils import FillTask
 
 FILL_ROWS = 16
 SAMPLING_ROWS = (1, 16)
 PREDICTIONS = 16
 DECODE_PREDICTIONS = (4, 8)  # against the yardstick of sampling
-TEMPERATURE = 0.8
+TEMPERATURE = SampleConfig.temperature
 POLICY_ROWS = 16
 POLICY_CALLS = 3  # trunk calls of a policy's run, as far as it lets that be said
 WITH_HEAD = ('remask', 'random')  # shown with the sampler head too: whole rows, and groups of positions
@@ -88,11 +90,12 @@ def _both_networks(shape: Shape, device: torch.device, autocast: torch.dtype | N
 
 def _diffusion_case(network: Network, shape: Shape, rows: int, predictions: int) -> Case:
     """`rows` texts of a block in `predictions` trunk calls, each filling every mask through the sampler head."""
-    levels = linear_remasking_schedule(predictions - 1, 0.95, 0.05)
+    config = SampleConfig(iterations=predictions)
+    levels = remasking_levels(config)
     operations = predictions * network.model.operations_per_token() + \
         (1 + sum(levels)) * fill_operations(network.model.config)
     return _text_case(network, 'diffusion', shape, rows, operations,
-                      policy=remask_policy(levels, 'ratio', 0.4, True), head='wave')
+                      policy=build_policy(config), head='wave')
 
 
 def _causal_case(network: Network, shape: Shape, rows: int) -> Case:
@@ -146,18 +149,14 @@ def policy_runs(shape: Shape) -> dict[str, PolicyRun]:
     """
     T, calls = shape.block_size, POLICY_CALLS
     group = math.ceil(T / calls)  # positions a call
-    options = {'iterations': calls, 'idle_cache': True, 'choice_temperature': 4.5, 'remdm_eta': None, 'loop_on': 0.55,
-               'loop_off': 0.05, 'loop_alpha': 0.9, 'planner_eta': 1.0, 'selection_noise': 0.5,
-               'entropy_bound': (group - 0.5) * math.log(shape.base_size), 'parallel_factor': group + 1.0,
-               'confidence_threshold': 1 / shape.base_size}
+    options = {'iterations': calls, 'entropy_bound': (group - 0.5) * math.log(shape.base_size),
+               'parallel_factor': group + 1.0, 'confidence_threshold': 1 / shape.base_size}
     masks = {'first_hitting': calls, 'dilated': 2 ** calls}
     found = {}
     for name, row in POLICIES.items():
-        policy = remask_policy(linear_remasking_schedule(calls - 1, 0.95, 0.05), 'ratio', 0.4, True) \
-            if name == 'remask' else row.make(**{option: options[option] for option in row.options})
         tokens = torch.zeros(POLICY_ROWS, T, dtype=torch.int64)
         tokens[:, :masks.get(name, T)] = shape.base_size
-        found[name] = PolicyRun(policy, tokens, False, row.needs_critic)
+        found[name] = PolicyRun(make_policy(name, **options), tokens, False, row.needs_critic)
         if name in WITH_HEAD:
             found[f'{name} with sampler head'] = found[name]._replace(use_sampler_head=True)
     return found

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configurator import option
+from core.sampling.options import SampleConfig
 
 RESULTS_PAGE = 'docs/results.md'  # of the study
 
@@ -31,7 +32,7 @@ class EvaluateConfig:
     guidance: str | None = option(None, 'critic, model (remasking_checkpoint_name), self, random: who guides the policy '
                                   'remask, separated by commas; the critic if there is one by default')
     use_sampler_head: bool = option(True, 'False: masked positions are drawn independently')
-    temperature: float = option(0.8, 'of quality and policies')
+    temperature: float = option(SampleConfig.temperature, 'of quality and policies')
     temperatures: list[float] = option([0.7, 1.0, 1.4, 2.0], 'of curves, which go through them to equal entropy')
     reference_checkpoint: str = option('out-reference/ckpt_best.pt', 'causal model that scores the samples')
     causal_checkpoint: str = option('out-ar/ckpt_best.pt', 'causal model whose samples are a control')

@@ -21,8 +21,9 @@ from core.evaluation.measure import Cell, Evaluation, Measure, Result
 from core.evaluation.quality_tables import CAUSAL, REAL, check_page, draw_quality, report_policies, tell_curves
 from core.evaluation.text_metrics import FEWEST_TEXTS, Yardstick, make_yardstick, measure_texts, reference_doubts
 from core.evaluation.written_samples import (Budget, Writer, Written, budgets_of, held_out_texts, load_causal,
-                                             make_policy, shuffled_characters, shuffled_words, write)
+                                             shuffled_characters, shuffled_words, write)
 from core.sampling.policies import POLICIES
+from core.sampling.policy_options import make_policy
 
 TRUNK_CALLS = (8, 16, 32, 64)
 REFERENCE_CURE = 'python train.py config/train_char_reference.py'

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,21 +32,14 @@ from core.data.vocabulary import Vocabulary
 from core.evaluation.text_metrics import Reference
 from core.sampling.generation import GenerationSettings, generate, score_confidence
 from core.sampling.network import Network
+from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES, Policy
-from core.sampling.policy_options import build_policy
-from core.sampling.prompt import lay_out_prompt
+from core.sampling.policy_options import make_policy
+from core.sampling.prompt import lay_out_prompt, start_token
 from core.validation import fixed_windows
 from model import GPT
 
-CONFIDENCE_GROUPS = 8  # network calls of a self-confidence, as in sample.py
 TRIALS = 9  # most trials of a dial for one number of trunk calls
-POLICY_DEFAULTS = {  # of the policies' options, those of sample.py
-    'iterations': 50, 'start_ratio': 0.95, 'end_ratio': 0.05, 'schedule_type': 'linear', 'masking_ratios': None,
-    'schedule_mode': 'ratio', 'start_threshold': 0.1, 'end_threshold': 0.9, 'intelligent_remasking': True,
-    'randomness_strength': 0.4, 'idle_cache': True, 'choice_temperature': 4.5, 'remdm_eta': None, 'loop_on': 0.55,
-    'loop_off': 0.05, 'loop_alpha': 0.9, 'planner_eta': 1.0, 'entropy_bound': 0.1, 'confidence_threshold': 0.9,
-    'parallel_factor': 1.0, 'selection_noise': 0.5,
-}
 DIALS: dict[str, tuple[str, Callable[[float], float]]] = {  # an adaptive policy's option, by x in [0, 1]: less, faster
     'entropy_bounded': ('entropy_bound', lambda x: 10 ** (3 - 6 * x)),
     'fast_dllm_threshold': ('confidence_threshold', lambda x: x ** 3),
@@ -87,20 +79,14 @@ class Written(NamedTuple):
     self_confidence: float
 
 
-def make_policy(name: str, **options: Any) -> Policy:
-    """A policy with sample.py's defaults but for `options`."""
-    return build_policy(SimpleNamespace(**{**POLICY_DEFAULTS, **options, 'sampling_policy': name}))
-
-
 def write(writer: Writer, policy: Policy | None, temperature: float) -> Written:
     """Texts from nothing, as `policy` says; a causal model's left to right, with no policy."""
     model, vocabulary, device = writer.model, writer.vocabulary, writer.runtime.device
     autocast = None if writer.runtime.dtype is torch.float32 else writer.runtime.dtype
     network = Network(model, TimingAccumulator(device), autocast, remasking_model=writer.remasking_model)
-    newline = vocabulary.encode('\n')[0] if vocabulary.kind == 'bpe' or '\n' in vocabulary.tokens else 0
     settings = GenerationSettings('diffusion' if policy else 'standard', DrawRule(writer.allowed, temperature), policy,
                                   head='wave' if writer.sampler_head else 'none', use_critic=writer.critic,
-                                  start_token=newline)
+                                  start_token=start_token(vocabulary))
     texts, confidence, seconds = [], 0.0, 0.0
     firsts = range(0, writer.samples, writer.batch_size)
     for first in firsts:
@@ -111,7 +97,8 @@ def write(writer: Writer, policy: Policy | None, temperature: float) -> Written:
         made = generate(network, layout, settings, generator)
         writer.runtime.synchronize()
         seconds += time.perf_counter() - start
-        scored = score_confidence(network, made.tokens, layout.protected, writer.allowed, generator, CONFIDENCE_GROUPS)
+        scored = score_confidence(network, made.tokens, layout.protected, writer.allowed, generator,
+                                  SampleConfig.confidence_groups)
         confidence += float((scored.total / scored.count.clamp(min=1)).sum())
         texts += [vocabulary.decode(row) for row in made.tokens.tolist()]
     return Written(texts, network.trunk_calls / len(firsts), network.network_calls / len(firsts), seconds,

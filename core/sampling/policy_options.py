@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -206,6 +207,11 @@ def build_policy(config: SampleConfig, calibrate: Callable[[Tensor], Tensor] | N
         return row.make(remasking_levels(config), config.schedule_mode, config.randomness_strength,
                         config.intelligent_remasking, calibrate)
     return row.make(**{name: getattr(config, name) for name in row.options})
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    """A policy with the defaults of sample.py, `SampleConfig`, but for `options`."""
+    return build_policy(SampleConfig(sampling_policy=name, **options))
 
 
 def policy_help() -> str:

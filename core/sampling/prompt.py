@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.common.errors import UserError
 from core.common.randomness import Purpose, RowRandom
+from core.data.vocabulary import Vocabulary
 
 
 class Layout(NamedTuple):
@@ -51,6 +52,11 @@ def lay_out_infill(pieces: Sequence[Sequence[int] | int], length: int, mask_toke
     row.extend([mask_token_id] * (length - len(row)))
     tokens = torch.tensor(row, dtype=torch.int64, device=generator.rows.device).expand(len(generator.rows), -1).clone()
     return Layout(tokens, tokens != mask_token_id)
+
+
+def start_token(vocabulary: Vocabulary) -> int:
+    """What a causal model reads before an empty prompt: a line break, or the first token where there is none."""
+    return vocabulary.encode('\n')[0] if vocabulary.kind == 'bpe' or '\n' in vocabulary.tokens else 0
 
 
 def split_infill(text: str, infill_char: str) -> list[str | int]:

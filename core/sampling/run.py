@@ -32,7 +32,7 @@ from core.sampling.network import Network
 from core.sampling.options import SampleConfig
 from core.sampling.policy_options import (DIFFUSION, build_policy, guidance_problems, model_problems, option_problems,
                                           reads_thresholds)
-from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
+from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill, start_token
 from core.sampling.replay import write_html
 from core.sampling.trace import Trace, TraceStep
 from model import GPT
@@ -100,20 +100,12 @@ def _load(config: SampleConfig, explicit: Mapping[str, str]) -> _Loaded:
         calibration, line = find_calibration(path)
         said.append(line)
         calibrate = None if calibration is None else calibration.to(device).error_rate
-    newline = vocabulary.encode('\n')[0] if _encodes(vocabulary, '\n') else 0
     settings = GenerationSettings(config.sampling_method, rule, build_policy(config, calibrate) if diffusing else None,
                                   config.iterations,
                                   'wave' if diffusing and sampler and config.use_sampler_head else 'none',
-                                  diffusing and (critic or remasking_model is not None), newline,
+                                  diffusing and (critic or remasking_model is not None), start_token(vocabulary),
                                   config.block_length)
     return _Loaded(model, remasking_model, judge, vocabulary, settings, device, said)
-
-
-def _encodes(vocabulary: Vocabulary, text: str) -> bool:
-    try:
-        return bool(vocabulary.encode(text))
-    except UserError:
-        return False
 
 
 # The run ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Settings, budgets, controls and the comparison at equal entropy, on a toy model; the pages that are made of them."""
 
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -22,15 +21,13 @@ from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality_tables import (REAL, at_equal_entropy, curves_text, markers, one_line, policies_text,
                                             tell_curves)
 from core.evaluation.run import run_evaluation
-from core.evaluation.written_samples import (DIALS, POLICY_DEFAULTS, Budget, Writer, at_entropy, budgets_of,
-                                             held_out_texts, load_causal, make_policy, nearest_setting,
-                                             shuffled_characters, shuffled_words, write)
+from core.evaluation.written_samples import (DIALS, Budget, Writer, at_entropy, budgets_of, held_out_texts, load_causal,
+                                             nearest_setting, shuffled_characters, shuffled_words, write)
 from core.options import TrainConfig
 from core.sampling.generation import GenerationSettings, generate
 from core.sampling.network import Network
-from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
-from core.sampling.policy_options import POLICY_OPTIONS
+from core.sampling.policy_options import make_policy
 from core.sampling.prompt import lay_out_prompt
 from core.trainer import Run
 from helpers.toys import model_over, model_that_knows, save_model
@@ -50,11 +47,6 @@ def writer(**changes):
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
-
-def test_the_policies_defaults_are_those_of_sample_py():
-    offered = {one.name: one.default for one in dataclasses.fields(SampleConfig)}
-    assert {name: offered[name] for name in POLICY_OPTIONS} == POLICY_DEFAULTS
-
 
 def test_texts_are_those_of_the_loop_whatever_the_batches():
     made, whole = write(writer(), make_policy('llada', iterations=4), 0.9), writer(batch_size=5)

@@ -24,7 +24,7 @@ from core.sampling.generation import Block, Generation, GenerationSettings, Wind
 from core.sampling.network import Network, Soundness
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES, Open, Policy, Prediction
-from core.sampling.policy_options import build_policy
+from core.sampling.policy_options import build_policy, make_policy
 from core.sampling.prompt import Layout, lay_out_prompt
 from core.sampling.trace import Trace
 from model import GPT, GPTConfig
@@ -555,3 +555,21 @@ def test_what_is_finished_is_computed_no_more_and_nothing_else_changes(name, hea
     torch.testing.assert_close(made[0].confidence, made[1].confidence)
     # a position a call; of rows and positions, the masked ones
     assert read == [(3, 12), (2, 9), (2, 7), (1, 5), (1, 4), (1, 3), (1, 2), (1, 1), *[(4, None)] * 8]
+
+
+# Defaults ------------------------------------------------------------------------------------------------------------
+
+def test_a_policy_made_by_name_has_the_defaults_of_sample_py(monkeypatch):
+    """For whoever makes one: a default changed in the options' table changes every policy that reads it."""
+    seen = {}
+    for name, row in POLICIES.items():
+        monkeypatch.setitem(POLICIES, name, row._replace(make=lambda *levels, name=name, **given: seen.update(
+            {name: levels or given})))
+        make_policy(name)
+    offered = {one.name: one.default for one in dataclasses.fields(SampleConfig)}
+    levels, *rest = seen.pop('remask')
+    assert levels == pytest.approx([0.95 - 0.9 * step / 48 for step in range(49)]) and rest[:3] == ['ratio', 0.4, True]
+    assert seen == {name: {option: offered[option] for option in row.options} for name, row in POLICIES.items()
+                    if name != 'remask'}
+    make_policy('maskgit', iterations=7)
+    assert seen['maskgit'] == {'iterations': 7, 'choice_temperature': 4.5}
