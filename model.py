@@ -511,8 +511,9 @@ class GPT(nn.Module):
         return self.critic_head(hidden_states).squeeze(-1)
 
     def critic_scores(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Probability [B, T] that each of `tokens` [B, T] is wrong: one network call."""
-        return torch.sigmoid(self.critic_logits(self.encode(tokens, attention_mask)).float())
+        """Probability float64 [B, T] that each of `tokens` [B, T] is wrong: one network call. In float32 all that are
+        surely wrong would be alike."""
+        return torch.sigmoid(self.critic_logits(self.encode(tokens, attention_mask)).double())
 
     def sequence_scores(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """A scorer's evaluation [B] in 0..1 of tokens [B, T] that begin with the CLS token; 0 stands for real text."""

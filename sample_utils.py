@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.common.choosing import computing_tolerance, highest_positions, tie_tolerance
 from core.common.drawing import (Chosen, DrawRule, Draws, allowed_log_probabilities, choose_tokens, completed,
                                  draw_tokens, place_tokens, revealed_ids)
 from core.common.errors import UserError
@@ -168,8 +169,8 @@ def _bootstrap_fill_by_confidence(confidence: Tensor, key: Tensor, count: int, t
     """bool [B, T]: `count` (at most (T + 1) // 2) positions of each row, by highest confidence, never adjacent.
 
     confidence float [B, T]: the highest allowed log-probability of each position. Values within `tolerance` of the
-    highest count as equal (rounding must not decide: with rotary positions all hidden states of a fully masked row are
-    equal) and the highest key [B, T] wins. A choice that would leave too little room for the rest is passed over.
+    highest count as equal (core/common/choosing.py) and the highest key [B, T] wins. A choice that would leave too
+    little room for the rest is passed over.
     """
     T = confidence.size(1)
     free = torch.ones_like(confidence, dtype=torch.bool)
@@ -187,13 +188,6 @@ def _bootstrap_fill_by_confidence(confidence: Tensor, key: Tensor, count: int, t
     return chosen
 
 
-def _tie_tolerance(hidden_states: Tensor) -> float:
-    """Log-probabilities closer than this are taken as equal: the square root of the computing type's precision."""
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-    return math.sqrt(torch.finfo(dtype).eps)
-
-
 def _bootstrap_rows(model: GPT, hidden_states: Tensor, rows: Tensor, rule: DrawRule, key: Tensor) -> Tensor:
     """bool [B, T]: the bootstrap positions of `rows` int64 [R], which hold no revealed token."""
     B, T, _ = hidden_states.shape
@@ -203,7 +197,7 @@ def _bootstrap_rows(model: GPT, hidden_states: Tensor, rows: Tensor, rule: DrawR
     for chunk in rows.split(step):
         logits = model.lm_head(hidden_states[chunk])  # [R, T, V]
         confidence = allowed_log_probabilities(logits, rule.allowed).amax(-1)  # [R, T]
-        seeds[chunk] = _bootstrap_fill_by_confidence(confidence, key[chunk], count, _tie_tolerance(hidden_states))
+        seeds[chunk] = _bootstrap_fill_by_confidence(confidence, key[chunk], count, computing_tolerance(hidden_states))
     return seeds
 
 
@@ -467,41 +461,35 @@ def cosine_remasking_schedule(count: int, start: float, end: float) -> list[floa
 
 
 def apply_remasking_step(protected: Tensor, wrongness: Tensor | None, level: float, generator: RowRandom, *,
-                         mode: Literal['ratio', 'threshold'] = 'ratio', randomness_strength: float = 0.0) -> Tensor:
+                         mode: Literal['ratio', 'threshold'] = 'ratio', randomness_strength: float = 0.0,
+                         tolerance: float = tie_tolerance(torch.float32)) -> Tensor:
     """bool [B, T]: the positions to remask now; never one of protected bool [B, T].
 
     wrongness float [B, T]: higher is remasked first (None: no guidance, all positions alike). mode 'ratio': the share
     `level` of each row's unprotected positions (rounded to the nearest count); of these the share randomness_strength
     is drawn uniformly from the positions that guidance left, the others are the most wrong. mode 'threshold': every
-    unprotected position whose wrongness exceeds `level`; nothing is drawn at random.
+    unprotected position whose wrongness exceeds `level`; nothing is drawn at random. Values of wrongness no further
+    apart than `tolerance` count as equal, to each other and to `level` (core/common/choosing.py).
     """
     free = ~protected  # [B, T]
     if mode == 'threshold':
         if wrongness is None:
             raise UserError("schedule_mode is 'threshold', but nothing tells how wrong a token is; "
                             'use intelligent_remasking=True, a critic or schedule_mode=ratio')
-        return free & (wrongness > level)
+        return free & (wrongness > level + tolerance)
     keys = generator.uniform(Purpose.REMASK, protected.size(1) * 2)  # [B, 2 T]
     uniform_key, tie_key = keys.chunk(2, dim=1)
     count = _rounded(free.sum(1, keepdim=True).double() * level)  # [B, 1]
     if wrongness is None:
-        return highest_positions(uniform_key, tie_key, free, count)
-    guided = highest_positions(wrongness, tie_key, free, count - _rounded(count.double() * randomness_strength))
-    return guided | highest_positions(uniform_key, tie_key, free & ~guided, count - guided.sum(1, keepdim=True))
+        return highest_positions(uniform_key, tie_key, free, count, 0)
+    sure = count - _rounded(count.double() * randomness_strength)  # [B, 1]
+    guided = highest_positions(wrongness, tie_key, free, sure, tolerance)
+    return guided | highest_positions(uniform_key, tie_key, free & ~guided, count - guided.sum(1, keepdim=True), 0)
 
 
 def _rounded(counts: Tensor) -> Tensor:
     """int64, the nearest whole number to float64 counts; halves go up."""
     return (counts + 0.5).floor().long()
-
-
-def highest_positions(score: Tensor, tie_key: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
-    """bool [B, T]: the count [B, 1] eligible positions of highest score in each row; equal scores go by tie_key."""
-    shuffled = tie_key.argsort(1)  # [B, T]
-    score = score.double().masked_fill(~eligible, -math.inf).gather(1, shuffled)
-    order = shuffled.gather(1, score.argsort(dim=1, descending=True, stable=True))
-    taken = torch.arange(score.size(1), device=score.device) < count  # [B, T], by rank
-    return torch.zeros_like(eligible).scatter(1, order, taken) & eligible
 
 
 @torch.no_grad()
@@ -532,7 +520,8 @@ def intelligent_remask(tokens: Tensor, remasking_model: GPT, num_to_remask: int,
         eligible = eligible & ~protected
     order = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     count = torch.full_like(tokens[:, :1], num_to_remask)  # [B, 1]
-    return highest_positions(wrong_probabilities(remasking_model, tokens), order, eligible, count)
+    tolerance = computing_tolerance(next(remasking_model.parameters()))
+    return highest_positions(wrong_probabilities(remasking_model, tokens), order, eligible, count, tolerance)
 
 
 # The judge ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.common.choosing import tie_tolerance, up_to_cut
+
+TOKEN_TOLERANCE = tie_tolerance(torch.float32)  # a network of lower precision gives many ids the very same logit
+
 
 @dataclass(frozen=True)
 class DrawRule:
@@ -43,32 +47,36 @@ def allowed_ids(vocab_size: int, base_size: int, device: torch.device | str = 'c
 
 
 def allowed_log_probabilities(logits: Tensor, allowed: Tensor, temperature: float = 1.0, top_k: int | None = None,
-                              top_p: float = 1.0) -> Tensor:
+                              top_p: float = 1.0, tolerance: float = TOKEN_TOLERANCE) -> Tensor:
     """Normalised log-probabilities, float64 [..., V], of logits [..., V]; minus infinity for ids that cannot come out.
 
     First the temperature, then top_k, then top_p (each renormalised). Temperature 0 gives the most probable id all
-    the weight. Logits that are not a number stay so, hence a broken network shows in the log-probabilities of draws.
+    the weight. Of ids whose logits are no further apart than `tolerance` the lowest come first
+    (core/common/choosing.py). Logits that are not a number stay so, hence a broken network shows in the
+    log-probabilities of draws.
     """
     log_probabilities = torch.where(allowed, logits, -math.inf).double()  # [..., V]
     if temperature == 0:
-        highest, token = log_probabilities.max(-1, keepdim=True)  # [..., 1]
-        return torch.full_like(log_probabilities, -math.inf).scatter(-1, token, highest - highest)
+        best = log_probabilities.amax(-1, keepdim=True)  # [..., 1]
+        return torch.where(up_to_cut(log_probabilities, best, 1, tolerance), 0.0, -math.inf) + (best - best)
     if temperature != 1:
         log_probabilities = log_probabilities / temperature
     log_probabilities = F.log_softmax(log_probabilities, dim=-1)
     if top_k is not None and top_k < logits.size(-1):
-        order = log_probabilities.argsort(dim=-1, descending=True, stable=True)
-        log_probabilities = F.log_softmax(log_probabilities.scatter(-1, order[..., top_k:], -math.inf), dim=-1)
-    return nucleus(log_probabilities, top_p) if top_p < 1 else log_probabilities
+        cut = log_probabilities.topk(top_k, dim=-1).values[..., -1:]
+        kept = up_to_cut(log_probabilities, cut, top_k, tolerance)
+        log_probabilities = F.log_softmax(log_probabilities.masked_fill(~kept, -math.inf), dim=-1)
+    return nucleus(log_probabilities, top_p, tolerance) if top_p < 1 else log_probabilities
 
 
-def nucleus(log_probabilities: Tensor, top_p: float) -> Tensor:
-    """Log-probabilities [..., V] cut to the smallest set of ids that holds at least `top_p` (Holtzman et al. 2020)."""
-    ordered, order = log_probabilities.sort(dim=-1, descending=True, stable=True)
+def nucleus(log_probabilities: Tensor, top_p: float, tolerance: float) -> Tensor:
+    """Log-probabilities [..., V] cut to the smallest set of ids that holds at least `top_p` (Holtzman et al. 2020), up
+    to `tolerance`."""
+    ordered = log_probabilities.sort(dim=-1, descending=True).values
     before = ordered.exp().cumsum(-1) - ordered.exp()  # weight of all more probable ids
-    outside = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
-    outside = outside.scatter(-1, order[..., :1], False)  # the most probable id stays
-    return F.log_softmax(log_probabilities.masked_fill(outside, -math.inf), dim=-1)
+    count = (before < top_p - tolerance).sum(-1, keepdim=True).clamp(min=1)  # [..., 1], the most probable id stays
+    kept = up_to_cut(log_probabilities, ordered.gather(-1, count - 1), count, tolerance)
+    return F.log_softmax(log_probabilities.masked_fill(~kept, -math.inf), dim=-1)
 
 
 def draw_tokens(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
@@ -147,13 +155,15 @@ def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = 
 def _scores(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities float64 [N, V] under `rule`, and under the model itself: each up to a constant of its row that
     makes the highest 0. The second is None where the rule changes nothing."""
+    tolerance = min(TOKEN_TOLERANCE, tie_tolerance(logits.dtype))
     model_scores = torch.where(rule.allowed, logits, -math.inf).double()
     model_scores = model_scores - model_scores.amax(-1, keepdim=True)
     if rule.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen, rule.repetition_penalty)
-        scores = allowed_log_probabilities(logits, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
+        scores = allowed_log_probabilities(logits, rule.allowed, rule.temperature, rule.top_k, rule.top_p, tolerance)
         return scores - scores.amax(-1, keepdim=True), model_scores
     if rule.top_k is not None or rule.top_p < 1 or rule.temperature == 0:
-        scores = allowed_log_probabilities(model_scores, rule.allowed, rule.temperature, rule.top_k, rule.top_p)
+        scores = allowed_log_probabilities(model_scores, rule.allowed, rule.temperature, rule.top_k, rule.top_p,
+                                           tolerance)
         return scores - scores.amax(-1, keepdim=True), model_scores
     return (model_scores, None) if rule.temperature == 1 else (model_scores / rule.temperature, model_scores)

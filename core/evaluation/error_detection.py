@@ -101,7 +101,7 @@ def detectors(model: GPT, allowed: Tensor, *, sampler_head: bool, critic: bool,
     found['pseudo_likelihood'] = lambda texts, numbers: 1 - pseudo_log_likelihood(
         model, texts.tokens, texts.filled, allowed, numbers, GROUPS).exp()
     if critic:
-        found['critic'] = lambda texts, numbers: model.critic_scores(texts.tokens).double()
+        found['critic'] = lambda texts, numbers: model.critic_scores(texts.tokens)
     if remasking_model is not None:
         found['remasking'] = lambda texts, numbers: wrong_probabilities(remasking_model, texts.tokens)
     return found

@@ -18,7 +18,8 @@ def entropy_bounded(*, entropy_bound: float) -> Policy:
     def reveal(view: PolicyView) -> Tensor:
         certainty = -view.prediction.measure(entropy_of)  # [B, T]
         entropies = -_sorted(certainty, view.masked)
-        fits = (entropies.cumsum(1).roll(1, 1) <= entropy_bound) & entropies.isfinite()  # all before it: sum - max
+        bound = entropy_bound + view.prediction.tolerance  # a sum that rounding keeps from it counts as equal to it
+        fits = (entropies.cumsum(1).roll(1, 1) <= bound) & entropies.isfinite()  # all before it: sum - max
         return view.highest(certainty, view.masked, fits[:, 1:].sum(1, keepdim=True) + 1)
 
     return Policy(lambda most: most, reveal, asks=True)
@@ -30,7 +31,7 @@ def fast_dllm_threshold(*, confidence_threshold: float) -> Policy:
     def reveal(view: PolicyView) -> Tensor:
         confidence = view.prediction.candidates.confidence  # [B, T]
         best = view.highest(confidence, view.masked, torch.ones_like(view.size))
-        return best | view.masked & (confidence.exp() >= confidence_threshold)
+        return best | view.masked & (confidence.exp() >= confidence_threshold - view.prediction.tolerance)
 
     return Policy(lambda most: most, reveal, asks=True)
 
@@ -42,7 +43,8 @@ def fast_dllm_factor(*, parallel_factor: float) -> Policy:
         confidence = view.prediction.candidates.confidence  # [B, T]
         ordered = _sorted(confidence, view.masked).exp()
         group = torch.arange(2, ordered.size(1) + 2, device=ordered.device)  # n + 1
-        fits = (group * (1 - ordered) < parallel_factor) & (ordered > 0)
+        least = 1 - parallel_factor / group + view.prediction.tolerance  # one that is equal to it does not fit
+        fits = (ordered > least) & (ordered > 0)
         largest = torch.where(fits, group - 1, 1).amax(1, keepdim=True)
         return view.highest(confidence, view.masked, largest)
 

@@ -31,7 +31,7 @@ def first_hitting() -> Policy:
     this is ancestral sampling in continuous time without its idle steps. A network that reads no time needs no tau.
     """
     def reveal(view: PolicyView) -> Tensor:
-        return view.highest(view.keys(), view.masked, view.share)
+        return view.drawn_by_lot(view.share)
 
     return Policy(lambda most: most, reveal, left=lambda step, size: max(0, size - step - 1))
 

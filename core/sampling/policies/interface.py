@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from core.common.choosing import computing_tolerance, highest_positions
 from core.common.drawing import DrawRule, allowed_log_probabilities
 from core.common.randomness import Purpose, RowRandom
 from core.sampling.network import Network
-from sample_utils import Fill, FillTask, Head, flat_positions, highest_positions, logits_in_parts
+from sample_utils import Fill, FillTask, Head, flat_positions, logits_in_parts
 
 ROUNDING = 1e-9  # added before a count is cut to a whole number, so that a cosine of 1/2 counts as one
 _KEYS, _TIES = 1, 2  # streams of random numbers; stream 0 of Purpose.ORDER deals self-confidence's groups
@@ -43,6 +44,11 @@ class Prediction:
 
     def __init__(self, network: Network, open: Open, rule: DrawRule, generator: RowRandom, head: Head = 'none') -> None:
         self._network, self._open, self._rule, self._generator, self._head = network, open, rule, generator, head
+
+    @property
+    def tolerance(self) -> float:
+        """Scores that follow from the network's logits count as equal when they are no further apart."""
+        return computing_tolerance(self._network.model.lm_head.weight)
 
     @cached_property
     def hidden_states(self) -> Tensor:
@@ -140,9 +146,16 @@ class PolicyView:
         return self.generator.uniform(Purpose.REMASK, self.tokens.size(1))
 
     def highest(self, score: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
-        """bool [B, T]: in each row the `count` [B, 1] eligible positions of highest score; equal ones by lot."""
-        ties = self.generator.uniform(Purpose.ORDER, self.tokens.size(1), _TIES)
-        return highest_positions(score, ties, eligible, count)
+        """bool [B, T]: in each row the `count` [B, 1] eligible positions of highest score; by lot those that count as
+        equal (core/common/choosing.py). A score may follow the network's logits with a slope of at most about 1."""
+        return highest_positions(score, self._ties(), eligible, count, self.prediction.tolerance)
+
+    def drawn_by_lot(self, count: Tensor) -> Tensor:
+        """bool [B, T]: in each row `count` [B, 1] of the masked positions, those of highest `keys`."""
+        return highest_positions(self.keys(), self._ties(), self.masked, count, 0)
+
+    def _ties(self) -> Tensor:
+        return self.generator.uniform(Purpose.ORDER, self.tokens.size(1), _TIES)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ def _best_first(iterations: int, score: Callable[[PolicyView], Tensor]) -> Polic
 def random(*, iterations: int) -> Policy:
     """Uniformly random order, k = n / iterations positions at a time (LLaDA's random remasking, Nie et al. 2025; the
     parallel form of the first-hitting sampler, Zheng et al. 2024)."""
-    return _best_first(iterations, lambda view: view.keys())
+    return Policy(lambda most: min(iterations, most), lambda view: view.drawn_by_lot(view.share),
+                  left=equal_shares(iterations))
 
 
 def left_to_right(*, iterations: int) -> Policy:

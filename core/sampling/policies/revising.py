@@ -28,7 +28,7 @@ def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], 
         elif intelligent:
             wrongness = 1.0 - view.confidence.exp()
         return apply_remasking_step(view.protected, wrongness, levels[view.step], view.generator, mode=mode,
-                                    randomness_strength=randomness_strength)
+                                    randomness_strength=randomness_strength, tolerance=view.prediction.tolerance)
 
     def left(step: int, size: int) -> int:
         counts = [math.floor(size * level + 0.5) for level in levels[:step + 1]]
@@ -44,13 +44,16 @@ def _path_planning(iterations: int, planner_eta: float, with_critic: bool) -> Po
     A new token's score is its log-probability under the denoiser, an old one's is eta times the planner's: eta 0 never
     takes an old token back, above 1 old tokens are taken back more readily than new ones.
     """
+    scale = max(1.0, planner_eta)  # of scores that follow the logits with a slope of at most 1
+
     def remask(view: PolicyView) -> Tensor:
         score = view.confidence  # [B, T]
         if with_critic:
-            right = (1 - view.critic().double()).clamp(min=1e-300).log()
+            right = (1 - view.critic()).clamp(min=1e-300).log()
             score = torch.where(view.settled, right, score)
         score = torch.where(view.settled, planner_eta * score, score)
-        return view.highest(-score, ~view.protected, view.left)
+        mine = ~view.protected if planner_eta > 0 else view.revealed
+        return view.highest(-score / scale, mine, view.left)
 
     return Policy(lambda most: iterations, lambda view: None, remask,
                   left=lambda step, size: size * (iterations - 1 - step) // iterations)
