@@ -14,7 +14,7 @@ from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime
 from core.data.vocabulary import Vocabulary
 from core.evaluation import likelihood
-from core.evaluation.measure import CACHE_FORMAT, ResultCache
+from core.evaluation.measure import CACHE_FORMAT
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import run_evaluation, table
 from core.validation import validate
@@ -78,7 +78,8 @@ def test_likelihood_gives_a_table_a_picture_and_a_cache_that_grows(checkpoints, 
     assert len(kept['results']) == 12 and kept['format'] == CACHE_FORMAT
     computed = []
     monkeypatch.setattr(likelihood, '_result', lambda *given: computed.append(given[2:]) or {
-        'nats': 1.0, 'standard_error': 0.5, 'bits': 1.4, 'unit': 'character', 'seconds': 0.1})
+        'nats': 1.0, 'standard_error': 0.5, 'bits': 1.4, 'unit': 'character', 'seconds': 0.1, 'window_nats': [1.0],
+        'head_share': 0.0})
     monkeypatch.setattr(likelihood, 'plot_likelihood', lambda *given: None)
     again, said = evaluate(*options, '--trunk_calls=[1,2,4]')
     assert computed == [(policy, 2, head) for policy in ('random', 'margin') for head in likelihood.HEADS]
@@ -87,22 +88,6 @@ def test_likelihood_gives_a_table_a_picture_and_a_cache_that_grows(checkpoints, 
     evaluate(*options, '--trunk_calls=[1]', '--seed=2')
     evaluate(*options, '--trunk_calls=[1]', '--checkpoint_name=plain.pt')
     assert len(computed) == 6 + 6 + 2  # another seed, another checkpoint: without a sampler head there is one way
-
-
-def test_the_cache_tells_apart_whatever_a_result_depends_on_and_refuses_damage(tmp_path):
-    cache = ResultCache(tmp_path / 'evaluation.json')
-    cache.store('a', 'nelbo', {'windows': 2, 'split': 'val'}, {'nats': 1.5})
-    assert cache.find('a', 'nelbo', {'split': 'val', 'windows': 2}) == {'nats': 1.5}
-    for other in (('b', 'nelbo', {'windows': 2, 'split': 'val'}), ('a', 'x', {'windows': 2, 'split': 'val'}),
-                  ('a', 'nelbo', {'windows': 3, 'split': 'val'}), ('a', 'nelbo', {'windows': 2})):
-        assert cache.find(*other) is None
-    ResultCache(tmp_path / 'evaluation.json').store('b', 'nelbo', {}, {'nats': 2.5})
-    assert cache.find('b', 'nelbo', {}) == {'nats': 2.5} and cache.find('a', 'nelbo', {'windows': 2, 'split': 'val'})
-    for damage in (b'{"format": 1', b'[]', b'\xff', b'{"format": 1, "results": {}}',
-                   f'{{"format": {CACHE_FORMAT}, "results": {{"a": {{}}}}}}'.encode()):
-        (tmp_path / 'evaluation.json').write_bytes(damage)
-        with pytest.raises(UserError, match='evaluation.json is damaged.*move it away'):
-            ResultCache(tmp_path / 'evaluation.json')
 
 
 @pytest.mark.parametrize('arguments, words', [

@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -41,11 +41,12 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import Purpose, RowRandom, keyed
+from core.common.typed_json import Count, Interval, Items, Seconds, Share
 from core.evaluation.error_plots import plot_errors
 from core.evaluation.measure import Cell, Evaluation, Measure, Result
 from core.evaluation.text_metrics import FEWEST_TEXTS, Statistic, bootstrap
 from core.noise import apply_mask, draw_exact_mask
-from core.sampling.calibration import calibration_error, fit_calibration, reliability, write_calibration
+from core.sampling.calibration import CalibrationMap, calibration_error, fit_calibration, reliability, write_calibration
 from core.validation import VALIDATION_SEED, fixed_windows
 from model import GPT, ModelMode
 from sample_utils import FillTask, Filler, pseudo_log_likelihood, wrong_probabilities
@@ -185,6 +186,41 @@ def calibrated(scores: Tensor, wrong: Tensor, filled: Tensor) -> Result:
 
 # The measure --------------------------------------------------------------------------------------------------------
 
+class Ranked(TypedDict):
+    """Figures of a detector whose scores only rank; seconds: to score all windows."""
+
+    error_rate: Share
+    auroc: Share | None
+    auroc_interval: Interval | None
+    seconds: NotRequired[Seconds]
+
+
+class Table(TypedDict):
+    """The columns of a `Reliability`."""
+
+    predicted: Annotated[list[Share], Items(1)]
+    observed: Annotated[list[Share], Items(1)]
+    count: Annotated[list[Count], Items(1)]
+
+
+class Probable(Ranked):
+    """Further figures of a detector whose scores are probabilities."""
+
+    brier: Share
+    expected_auroc: Share | None
+    calibration_error: Share
+    reliability: Table
+    correction_accuracy: NotRequired[Share | None]
+
+
+class Calibrated(Probable):
+    """Further figures of the calibration cell: of the odd windows, through the map of the even ones."""
+
+    map: CalibrationMap
+    calibrated_brier: Share
+    calibrated_error: Share
+
+
 class ErrorStudy:
     """What the cells of one run share: windows, fills and scores, each made when it is first needed; on the CPU."""
 
@@ -269,7 +305,7 @@ class ErrorStudy:
             return found
 
         cost = GROUPS if name == 'pseudo_likelihood' else 1
-        return Cell(self._settings(name, mask_share=share), compute, float(cost))
+        return Cell(self._settings(name, mask_share=share), Ranked if name == 'random' else Probable, compute, float(cost))
 
     def calibration_cell(self) -> Cell:
         """The critic head's calibration over all mask shares together."""
@@ -278,7 +314,7 @@ class ErrorStudy:
             wrong, filled = (torch.cat([getattr(one, name) for one in texts], dim=1) for name in ('wrong', 'filled'))
             return calibrated(torch.cat([self.scores('critic', share) for share in SHARES], dim=1), wrong, filled)
 
-        return Cell(self._settings('critic', mask_shares=list(SHARES)), compute)
+        return Cell(self._settings('critic', mask_shares=list(SHARES)), Calibrated, compute)
 
     def _settings(self, name: str, **values: Any) -> Result:
         return self.evaluation.settings(detector=name, windows=self.windows, remasking=self.remasking_hash

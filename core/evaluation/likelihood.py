@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.randomness import RowRandom, keyed
 from core.common.timing import TimingAccumulator
+from core.common.typed_json import Seconds
 from core.evaluation.likelihood_plots import plot_likelihood
 from core.evaluation.measure import Cell, Evaluation, Measure, Result
 from core.sampling.network import Network
@@ -93,6 +94,18 @@ def window_likelihoods(network: Network, windows: Tensor, policy: Policy, head: 
 
 # The measure --------------------------------------------------------------------------------------------------------
 
+class LikelihoodResult(TypedDict):
+    """bits: per `unit`; seconds: of all windows; window_nats: of each window, per token."""
+
+    nats: float
+    standard_error: float
+    bits: float
+    unit: str
+    seconds: Seconds
+    window_nats: list[float]
+    head_share: float
+
+
 def likelihood_cells(evaluation: Evaluation) -> list[Cell]:
     """One cell for every policy, number of trunk calls and head that the options name."""
     config, T = evaluation.config, evaluation.model.config.block_size
@@ -110,7 +123,7 @@ def likelihood_cells(evaluation: Evaluation) -> list[Cell]:
     def cell(policy: str, trunk_calls: int, head: Head) -> Cell:
         settings = evaluation.settings(policy=policy, trunk_calls=trunk_calls, head=head, windows=count,
                                        seed=config.seed)
-        return Cell(settings, lambda: _result(evaluation, windows, policy, trunk_calls, head), cost=trunk_calls)
+        return Cell(settings, LikelihoodResult, lambda: _result(evaluation, windows, policy, trunk_calls, head), cost=trunk_calls)
 
     return [cell(policy, int(number), head) for policy in policies for number in calls for head in heads]
 

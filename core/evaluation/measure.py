@@ -10,21 +10,23 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
 
 from core.checkpoints.checkpoint import Checkpoint
 from core.common.errors import UserError
 from core.common.files import write_whole
+from core.common.locks import ChangeLock
 from core.common.runtime import Runtime
+from core.common.typed_json import CHECKSUM, Seconds, Unfit, checked, read_json, verify_checksum, with_checksum
 from core.data.corpus import Corpus
 from core.data.vocabulary import Vocabulary
 from core.evaluation.options import EvaluateConfig
 from model import GPT
 
 CACHE_NAME = 'evaluation.json'
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 Result = dict[str, Any]  # built-in types only, finite numbers only
 
@@ -59,10 +61,11 @@ class Evaluation:
 
 
 class Cell(NamedTuple):
-    """settings: everything that the result depends on beside the checkpoint, in built-in types; compute: makes the
-    result; cost: its share of the work, for the progress bar, in any unit."""
+    """settings: everything that the result depends on beside the checkpoint, in built-in types; kind: the TypedDict that
+    a result fits; compute: makes it; cost: its share of the work, for the progress bar, in any unit."""
 
     settings: Result
+    kind: type
     compute: Callable[[], Result]
     cost: float = 1.0
 
@@ -79,37 +82,68 @@ class Measure(NamedTuple):
     arrange: Callable[[Sequence[Result]], Sequence[Result]] | None = None
 
 
-class ResultCache:
-    """Results on disk by checkpoint hash, measure and settings; every new one is written at once, atomically."""
+class StoredResult(TypedDict):
+    """What the cache holds of a cell; result: of the cell's kind, and 'elapsed', the seconds that it took."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    checkpoint: str
+    measure: str
+    settings: dict[str, object]
+    result: dict[str, object]
+
+
+class StoredResults(TypedDict):
+    """The contents of evaluation.json; format 2, without a checksum, is still read."""
+
+    sha256: NotRequired[str]
+    format: Literal[2, 3]
+    results: dict[str, StoredResult]
+
+
+class ResultCache:
+    """Results on disk by checkpoint hash, measure and settings; every new one is written at once, atomically.
+
+    Several processes may add results to one file. say: gets a line where the file system has no locks for them.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], object]) -> None:
+        self.path, self._lock = path, ChangeLock(path, say)
         self._read()  # a damaged file is said before hours of work
 
-    def find(self, checkpoint_hash: str, measure: str, settings: Result) -> Result | None:
-        """The result stored under these, None where there is none."""
-        entry = self._read().get(_key(checkpoint_hash, measure, settings))
-        return None if entry is None else entry['result']
+    def find(self, checkpoint_hash: str, measure: str, cell: Cell) -> Result | None:
+        """The result of a cell, None where there is none; UserError where what is stored is none of its kind."""
+        entry = self._read().get(_key(checkpoint_hash, measure, cell.settings))
+        if entry is None:
+            return None
+        try:
+            elapsed = {'elapsed': checked(entry['result'].get('elapsed'), Seconds, f'{measure}.elapsed')}
+            found = {name: value for name, value in entry['result'].items() if name != 'elapsed'}
+            return {**checked(found, cell.kind, measure), **elapsed}
+        except Unfit as error:
+            raise self._damaged(error) from None
 
-    def store(self, checkpoint_hash: str, measure: str, settings: Result, result: Result) -> None:
+    def store(self, checkpoint_hash: str, measure: str, cell: Cell, result: Result) -> None:
         """Add a result to what the file holds by now, another process's results included."""
-        entries = self._read()
-        entries[_key(checkpoint_hash, measure, settings)] = {'checkpoint': checkpoint_hash, 'measure': measure,
-                                                             'settings': settings, 'result': result}
-        text = json.dumps({'format': CACHE_FORMAT, 'results': entries}, indent=1, allow_nan=False)
-        write_whole(self.path, text + '\n')
+        with self._lock.held():
+            entries = self._read()
+            entries[_key(checkpoint_hash, measure, cell.settings)] = {
+                'checkpoint': checkpoint_hash, 'measure': measure, 'settings': cell.settings, 'result': result}
+            write_whole(self.path, with_checksum({'format': CACHE_FORMAT, 'results': entries}))
 
-    def _read(self) -> dict[str, Result]:
+    def _read(self) -> dict[str, StoredResult]:
         if not self.path.exists():
             return {}
         try:
-            stored = json.loads(self.path.read_bytes())
-            if stored['format'] != CACHE_FORMAT or not all('result' in entry for entry in stored['results'].values()):
-                raise ValueError(f'its format is not {CACHE_FORMAT}')
-            return stored['results']
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise UserError(f'{self.path} is damaged or of another program ({error}); move it away, and results are '
-                            f'computed again') from None
+            stored = read_json(self.path)
+            found = checked(stored, StoredResults)
+            if found['format'] == CACHE_FORMAT or CHECKSUM in found:
+                verify_checksum(stored)
+            return found['results']
+        except Unfit as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Unfit) -> UserError:
+        return UserError(f'{self.path} is damaged or of another program ({error}); move it away, and results are '
+                         f'computed again')
 
 
 def _key(checkpoint_hash: str, measure: str, settings: Result) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, NotRequired, TypedDict
 
 from core.checkpoints.checkpoint import checkpoint_hash
 from core.checkpoints.heads import started_heads
@@ -16,10 +17,12 @@ from core.checkpoints.helpers import HOW_TO_TRAIN, helper_path, load_remasking_m
 from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
+from core.common.typed_json import Interval, Range, Seconds
 from core.evaluation.copied_spans import CopyIndex
 from core.evaluation.measure import Cell, Evaluation, Measure, Result
 from core.evaluation.quality_tables import CAUSAL, REAL, check_page, draw_quality, report_policies, tell_curves
-from core.evaluation.text_metrics import FEWEST_TEXTS, Yardstick, make_yardstick, measure_texts, reference_doubts
+from core.evaluation.text_metrics import (FEWEST_TEXTS, METRICS, Yardstick, make_yardstick, measure_texts,
+                                          reference_doubts)
 from core.evaluation.written_samples import (Budget, Writer, Written, budgets_of, held_out_texts, load_causal,
                                              shuffled_characters, shuffled_words, write)
 from core.sampling.policies import POLICIES
@@ -32,6 +35,32 @@ REMASKING_CURE = HOW_TO_TRAIN[CheckpointKind.REMASKING]
 GUIDANCE = ('critic', 'model', 'self', 'random')  # of the policy remask: critic head, remasking model, none of either
 GREEDY_POLICY, GREEDY_CALLS = 'llada', 64
 MOST_EXPENSIVE = 64.0  # cost of a cell whose trunk calls nobody knows before
+
+
+Metrics = TypedDict('Metrics', {
+    name: NotRequired[kind] if metric == 'reference_bits' else kind for metric in METRICS
+    for name, kind in ((metric, float | None), (f'{metric}_interval', Interval | None))})
+
+
+class TextResult(Metrics):
+    """Metrics of texts; there are no reference bits without a reference model. sample: the first text."""
+
+    sample: NotRequired[str]
+
+
+class WrittenResult(TextResult):
+    """Of texts that were written: calls of a batch, seconds of all texts."""
+
+    trunk_calls: Annotated[float, Range(0.0)]
+    network_calls: Annotated[float, Range(0.0)]
+    seconds: Seconds
+    self_confidence: float
+
+
+class SettingResult(WrittenResult):
+    """options: of the policy, those that set its trunk calls."""
+
+    options: dict[str, float]
 
 
 class Study:
@@ -130,7 +159,7 @@ class Study:
         if guidance is not None:
             settings |= {'guidance': guidance, 'remasking': checkpoint_hash(helper_path(
                 self.config.remasking_checkpoint_name, self.config.out_dir)) if guidance == 'model' else None}
-        return Cell(settings, compute, float(wanted or MOST_EXPENSIVE))
+        return Cell(settings, SettingResult, compute, float(wanted or MOST_EXPENSIVE))
 
     def measured(self, written: Written) -> Result:
         """Counts, seconds, metrics and the first text."""
@@ -155,18 +184,18 @@ class Study:
         def real() -> list[str]:
             return held_out_texts(corpus, config.split, writer.samples, writer.length)
 
-        made: dict[str, Callable[[], Result]] = {
-            REAL: lambda: {**self.metrics(real()), 'sample': real()[0]},
-            'shuffled words': lambda: self.metrics(shuffled_words(real(), config.seed)),
-            'shuffled characters': lambda: self.metrics(shuffled_characters(real(), config.seed)),
-            f'greedy ({GREEDY_POLICY})': lambda: self.measured(
-                write(writer, make_policy(GREEDY_POLICY, iterations=min(GREEDY_CALLS, writer.length)), 0.0)),
+        made: dict[str, tuple[type, Callable[[], Result]]] = {
+            REAL: (TextResult, lambda: {**self.metrics(real()), 'sample': real()[0]}),
+            'shuffled words': (TextResult, lambda: self.metrics(shuffled_words(real(), config.seed))),
+            'shuffled characters': (TextResult, lambda: self.metrics(shuffled_characters(real(), config.seed))),
+            f'greedy ({GREEDY_POLICY})': (WrittenResult, lambda: self.measured(
+                write(writer, make_policy(GREEDY_POLICY, iterations=min(GREEDY_CALLS, writer.length)), 0.0))),
         }
         if self.causal_path is not None:
-            made[CAUSAL] = self.causal_samples
+            made[CAUSAL] = WrittenResult, self.causal_samples
         return [Cell({**self._common, 'control': name,
-                      'causal': checkpoint_hash(self.causal_path) if name == CAUSAL else None}, compute)
-                for name, compute in made.items()]
+                      'causal': checkpoint_hash(self.causal_path) if name == CAUSAL else None}, kind, compute)
+                for name, (kind, compute) in made.items()]
 
     def causal_samples(self) -> Result:
         """The causal model's own samples at temperature 1."""

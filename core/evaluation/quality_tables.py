@@ -161,11 +161,11 @@ def at_equal_entropy(rows: Sequence[Row]) -> list[Equal]:
     found = []
     for (policy, name, wanted), group in groups.items():
         entropies = [row['entropy_3'] for row in group]
-        figures = {name: at_entropy([(row['entropy_3'], row[name]) for row in group if row[name] is not None], target)
+        figures = {name: at_entropy([(row['entropy_3'], row[name]) for row in group if row.get(name) is not None], target)
                    for name in (*COSTS, 'temperature', 'reference_bits', 'known_words', 'copied_span', 'repetition')}
         for end, place in (('low', 0), ('high', 1)):
-            figures[end] = at_entropy([(row['entropy_3'], row['reference_bits_interval'][place]) for row in group],
-                                      target)
+            figures[end] = at_entropy([(row['entropy_3'], interval[place]) for row in group
+                                       if (interval := row.get('reference_bits_interval')) is not None], target)
         found.append(Equal(policy, name, wanted, figures, min(entropies), max(entropies)))
     return found
 

@@ -1,11 +1,11 @@
 """What evaluate.py does: check the options, load checkpoint and corpus, compute what the cache lacks, tell it.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from tqdm import tqdm
@@ -17,6 +17,7 @@ from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.runtime import DTYPES, Runtime, resolve_device
+from core.common.typed_json import FARTHEST, Seconds
 from core.data.prepare import ensure_corpus
 from core.data.vocabulary import Vocabulary
 from core.evaluation.error_detection import ERRORS
@@ -31,6 +32,17 @@ NELBO_WINDOWS = 512
 
 # Measures -----------------------------------------------------------------------------------------------------------
 
+class NelboResult(TypedDict):
+    """kind: of the checkpoint; bits: per `unit`."""
+
+    kind: str
+    nats: float
+    standard_error: float
+    bits: float
+    unit: str
+    seconds: Seconds
+
+
 def nelbo_cells(evaluation: Evaluation) -> list[Cell]:
     """The NELBO of a diffusion checkpoint, the exact negative log-likelihood of a causal one."""
     config = evaluation.config
@@ -42,7 +54,7 @@ def nelbo_cells(evaluation: Evaluation) -> list[Cell]:
         return {'kind': evaluation.checkpoint.kind, 'nats': found.value, 'standard_error': found.standard_error,
                 'bits': found.bits, 'unit': found.unit, 'seconds': found.seconds}
 
-    return [Cell(evaluation.settings(windows=windows), compute)]
+    return [Cell(evaluation.settings(windows=windows), NelboResult, compute)]
 
 
 MEASURES: dict[str, Measure] = {
@@ -66,7 +78,7 @@ def run_evaluation(config: EvaluateConfig, explicit: Mapping[str, str],
     """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
     raise_problems(option_problems(config))
     evaluation = load_evaluation(config, explicit, say)
-    cache, found = ResultCache(evaluation.out_dir / CACHE_NAME), {}
+    cache, found = ResultCache(evaluation.out_dir / CACHE_NAME, say), {}
     torch.set_flush_denormal(evaluation.runtime.device.type == 'cpu')  # numbers near zero cost a hundred times as much
     try:
         for name in MEASURES if config.measure == 'all' else (config.measure,):
@@ -94,7 +106,7 @@ def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Call
     """The rows of one measure of one checkpoint, from its cache as far as they are known; nothing is printed of them."""
     say(f'{config.measure} of {config.out_dir}/{config.checkpoint_name}')
     evaluation = load_evaluation(config, explicit, say)
-    cache = ResultCache(evaluation.out_dir / CACHE_NAME)
+    cache = ResultCache(evaluation.out_dir / CACHE_NAME, say)
     torch.set_flush_denormal(evaluation.runtime.device.type == 'cpu')
     try:
         return compute_cells(evaluation, cache, config.measure, MEASURES[config.measure].cells(evaluation))
@@ -159,7 +171,7 @@ def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: 
 
     `elapsed` is added to a result: the seconds that it took. A progress bar on a terminal, a line per new cell otherwise.
     """
-    waiting = [cell for cell in cells if cache.find(evaluation.checkpoint_hash, name, cell.settings) is None]
+    waiting = [cell for cell in cells if cache.find(evaluation.checkpoint_hash, name, cell) is None]
     if len(waiting) < len(cells):
         evaluation.say(f'{name}: {len(cells) - len(waiting)} of {len(cells)} results are known already')
     shown = sys.stderr.isatty()
@@ -168,16 +180,16 @@ def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: 
         for number, cell in enumerate(waiting, 1):
             start = time.perf_counter()
             result = cell.compute()
-            broken = [key for key, value in result.items() if isinstance(value, float) and not math.isfinite(value)]
+            broken = [key for key, value in result.items() if isinstance(value, float) and not abs(value) <= FARTHEST]
             if broken:
                 raise UserError(f'{name} of {evaluation.config.checkpoint_name} is no number ({", ".join(broken)}): '
                                 f'the checkpoint is damaged or its training diverged; take an earlier one')
             elapsed = time.perf_counter() - start
-            cache.store(evaluation.checkpoint_hash, name, cell.settings, {**result, 'elapsed': elapsed})
+            cache.store(evaluation.checkpoint_hash, name, cell, {**result, 'elapsed': elapsed})
             bar.update(cell.cost)
             if not shown:
                 evaluation.say(f'{name}: {number} of {len(waiting)} done, {elapsed:.1f}s')
-    return [{**cell.settings, **cache.find(evaluation.checkpoint_hash, name, cell.settings)} for cell in cells]
+    return [{**cell.settings, **cache.find(evaluation.checkpoint_hash, name, cell)} for cell in cells]
 
 
 def table(name: str, columns: Sequence[str], rows: Sequence[Result]) -> list[str]:

@@ -8,12 +8,11 @@ evaluate.py makes the critic head's and keeps it beside the checkpoint; threshol
 Letters: N positions, K bins.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,9 +20,10 @@ from torch import Tensor
 from core.checkpoints.checkpoint import checkpoint_hash
 from core.common.errors import UserError
 from core.common.files import write_whole
+from core.common.typed_json import CHECKSUM, Items, Share, Unfit, checked, read_json, verify_checksum, with_checksum
 
 CALIBRATION_NAME = 'calibration.json'
-CALIBRATION_FORMAT = 1
+CALIBRATION_FORMAT = 2
 BINS = 20
 
 
@@ -111,12 +111,26 @@ def _cumulative(values: Tensor) -> Tensor:
 
 # Beside a checkpoint ------------------------------------------------------------------------------------------------
 
+class CalibrationMap(TypedDict):
+    """The columns of a `Calibration`."""
+
+    predicted: Annotated[list[Share], Items(1)]
+    observed: Annotated[list[Share], Items(1)]
+
+
+class Stored(TypedDict):
+    """What is read of calibration.json; format 1, without a checksum, is still read."""
+
+    format: Literal[1, 2]
+    checkpoint: str
+    map: CalibrationMap
+
+
 def write_calibration(checkpoint: Path, digest: str, fitted: Mapping[str, Any]) -> Path:
     """Keep `fitted`, whose 'map' holds the lists 'predicted' and 'observed' and whose rest says where they come from,
     in calibration.json beside the file `checkpoint` of SHA-256 `digest`; atomic. Returns its path."""
     path = checkpoint.parent / CALIBRATION_NAME
-    text = json.dumps({'format': CALIBRATION_FORMAT, 'checkpoint': digest, **fitted}, indent=1, allow_nan=False)
-    write_whole(path, text + '\n')
+    write_whole(path, with_checksum({'format': CALIBRATION_FORMAT, 'checkpoint': digest, **fitted}))
     return path
 
 
@@ -137,16 +151,15 @@ def find_calibration(checkpoint: Path) -> tuple[Calibration | None, str]:
 def _read(path: Path) -> tuple[str, Calibration]:
     """SHA-256 of the checkpoint that a calibration.json is of, and its map."""
     try:
-        stored = json.loads(path.read_bytes())
-        if stored['format'] != CALIBRATION_FORMAT:
-            raise ValueError(f'its format is not {CALIBRATION_FORMAT}')
-        predicted, observed = (torch.tensor(stored['map'][name], dtype=torch.float64)
+        stored = checked(read_json(path), dict[str, object], 'it')
+        found = checked({name: stored[name] for name in ('format', 'checkpoint', 'map') if name in stored}, Stored)
+        if found['format'] == CALIBRATION_FORMAT or CHECKSUM in stored:
+            verify_checksum(stored)
+        predicted, observed = (torch.tensor(found['map'][name], dtype=torch.float64)
                                for name in ('predicted', 'observed'))
-        sound = len(predicted) and predicted.shape == observed.shape and all(
-            (column.diff() >= 0).all() and column.min() >= 0 and column.max() <= 1 for column in (predicted, observed))
-        if not sound:
-            raise ValueError('its map is no rising one of probabilities')
-        return str(stored['checkpoint']), Calibration(predicted, observed)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        if len(predicted) != len(observed) or any((column.diff() < 0).any() for column in (predicted, observed)):
+            raise Unfit('its map is no rising one of probabilities')
+        return found['checkpoint'], Calibration(predicted, observed)
+    except Unfit as error:
         raise UserError(f'{path} is damaged or of another program ({error}); move it away, and the critic goes '
                         f'uncalibrated') from None

@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from configurator import configure
 from core.checkpoints.checkpoint import checkpoint_hash
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
+from core.common.typed_json import with_checksum
 from core.data.vocabulary import Vocabulary
 from core.sampling.calibration import (CALIBRATION_NAME, Calibration, Reliability, calibration_error, find_calibration,
                                        fit_calibration, reliability, write_calibration)
@@ -149,6 +150,34 @@ def test_a_calibration_is_found_beside_the_very_checkpoint_that_it_is_of(checkpo
     assert found is None and 'ignored' in line and 'another checkpoint than ckpt.pt' in line
 
 
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path, data):
+    checkpoint = tmp_path / 'ckpt.pt'
+    checkpoint.write_bytes(b'a checkpoint')
+    path = keep(checkpoint, 0.25, 0.75)
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    try:
+        found, _ = find_calibration(checkpoint)
+    except UserError as error:
+        assert 'calibration.json is damaged' in str(error) and '\n' not in str(error)
+    else:
+        assert (found.predicted.tolist(), found.observed.tolist()) == ([0.2, 0.9], [0.25, 0.75])
+
+
+def test_a_file_of_the_earlier_format_is_read_and_one_without_its_checksum_is_not(checkpoint):
+    path = keep(checkpoint, 0.25, 0.75)
+    stored = json.loads(path.read_text())
+    del stored['sha256']
+    path.write_text(json.dumps({**stored, 'format': 1}))
+    assert find_calibration(checkpoint)[0].observed.tolist() == [0.25, 0.75]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match='no checksum'):
+        find_calibration(checkpoint)
+
+
 @pytest.mark.parametrize('damage', [
     lambda stored: stored['map'].update(observed=[0.5, 0.2]), lambda stored: stored['map'].update(observed=[0.5]),
     lambda stored: stored['map'].update(observed=[0.5, 1.2]), lambda stored: stored['map'].update(predicted='x'),
@@ -157,8 +186,9 @@ def test_a_calibration_is_found_beside_the_very_checkpoint_that_it_is_of(checkpo
 def test_a_damaged_file_is_named(checkpoint, damage):
     path = keep(checkpoint, 0.25, 0.75)
     stored = json.loads(path.read_text())
+    del stored['sha256']
     damage(stored)
-    path.write_text(json.dumps(stored))
+    path.write_bytes(with_checksum(stored) if 'nan' not in json.dumps(stored).lower() else json.dumps(stored).encode())
     with pytest.raises(UserError, match='calibration.json is damaged.*move it away'):
         find_calibration(checkpoint)
     path.write_bytes(b'\xff{')
