@@ -16,8 +16,8 @@ from torch import Tensor
 
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.data.corpus import gather_windows
-from core.noise import (Corruption, apply_mask, behind_cls, corrupt, draw_mask, judged_text, low_discrepancy_times,
-                        neighbours_shown)
+from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, draw_mask, judged_text,
+                        low_discrepancy_times, neighbours_shown)
 
 # N is padded to one of these shares of B * T, so that compiled steps see the same shape again and again: the number of
 # masked positions of a batch with low-discrepancy times stays within a few per cent of one half.
@@ -43,32 +43,36 @@ class Batch(NamedTuple):
         return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
 
 
+class RowShare(NamedTuple):
+    """Which rows of an iteration this rank holds: `micro_steps` times `batch_size`, in turn with the other ranks."""
+
+    batch_size: int
+    micro_steps: int = 1  # of this rank
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def global_batch(self) -> int:
+        """G, the rows of an iteration over all micro-steps and ranks."""
+        return self.batch_size * self.micro_steps * self.world_size
+
+
 class BatchPlan(NamedTuple):
-    """What batches are made of. global_batch G = batch_size * micro_steps * world_size rows an iteration."""
+    """What batches are made of. noise: of the kind that is trained, `Masking` of a diffusion model, `Corruption` of a
+    remasking model and a judge, None of a causal model."""
 
     tokens: np.ndarray  # the training split
     seed: int
     block_size: int
-    batch_size: int
-    micro_steps: int  # of this rank
-    rank: int
-    world_size: int
-    mask_token_id: int
-    loss_weighting: str  # 'elbo' or 'masked_mean'
-    sampler_context: int  # 0: no neighbours are needed
-    critic_row_stride: int
-    critic_scope: str  # 'masked_only' or 'masked_and_ignore'
-    corruption: Corruption | None = None  # of remasking models and judges
-
-    @property
-    def global_batch(self) -> int:
-        return self.batch_size * self.micro_steps * self.world_size
+    rows: RowShare
+    noise: Masking | Corruption | None
 
 
 def micro_steps(plan: BatchPlan, iteration: int) -> list[RowRandom]:
     """The rows of each micro-step of this rank."""
-    return [keyed(plan.seed, iteration, (number * plan.world_size + plan.rank) * plan.batch_size, plan.batch_size)
-            for number in range(plan.micro_steps)]
+    rows = plan.rows
+    return [keyed(plan.seed, iteration, (number * rows.world_size + rows.rank) * rows.batch_size, rows.batch_size)
+            for number in range(rows.micro_steps)]
 
 
 def draw_windows(plan: BatchPlan, generator: RowRandom, length: int) -> Tensor:
@@ -83,24 +87,24 @@ def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
     `total` adds a count over all ranks. Weights for 'elbo': 1 / t over G * T (Sahoo et al. 2024, eq. 11, with the
     linear schedule); for 'masked_mean': 1 / number of masked positions of the global batch.
     """
-    T = plan.block_size
-    drawn = []
+    T, masking, drawn = plan.block_size, plan.noise, []
     for generator in micro_steps(plan, iteration):
-        times = low_discrepancy_times(generator, plan.global_batch)  # [B]
+        times = low_discrepancy_times(generator, plan.rows.global_batch)  # [B]
         drawn.append((generator, draw_windows(plan, generator, T), times, draw_mask(generator, times, T)))
     masked = total(sum(int(mask.sum()) for *_, mask in drawn))
-    stride = plan.critic_row_stride
-    judged = total(sum(int(mask[::stride].sum()) if plan.critic_scope == 'masked_only' else mask[::stride].numel()
+    stride = masking.critic_row_stride
+    judged = total(sum(int(mask[::stride].sum()) if masking.critic_scope == 'masked_only' else mask[::stride].numel()
                        for *_, mask in drawn))
     batches = []
     for generator, targets, times, mask in drawn:
         positions = mask.flatten().nonzero().squeeze(1)  # [N]
         mean = torch.full((len(positions),), 1 / max(1, masked))
-        main = (1 / times / (plan.global_batch * T)).float()[positions // T] if plan.loss_weighting == 'elbo' else mean
-        neighbours = neighbours_shown(generator, targets, mask, plan.sampler_context).flatten(0, 1)[positions]
+        main = mean if masking.loss_weighting == 'masked_mean' else \
+            (1 / times / (plan.rows.global_batch * T)).float()[positions // T]
+        neighbours = neighbours_shown(generator, targets, mask, masking.sampler_context).flatten(0, 1)[positions]
         capacity = next(size for size in (int(B_T * targets.numel()) for B_T in CAPACITIES) if size >= len(positions))
         padding = (0, capacity - len(positions))
-        batches.append(Batch(apply_mask(targets, mask, plan.mask_token_id), targets, F.pad(positions, padding),
+        batches.append(Batch(apply_mask(targets, mask, masking.mask_token_id), targets, F.pad(positions, padding),
                              F.pad(main, padding), F.pad(mean, padding), F.pad(neighbours, (0, 0, *padding), value=-1),
                              generator.rows, torch.tensor(1 / max(1, judged))))
     return batches
@@ -111,7 +115,7 @@ def causal_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int])
     T, batches = plan.block_size, []
     for generator in micro_steps(plan, iteration):
         window = draw_windows(plan, generator, T + 1)  # [B, T + 1]
-        weights = torch.full((plan.batch_size * T,), 1 / (plan.global_batch * T))
+        weights = torch.full((plan.rows.batch_size * T,), 1 / (plan.rows.global_batch * T))
         batches.append(_whole_batch(generator, window[:, :-1].contiguous(), window[:, 1:].contiguous(), weights))
     return batches
 
@@ -135,10 +139,10 @@ def remasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
     T, drawn = plan.block_size, []
     for generator in micro_steps(plan, iteration):
         targets = draw_windows(plan, generator, T)
-        mask = draw_mask(generator, low_discrepancy_times(generator, plan.global_batch), T)
-        drawn.append((generator, targets, corrupt(plan.corruption, generator, targets, mask)))
+        mask = draw_mask(generator, low_discrepancy_times(generator, plan.rows.global_batch), T)
+        drawn.append((generator, targets, corrupt(plan.noise, generator, targets, mask)))
     corrupted = total(sum(int((inputs != targets).sum()) for _, targets, inputs in drawn))
-    weights = position_weights(plan.corruption.loss_type, plan.global_batch * T - corrupted, corrupted)
+    weights = position_weights(plan.noise.loss_type, plan.rows.global_batch * T - corrupted, corrupted)
     return [_whole_batch(generator, inputs, targets, weights[(inputs != targets).flatten().long()])
             for generator, targets, inputs in drawn]
 
@@ -148,10 +152,10 @@ def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) 
     batches = []
     for generator in micro_steps(plan, iteration):
         text = draw_windows(plan, generator, plan.block_size - 1)
-        mask = draw_mask(generator, low_discrepancy_times(generator, plan.global_batch), plan.block_size - 1)
-        inputs = behind_cls(plan.corruption, judged_text(plan.corruption, generator, text, mask))
-        weights = torch.full((plan.batch_size,), 1 / plan.global_batch)
-        batches.append(_whole_batch(generator, inputs, behind_cls(plan.corruption, text), weights))
+        mask = draw_mask(generator, low_discrepancy_times(generator, plan.rows.global_batch), plan.block_size - 1)
+        inputs = behind_cls(plan.noise, judged_text(plan.noise, generator, text, mask))
+        weights = torch.full((plan.rows.batch_size,), 1 / plan.rows.global_batch)
+        batches.append(_whole_batch(generator, inputs, behind_cls(plan.noise, text), weights))
     return batches
 
 
@@ -159,7 +163,3 @@ def _whole_batch(generator: RowRandom, inputs: Tensor, targets: Tensor, weights:
     """A batch whose every position is read; no sampler head and no critic trains on it."""
     return Batch(inputs, targets, torch.arange(targets.numel()), weights, weights,
                  targets.new_empty(targets.numel(), 0), generator.rows, torch.tensor(0.0))
-
-
-BATCH_MAKERS = {'unmasking': unmasking_batches, 'causal': causal_batches, 'remasking': remasking_batches,
-                'classifier': remasking_batches, 'judge': judge_batches}  # by the kind of model that is trained

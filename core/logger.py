@@ -23,31 +23,28 @@ WANDB_SECONDS = 60  # the longest wait for W&B to begin or to finish
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """One training iteration. A part of the loss whose stage has not begun is None: neither printed nor logged."""
+    """One training iteration. A part of the loss whose stage has not begun is neither printed nor logged."""
 
     iteration: int
     loss: float  # nats, as trained on: main + sampler + alpha * critic
-    loss_main: float
+    parts: Mapping[str, float]  # of the loss by their names: 'main', and those of the heads that train
     learning_rate: float
     seconds: float  # of this iteration
-    loss_sampler: float | None = None
-    loss_critic: float | None = None
     mfu: float | None = None  # share of the peak matrix rate, 0..1; None while not known
     extra: Mapping[str, float] = field(default_factory=dict)  # for the log only, such as 'train/grad_norm'
 
     def line(self) -> str:
         """The console line: 'iter N: loss a (main b, sampler c, critic d), time 1.00ms, mfu 2.00%'."""
-        parts = {'main': self.loss_main, 'sampler': self.loss_sampler, 'critic': self.loss_critic}
-        shown = ', '.join(f'{name} {value:.4f}' for name, value in parts.items() if value is not None)
+        shown = ', '.join(f'{name} {value:.4f}' for name, value in self.parts.items())
         mfu = '' if self.mfu is None else f', mfu {100 * self.mfu:.2f}%'
         return f'iter {self.iteration}: loss {self.loss:.4f} ({shown}), time {1000 * self.seconds:.2f}ms{mfu}'
 
     def numbers(self) -> dict[str, float]:
         """The keys of `metrics.jsonl` and W&B; inactive parts are absent."""
-        numbers = {'train/loss': self.loss, 'train/loss_main': self.loss_main, 'train/loss_sampler': self.loss_sampler,
-                   'train/loss_critic': self.loss_critic, 'lr': self.learning_rate, 'seconds': self.seconds,
-                   'mfu': self.mfu}
-        return {name: value for name, value in numbers.items() if value is not None} | dict(self.extra)
+        parts = {f'train/loss_{name}': value for name, value in self.parts.items()}
+        mfu = {} if self.mfu is None else {'mfu': self.mfu}
+        return {'train/loss': self.loss, **parts, 'lr': self.learning_rate, 'seconds': self.seconds, **mfu,
+                **self.extra}
 
 
 class RunLogger:
@@ -94,13 +91,10 @@ class RunLogger:
         else:
             _print(text)
 
-    def advance(self, iteration: int, loss: float | None = None) -> None:
-        """Move the progress bar to `iteration` finished iterations; `loss` is the last number known on the host."""
-        if self._bar is None:
-            return
-        if loss is not None:
-            self._bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
-        self._bar.update(iteration - self._bar.n)
+    def advance(self, iteration: int) -> None:
+        """Move the progress bar to `iteration` finished iterations."""
+        if self._bar is not None:
+            self._bar.update(iteration - self._bar.n)
 
     def close(self) -> None:
         """Finish the progress bar, `metrics.jsonl` and W&B; may be called more than once."""

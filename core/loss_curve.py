@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.common.plots import BLUE, GREEN, INK, ORANGE, RULE, VERMILION, save_picture, tidy
+from core.checkpoints.heads import HEADS
+from core.common.plots import BLUE, GREEN, INK, ORANGE, PURPLE, RULE, SKY, VERMILION, save_picture, tidy
 from core.logger import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+HEAD_COLOURS = ORANGE, GREEN, PURPLE, SKY
 TRAINING_CURVES = (  # key of metrics.jsonl, name in the legend, colour
     ('train/loss_main', 'training, main', BLUE),
-    ('train/loss_sampler', 'training, sampler head', ORANGE),
-    ('train/loss_critic', 'training, critic (binary)', GREEN),
-)
+    *((f'train/loss_{head.name}', head.curve, colour) for head, colour in zip(HEADS, HEAD_COLOURS)))
 VALIDATION_CURVES = (('val/nelbo', 'validation NELBO', VERMILION), ('val/loss', 'validation loss', VERMILION))
 STANDARD_ERROR = 'val/nelbo_standard_error'
 

@@ -6,7 +6,6 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -18,8 +17,9 @@ from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime, resolve_device
 from core.data.prepare import ensure_corpus
 from core.data.vocabulary import Vocabulary
-from core.helper_validation import validate_kind
-from core.training_kinds import load_corruption
+from core.options import TrainConfig
+from core.training_kinds import TRAINING
+from core.validation import HeldOut
 
 
 def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, say: Callable[[str], None]) -> Checkpoint:
@@ -75,17 +75,17 @@ def _between(one: Checkpoint, other: Checkpoint, weight: float) -> Checkpoint:
 def _validate_as(source: Checkpoint, checkpoint: Checkpoint, name: str, device: torch.device,
                  say: Callable[[str], None]) -> tuple[float, str]:
     """The validation loss of a checkpoint's weights as `source`'s kind and options ask for, and the line saying it."""
-    config, runtime = SimpleNamespace(**source.config), Runtime(device, torch.float32, False)
+    config, runtime = TrainConfig.of_checkpoint(source.config), Runtime(device, torch.float32, False)
     corpus = ensure_corpus(config.dataset, say)
     vocabulary = Vocabulary.from_meta(source.vocabulary)
     if corpus.vocabulary.hash != vocabulary.hash:
         raise UserError(f'corpus {config.dataset} has another vocabulary ({corpus.vocabulary.base_size} tokens) than '
                         f'the models ({vocabulary.base_size}); restore the corpus that they were trained on')
-    corruption = load_corruption(config, CheckpointKind(source.kind), vocabulary, runtime)
+    training = TRAINING[CheckpointKind(source.kind)]
     model = build_model(checkpoint, device).requires_grad_(False)
     allowed = allowed_ids(vocabulary.size, vocabulary.base_size, device)
-    found = validate_kind(source.kind, model, corpus, runtime, allowed, corruption, batch_size=config.batch_size,
-                          windows=config.eval_iters * config.batch_size)
+    held_out = HeldOut(corpus, runtime, config.eval_iters * config.batch_size, config.batch_size)
+    found = training.validate(model, held_out, allowed, training.noise(config, vocabulary, runtime))
     return found.value, found.line(f'{name}, as {source.kind}: val')
 
 

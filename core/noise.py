@@ -86,6 +86,21 @@ def shown_neighbours(generator: RowRandom, mask: Tensor, context: int, probabili
     return (side_shown.repeat_interleave(context, dim=2) | revealed) & inside
 
 
+class Masking(NamedTuple):
+    """How masked diffusion hides text, and what a batch of it holds.
+
+    loss_weighting: of the main loss (docs/training.md); sampler_context: neighbours that the sampler head sees on each
+    side, 0 without one; critic_row_stride: every n-th row is the critic's; critic_scope: whether it judges the masked
+    positions or all.
+    """
+
+    mask_token_id: int
+    loss_weighting: Literal['elbo', 'masked_mean'] = 'masked_mean'
+    sampler_context: int = 0
+    critic_row_stride: int = 1
+    critic_scope: Literal['masked_only', 'masked_and_ignore'] = 'masked_only'
+
+
 class Corruption(NamedTuple):
     """How the text is made wrong that a remasking model or a judge reads.
 

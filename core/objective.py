@@ -1,4 +1,4 @@
-"""The losses of one micro-step: main, sampler head and critic; or those of a remasking model or a judge.
+"""The losses of one micro-step: the main loss and those of the heads.
 
 One trunk call serves all of them, the critic's filled-in text apart. Losses are sums of weighted cross-entropies whose
 weights are shares of the global batch, so the losses of micro-steps and ranks add up, and so do those of chunks of
@@ -8,6 +8,7 @@ Letters: B rows, T sequence length, V vocabulary, D width, N predicted positions
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.batches import Batch
+from core.checkpoints.heads import CRITIC, SAMPLER
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.stages import Stage
@@ -30,16 +32,15 @@ MOST_LOGITS = 2 ** 25
 
 
 class Losses(NamedTuple):
-    """Scalars in nats. total = main + sampler + alpha * critic; a part that is not active is None.
+    """Scalars in nats; a judge's is a squared error. total: main and, with their weights, those of the heads.
 
-    A judge's loss is a squared error. positions: of remasking models, float32 [2, 4], `PositionSums` of the clean and
-    of the corrupted positions.
+    heads: of each head that trains, by its name. positions: of remasking models, float32 [2, 4], `PositionSums` of the
+    clean and of the corrupted positions.
     """
 
     total: Tensor
     main: Tensor
-    sampler: Tensor | None
-    critic: Tensor | None
+    heads: Mapping[str, Tensor]
     positions: Tensor | None = None
 
 
@@ -119,16 +120,31 @@ def wrong_shares(inputs: Tensor, truth: Tensor) -> Tensor:
     return (inputs != truth)[:, 1:].float().mean(1)
 
 
-class Objective(nn.Module):
-    """The losses of a model of a `kind` (`CheckpointKind`); `allowed` bool [V] are the ids that text consists of (the
-    base vocabulary)."""
+def remasking_loss(model: GPT, batch: Batch, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """(weighted cross-entropy over all positions, sums for the log) of a remasking model of either kind."""
+    terms = remasking_terms(model, batch.inputs, batch.targets, allowed)
+    return (terms.loss.flatten() * batch.main_weights).sum(), position_sums(terms).sum(0)
 
-    def __init__(self, model: GPT, allowed: Tensor, kind: str = 'unmasking') -> None:
+
+def judge_loss(model: GPT, batch: Batch, allowed: Tensor) -> tuple[Tensor, None]:
+    """Weighted squared error of a judge's evaluation of each row against the share that is wrong."""
+    error = model.sequence_scores(batch.inputs) - wrong_shares(batch.inputs, batch.targets)  # [B]
+    return (error.square() * batch.main_weights).sum(), None
+
+
+WholeLoss = Callable[[GPT, Batch, Tensor], tuple[Tensor, Tensor | None]]
+
+
+class Objective(nn.Module):
+    """The losses of a model; `allowed` bool [V] are the ids that text consists of (the base vocabulary).
+
+    whole_loss: of a kind that has no heads, its loss and what is logged beside it; None for models that write text.
+    """
+
+    def __init__(self, model: GPT, allowed: Tensor, whole_loss: WholeLoss | None = None) -> None:
         super().__init__()
-        self.model = model
-        self.helper_loss = {'remasking': self._remasking_loss, 'classifier': self._remasking_loss,
-                            'judge': self._judge_loss}.get(kind)
-        self.predicts_all = kind == 'causal'  # every position, in order
+        self.model, self.whole_loss = model, whole_loss
+        self.predicts_all = model.config.attention_type == 'causal'  # every position, in order
         self.register_buffer('allowed', allowed, persistent=False)
         self.trunk_and_sampler_losses = self._trunk_and_sampler_losses
         self.critic_loss = self._critic_loss
@@ -137,26 +153,35 @@ class Objective(nn.Module):
         """Replace the two network passes by compiled ones; what lies between them (drawing tokens) stays eager."""
         self.trunk_and_sampler_losses = torch.compile(self._trunk_and_sampler_losses, dynamic=False)
         self.critic_loss = torch.compile(self._critic_loss, dynamic=False)
-        if self.helper_loss is not None:
-            self.helper_loss = torch.compile(self.helper_loss, dynamic=False)
+        if self.whole_loss is not None:
+            self.whole_loss = torch.compile(self.whole_loss, dynamic=False)
 
-    def forward(self, batch: Batch, stage: Stage, alpha: float, generator: RowRandom) -> Losses:
+    def forward(self, batch: Batch, stage: Stage, generator: RowRandom) -> Losses:
         """Losses of one micro-step. `generator` draws the tokens that the critic judges."""
-        if self.helper_loss is not None:
-            main, positions = self.helper_loss(batch)
-            return Losses(main, main, None, None, positions)
-        main, sampler, hidden = self.trunk_and_sampler_losses(batch, stage.sampler)
-        total = main if sampler is None else main + sampler
-        if not stage.critic:
-            return Losses(total, main, sampler, None)
+        if self.whole_loss is not None:
+            main, positions = self.whole_loss(self.model, batch, self.allowed)
+            return Losses(main, main, {}, positions)
+        heads = {}
+        main, sampler, hidden = self.trunk_and_sampler_losses(batch, SAMPLER.name in stage.heads)
+        if sampler is not None:
+            heads[SAMPLER.name] = sampler
+        if CRITIC.name in stage.heads:
+            heads[CRITIC.name] = self._loss_of_filled_text(batch, hidden, generator, SAMPLER.name in stage.heads)
+        total = main
+        for name, loss in heads.items():
+            total = total + stage.heads[name] * loss
+        return Losses(total, main, heads)
+
+    def _loss_of_filled_text(self, batch: Batch, hidden: Tensor, generator: RowRandom, with_sampler: bool) -> Tensor:
+        """The critic's loss on the critic's rows, their masks filled as inference fills them; hidden [N, D]: of the
+        predicted positions."""
         rows = slice(None, None, self.model.config.critic_row_stride)
         hidden_states = hidden.new_zeros(*batch.inputs.shape, hidden.size(-1))  # [B, T, D], read at masked positions
         hidden_states.flatten(0, 1).index_copy_(0, batch.positions, hidden.detach())  # padding slots repeat position 0
         artifacts = build_critic_artifacts_from_logits(
             self.model, batch.inputs[rows], batch.targets[rows], hidden_states[rows], DrawRule(self.allowed),
-            RowRandom(generator.seed, generator.iteration, generator.rows[rows]), use_sampler_head=stage.sampler)
-        critic = self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * batch.critic_share)
-        return Losses(total + alpha * critic, main, sampler, critic)
+            RowRandom(generator.seed, generator.iteration, generator.rows[rows]), use_sampler_head=with_sampler)
+        return self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * batch.critic_share)
 
     def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """(main loss, sampler loss or None, hidden states [N, D] of the predicted positions) from one trunk call."""
@@ -191,13 +216,3 @@ class Objective(nn.Module):
         """Binary cross-entropy of the wrongness of tokens [B, T], weighted per position: a second trunk call."""
         logits = self.model.critic_logits(self.model.encode(tokens)).float()  # [B, T]
         return (F.binary_cross_entropy_with_logits(logits, labels, reduction='none') * weights).sum()
-
-    def _remasking_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(weighted cross-entropy over all positions, sums for the log)."""
-        terms = remasking_terms(self.model, batch.inputs, batch.targets, self.allowed)
-        return (terms.loss.flatten() * batch.main_weights).sum(), position_sums(terms).sum(0)
-
-    def _judge_loss(self, batch: Batch) -> tuple[Tensor, None]:
-        """Weighted squared error of the evaluation of each row against the share that is wrong."""
-        error = self.model.sequence_scores(batch.inputs) - wrong_shares(batch.inputs, batch.targets)  # [B]
-        return (error.square() * batch.main_weights).sum(), None

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from core.checkpoints.heads import HEADS
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Muon": the quintic with the steepest slope at zero
 _ITERATIONS = 5
 
@@ -96,14 +98,13 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, updates, alpha=-group['lr'] * 0.2 * math.sqrt(max(shape)))
 
 
-HEADS = ('sampler_head', 'critic_head', 'classifier', 'scorer')  # every parameter outside these belongs to the trunk
+_HEAD_MATRICES = frozenset(f'{head.module}.{name}' for head in HEADS for name in head.matrices)
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes the parameter: the matrices inside the trunk's layers and the sampler head, not embeddings,
+    """Whether Muon takes the parameter: the matrices inside the trunk's layers and inside heads, not embeddings,
     output layers, gains and biases."""
-    inside = name.startswith('transformer.h.') or name in ('sampler_head.input.weight', 'sampler_head.hidden.weight')
-    return inside and parameter.ndim == 2
+    return parameter.ndim == 2 and (name.startswith('transformer.h.') or name in _HEAD_MATRICES)
 
 
 def make_optimizers(model: nn.Module, name: str, learning_rate: float, weight_decay: float, betas: tuple[float, float],
@@ -116,7 +117,7 @@ def make_optimizers(model: nn.Module, name: str, learning_rate: float, weight_de
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = defaultdict(list)
     for key, parameter in model.named_parameters():
         matrix = name == 'muon' and is_matrix(key, parameter)
-        groups[matrix, key.split('.')[0] not in HEADS, parameter.ndim >= 2].append(parameter)
+        groups[matrix, key.startswith('transformer.'), parameter.ndim >= 2].append(parameter)
     described = {matrix: [{'params': parameters, 'trunk': trunk, 'weight_decay': weight_decay if decays else 0.0}
                           for (is_muon, trunk, decays), parameters in groups.items() if is_muon == matrix]
                  for matrix in (True, False)}
@@ -131,3 +132,14 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], learning_rate
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = learning_rate * (trunk_multiplier if group['trunk'] else 1.0)
+
+
+def learning_rate_at(iteration: int, *, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int,
+                     decay_lr: bool) -> float:
+    """Linear warm-up over warmup_iters, then a half cosine down to min_lr at lr_decay_iters, then min_lr."""
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / warmup_iters
+    if not decay_lr:
+        return learning_rate
+    progress = min(1.0, (iteration - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)

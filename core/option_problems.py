@@ -1,9 +1,9 @@
 """What is wrong with the options of train.py, each problem a sentence with value, limit and cure."""
 
-from core.checkpoints.kinds import GENERATORS, OWN_OUTPUT, CheckpointKind
+from core.checkpoints.heads import HEADS
 from core.common.runtime import Runtime
 from core.options import TrainConfig
-from core.training_kinds import kind_of
+from core.training_kinds import TRAINING, kind_of
 
 
 def option_problems(config: TrainConfig) -> list[str]:
@@ -27,7 +27,7 @@ def option_problems(config: TrainConfig) -> list[str]:
     if config.sharding == 'full' and config.compile:
         problems.append('sharding is full, but compile is True, and layers that are gathered one by one are not '
                         'compiled; leave compile out')
-    return problems + head_problems(config) + kind_problems(config)
+    return problems + head_problems(config) + TRAINING[kind_of(config)].problems(config)
 
 
 def head_problems(config: TrainConfig) -> list[str]:
@@ -41,9 +41,8 @@ def head_problems(config: TrainConfig) -> list[str]:
     if config.add_critic_head and config.critic_row_stride > 0 and config.batch_size % config.critic_row_stride:
         problems.append(f'batch_size is {config.batch_size}, but must be a multiple of critic_row_stride '
                         f'({config.critic_row_stride}), so that micro-steps and ranks judge the same rows')
-    begins = [start for wanted, start in ((config.add_sampler_head, config.start_sampler_iteration),
-                                          (config.add_critic_head, config.start_critic_iteration)) if wanted]
-    if config.freeze_transformer and 0 not in begins and kind_of(config) not in OWN_OUTPUT:
+    begins = [head.start(config) for head in HEADS if head.is_in(config)]
+    if config.freeze_transformer and 0 not in begins and not kind_of(config).own_output:
         problems.append('freeze_transformer leaves nothing to train at iteration 0; add a head that starts there '
                         '(start_sampler_iteration=0), train a model with an output layer of its own '
                         '(remasking_kind=binary, or a judge), or leave freeze_transformer out')
@@ -65,25 +64,4 @@ def world_problems(config: TrainConfig, runtime: Runtime) -> list[str]:
     if config.gradient_accumulation_steps % runtime.world_size:
         problems.append(f'gradient_accumulation_steps is {config.gradient_accumulation_steps}, but must be a '
                         f'multiple of the {runtime.world_size} ranks, which share them')
-    return problems
-
-
-def kind_problems(config: TrainConfig) -> list[str]:
-    """Options that do not suit what is trained."""
-    kind, problems = kind_of(config), []
-    if kind in GENERATORS:
-        return problems
-    what = f'training_type={config.training_type}'
-    if config.attention_type == 'causal':
-        problems.append(f'attention_type is causal, but {what} reads a text from both sides; leave it out')
-    problems += [f'{name} is True, but {what} has no use for it; leave it out'
-                 for name in ('add_sampler_head', 'add_critic_head') if getattr(config, name)]
-    if kind is CheckpointKind.CLASSIFIER and config.remasking_loss_type == 'corrupted_only':
-        problems.append('remasking_loss_type is corrupted_only, but then a binary remasking model would see one class '
-                        'alone; take balanced or all_positions')
-    if kind is not CheckpointKind.JUDGE and config.remasking_corruption == 'model' and not config.corruption_checkpoint:
-        problems.append('remasking_corruption is model, but no model is named; add --corruption_checkpoint=... of a '
-                        'trained generator')
-    if kind is CheckpointKind.JUDGE and config.block_size < 2:
-        problems.append(f'block_size is {config.block_size}, but a judge reads CLS and at least one token')
     return problems

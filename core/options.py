@@ -1,7 +1,8 @@
 """The options of train.py."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, Self
 
 from configurator import option
 
@@ -101,3 +102,10 @@ class TrainConfig:
     activation_checkpointing: bool = option(
         False, "compute each layer again on the way back and keep its input only, when memory runs out")
     backend: Literal['nccl', 'gloo'] | None = option(None, 'of several ranks; None: nccl on GPUs, gloo on CPUs')
+
+    @classmethod
+    def of_checkpoint(cls, saved: Mapping[str, object]) -> Self:
+        """The options that a checkpoint's run was given. An older run has no value for newer ones, which then have
+        their defaults, and values of options that are gone, which are left out."""
+        names = {one.name for one in fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in names})

@@ -10,30 +10,30 @@ from pathlib import Path
 
 import torch.distributed as distributed
 
-from core.batches import BatchPlan
+from core.batches import BatchPlan, RowShare
 from core.checkpoints.checkpoint import (Checkpoint, check_resume, initialise_from, load_checkpoint, load_weights,
                                          model_config_to_dict)
-from core.checkpoints.kinds import GENERATORS, CheckpointKind, mode_of
+from core.checkpoints.heads import SAMPLER, heads_of
 from core.checkpoints.run_folder import LATEST, RunFolder, latest_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
 from core.data.corpus import Corpus
 from core.data.prepare import ensure_corpus
-from core.helper_validation import HelperValidation, validate_kind
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.loss_curve import plot_loss_curve
 from core.objective import position_metrics
+from core.optimizer import learning_rate_at
 from core.option_problems import option_problems, world_problems
 from core.options import TrainConfig
 from core.sampling.preview import preview
 from core.sharding import cut, gathered, whole, whole_weights
-from core.stages import all_heads_trained_from, learning_rate_at, stage_at
+from core.stages import all_heads_trained_from, stage_at
 from core.step_guard import MOST_IN_A_ROW
-from core.training_kinds import kind_of, load_corruption, run_label, wandb_name
-from core.training_step import TrainingState, training_step
-from core.validation import Validation
-from model import GPT, GPTConfig
+from core.training_kinds import TRAINING, kind_of, run_label, wandb_name
+from core.training_step import StepSettings, TrainingState, training_step
+from core.validation import HeldOut, Validation
+from model import GPT, GPTConfig, ModelMode
 
 TRAJECTORY = ('seed', 'loss_weighting', 'remasking_loss_type', 'remasking_corruption', 'corruption_checkpoint',
               'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters',
@@ -89,7 +89,7 @@ def build_model_config(config: TrainConfig, corpus: Corpus) -> GPTConfig:
     vocabulary, names = corpus.vocabulary, {one.name for one in dataclasses.fields(config)}
     values = {one.name: getattr(config, one.name) for one in dataclasses.fields(GPTConfig) if one.name in names}
     try:
-        return GPTConfig(**values, mode=mode_of(kind_of(config)), vocab_size=vocabulary.size,
+        return GPTConfig(**values, mode=kind_of(config).mode, vocab_size=vocabulary.size,
                          mask_token_id=vocabulary.mask_token_id, wrong_token_id=vocabulary.wrong_token_id,
                          pad_token_id=vocabulary.pad_token_id, cls_token_id=vocabulary.cls_token_id)
     except ValueError as error:
@@ -103,23 +103,21 @@ class Run:
         self.config, self.runtime, self.corpus = config, runtime, corpus
         self.model_config = build_model_config(config, corpus)
         self.kind = kind_of(config)
-        self.corruption = load_corruption(config, self.kind, corpus.vocabulary, runtime)
-        tokens = corpus.tokens(config.train_split, config.block_size + 1)
-        plan = BatchPlan(tokens, config.seed, config.block_size, config.batch_size,
-                         config.gradient_accumulation_steps // runtime.world_size, runtime.rank, runtime.world_size,
-                         corpus.vocabulary.mask_token_id, config.loss_weighting,
-                         config.sampler_context if config.add_sampler_head else 0, config.critic_row_stride,
-                         config.critic_target_scope, self.corruption)
+        self.training = TRAINING[self.kind]
+        rows = RowShare(config.batch_size, config.gradient_accumulation_steps // runtime.world_size, runtime.rank,
+                        runtime.world_size)
+        plan = BatchPlan(corpus.tokens(config.train_split, config.block_size + 1), config.seed, config.block_size, rows,
+                         self.training.noise(config, corpus.vocabulary, runtime))
         model = GPT(self.model_config, config.seed).to(runtime.device)
         if config.init_from == 'scratch' and config.init_from_checkpoint:
             initialise_from(model, config.init_from_checkpoint, corpus.vocabulary.hash, say)
         self.allowed = allowed_ids(self.model_config.vocab_size, corpus.vocabulary.base_size, runtime.device)
-        self.state = TrainingState(model, self.allowed, runtime, plan, self.kind, optimizer=config.optimizer,
-                                   learning_rate=config.learning_rate, weight_decay=config.weight_decay,
-                                   betas=(config.beta1, config.beta2), grad_clip=config.grad_clip,
-                                   ema_decay=config.ema_decay, spike_deviations=config.skip_spikes,
-                                   activation_checkpointing=config.activation_checkpointing,
-                                   sharded=config.sharding == 'full')
+        settings = StepSettings(config.optimizer, config.learning_rate, config.weight_decay,
+                                betas=(config.beta1, config.beta2), grad_clip=config.grad_clip,
+                                ema_decay=config.ema_decay, spike_deviations=config.skip_spikes,
+                                activation_checkpointing=config.activation_checkpointing,
+                                sharded=config.sharding == 'full')
+        self.state = TrainingState(model, self.allowed, runtime, plan, self.kind, settings)
         self.iteration, self.best_value, self.best_is_final, self.seconds = 0, None, False, 0.0
         self.unprinted: list[float] = []  # seconds of the iterations since the last line
         self.skips_told = 0
@@ -130,7 +128,7 @@ class Run:
         say = print if self.runtime.is_writer else lambda line: None
         if self.config.init_from == 'resume':
             self.resume(latest_checkpoint(self.config.out_dir, say), say)
-        say(self.validate().line(f'step {self.iteration}: {self.value_name}'))
+        say(self.validate().line(f'step {self.iteration}: val {self.training.value}'))
 
     def work(self) -> None:
         """Train to max_iters in the run folder."""
@@ -141,13 +139,12 @@ class Run:
             self.open_folder(say)
             rate, words = runtime.matrix_rate() if runtime.is_writer else (1.0, '')
             self.matrix_rate = rate
-            say(f'model: {self.state.model.parameter_count():,} parameters; {self.state.plan.global_batch} rows of '
-                f'{config.block_size} tokens an iteration; mfu is a share of {words}')
-            for head, start, wanted in (('sampler', config.start_sampler_iteration, config.add_sampler_head),
-                                        ('critic', config.start_critic_iteration, config.add_critic_head)):
-                if wanted and start >= config.max_iters:
-                    say(f'the {head} head would begin at iteration {start}, after the last of {config.max_iters}: it '
-                        f'stays untrained')
+            say(f'model: {self.state.model.parameter_count():,} parameters; {self.state.plan.rows.global_batch} rows '
+                f'of {config.block_size} tokens an iteration; mfu is a share of {words}')
+            for head in heads_of(self.model_config):
+                if head.start(config) >= config.max_iters:
+                    say(f'the {head.name} head would begin at iteration {head.start(config)}, after the last of '
+                        f'{config.max_iters}: it stays untrained')
             self.logger = RunLogger(Path(config.out_dir), wandb_log=config.wandb_log, project=config.wandb_project,
                                     run_name=wandb_name(config), config=dataclasses.asdict(config),
                                     start_iteration=self.iteration, total_iterations=config.max_iters,
@@ -206,14 +203,14 @@ class Run:
         self.seconds += seconds
         self.unprinted = [*self.unprinted, seconds]
         if due and self.runtime.is_writer:
-            total, main, sampler, critic = (None if loss is None else loss.item() for loss in losses[:4])
+            parts = {name: loss.item() for name, loss in (('main', losses.main), *losses.heads.items())}
             apart = {} if losses.positions is None else \
-                position_metrics(losses.positions, self.kind is CheckpointKind.CLASSIFIER)
-            mean, plan = sum(self.unprinted) / len(self.unprinted), self.state.plan
-            operations = 3 * self.state.model.operations_per_token() * plan.global_batch * plan.block_size
-            mfu = operations / mean / self.matrix_rate / plan.world_size
-            self.logger.iteration(IterationRecord(self.iteration, total, main, learning_rate, mean, sampler, critic,
-                                                  mfu, {f'train/{name}': value for name, value in apart.items()}))
+                position_metrics(losses.positions, self.model_config.mode is ModelMode.TOKEN_CLASSIFIER)
+            mean, rows = sum(self.unprinted) / len(self.unprinted), self.state.plan.rows
+            operations = 3 * self.state.model.operations_per_token() * rows.global_batch * config.block_size
+            mfu = operations / mean / self.matrix_rate / rows.world_size
+            self.logger.iteration(IterationRecord(self.iteration, losses.total.item(), parts, learning_rate, mean, mfu,
+                                                  {f'train/{name}': value for name, value in apart.items()}))
         if due:
             self.unprinted = []
             self.report_skipped()
@@ -236,41 +233,36 @@ class Run:
                         f'{MOST_IN_A_ROW - 1} in a row are borne): training diverged; lower learning_rate '
                         f'({config.learning_rate}) or grad_clip ({config.grad_clip}) and {cure}')
 
-    @property
-    def value_name(self) -> str:
-        """What validation measures."""
-        return 'val nelbo' if self.kind is CheckpointKind.UNMASKING else 'val loss'
-
-    def validate(self) -> Validation | HelperValidation:
+    def validate(self) -> Validation:
         """Validate the averaged weights."""
+        config = self.config
+        held_out = HeldOut(self.corpus, self.runtime, config.eval_iters * config.batch_size, config.batch_size)
         with gathered(self.state.averaged):
-            return validate_kind(self.kind, self.state.averaged, self.corpus, self.runtime, self.allowed,
-                                 self.corruption, windows=self.config.eval_iters * self.config.batch_size,
-                                 batch_size=self.config.batch_size)
+            return self.training.validate(self.state.averaged, held_out, self.allowed, self.state.plan.noise)
 
     def evaluate(self, save: bool) -> None:
         """Validate the averaged weights, print a sample of them, and save the latest and maybe the best."""
         config, state = self.config, self.state
         found = self.validate()
-        key = self.value_name.split()[1]
-        self.logger.evaluation(self.iteration, found.line(f'step {self.iteration}: {self.value_name}'), {
+        key = self.training.value
+        self.logger.evaluation(self.iteration, found.line(f'step {self.iteration}: val {key}'), {
             f'val/{key}': found.value, f'val/{key}_standard_error': found.standard_error,
             **{f'val/{name}': value for name, value in found.further.items()}, 'train_seconds': self.seconds})
         if not math.isfinite(found.value):
             raise UserError(f'validation at iteration {self.iteration} gives {found.value}: training diverged and was '
                             f'not saved; lower learning_rate ({config.learning_rate}) or grad_clip '
                             f'({config.grad_clip}) and start again, or go on from what {config.out_dir} holds')
-        if self.iteration > 0 and config.sample_length > 0 and self.kind in GENERATORS:
+        if self.iteration > 0 and config.sample_length > 0 and self.kind.writes_text:
             trained = stage_at(self.model_config, self.iteration - 1)
             with gathered(state.averaged):
                 if self.runtime.is_writer:
-                    self.logger.sample(preview(state.averaged, self.corpus.vocabulary, self.allowed, trained.sampler,
-                                               min(config.sample_length, config.block_size), config.seed))
+                    self.logger.sample(preview(state.averaged, self.corpus.vocabulary, self.allowed,
+                                               SAMPLER.name in trained.heads, min(config.sample_length, config.block_size), config.seed))
         if save:
             self.save_best(found)
             self.save()
 
-    def save_best(self, found: Validation | HelperValidation) -> None:
+    def save_best(self, found: Validation) -> None:
         """Keep the best checkpoint, chosen among those in which every configured head has had its schedule as soon as
         there is one."""
         is_final = self.iteration >= all_heads_trained_from(self.model_config)
@@ -365,10 +357,6 @@ class Run:
         path = Path(self.config.out_dir)
         if not read_metrics(path / 'metrics.jsonl'):
             return
-        config, borders = self.model_config, {}
-        if config.add_sampler_head:
-            borders['sampler head'] = config.start_sampler_iteration
-        if config.add_critic_head:
-            borders['critic'] = config.start_critic_iteration
-        unit = 'squared error' if self.kind is CheckpointKind.JUDGE else 'nats per token'
-        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', print, stage_borders=borders, unit=unit)
+        borders = {head.title: head.start(self.model_config) for head in heads_of(self.model_config)}
+        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', print, stage_borders=borders,
+                        unit=self.training.unit)

@@ -2,52 +2,74 @@
 
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from core.batches import BATCH_MAKERS, BatchPlan
+from core.batches import BatchPlan
+from core.checkpoints.heads import HEADS
+from core.checkpoints.kinds import CheckpointKind
 from core.common.randomness import Purpose, RowRandom
 from core.common.runtime import Runtime
 from core.objective import Losses, Objective
 from core.optimizer import make_optimizers, set_learning_rate
 from core.sharding import shard
-from core.stages import Stage, critic_alpha, stage_at
+from core.stages import Stage, stage_at, trains
 from core.step_guard import StepGuard
+from core.training_kinds import TRAINING
 from model import GPT
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step changes the weights.
+
+    optimizer: 'muon' or 'adamw'; learning_rate: the first one; grad_clip: largest gradient norm, 0 for none; ema_decay:
+    of the averaged weights; spike_deviations: of `StepGuard`; activation_checkpointing: each layer is computed again on
+    the way back; sharded: weights are cut over the ranks.
+    """
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    grad_clip: float
+    ema_decay: float
+    spike_deviations: float = 0.0
+    activation_checkpointing: bool = False
+    sharded: bool = False
 
 
 class TrainingState:
     """Everything that a step changes: model, averaged model, optimizers, and the stage that they are in."""
 
-    def __init__(self, model: GPT, allowed: Tensor, runtime: Runtime, plan: BatchPlan, kind: str, *, optimizer: str,
-                 learning_rate: float, weight_decay: float, betas: tuple[float, float], grad_clip: float,
-                 ema_decay: float, spike_deviations: float = 0.0, activation_checkpointing: bool = False,
-                 sharded: bool = False) -> None:
-        self.model, self.runtime, self.plan, self.kind = model, runtime, plan, kind
-        self.grad_clip, self.ema_decay = grad_clip, ema_decay
-        self.objective = Objective(model, allowed, kind)
+    def __init__(self, model: GPT, allowed: Tensor, runtime: Runtime, plan: BatchPlan, kind: CheckpointKind,
+                 settings: StepSettings) -> None:
+        self.model, self.runtime, self.plan, self.settings = model, runtime, plan, settings
+        self.training = TRAINING[kind]
+        self.objective = Objective(model, allowed, self.training.whole_loss)
         if runtime.compile:
             self.objective.compile_parts()
         self.averaged = deepcopy(model).eval().requires_grad_(False)
         for block in model.transformer['h']:
-            block.recompute = activation_checkpointing
-        self.mesh = shard(self.objective, self.averaged, runtime) if sharded else None
-        self.optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, betas, runtime.matrix_dtype())
+            block.recompute = settings.activation_checkpointing
+        self.mesh = shard(self.objective, self.averaged, runtime) if settings.sharded else None
+        self.optimizers = make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay,
+                                          settings.betas, runtime.matrix_dtype())
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype is torch.float16)
-        self.guard = StepGuard(runtime.device, spike_deviations)
+        self.guard = StepGuard(runtime.device, settings.spike_deviations)
         self.stage: Stage | None = None
         self.parallel: nn.Module = self.objective
 
-    def enter(self, stage: Stage, trunk_frozen: bool) -> None:
+    def enter(self, stage: Stage) -> None:
         """Let exactly the parameters that this stage trains have gradients; ranks then wait for no others."""
-        if (stage, trunk_frozen) == self.stage:
+        before, self.stage = self.stage, stage
+        if before is not None and (before.heads.keys(), before.trunk) == (stage.heads.keys(), stage.trunk):
             return
-        self.stage = stage, trunk_frozen
-        active = {'sampler_head': stage.sampler, 'critic_head': stage.critic, 'classifier': True, 'scorer': True}
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(active.get(name.split('.')[0], not trunk_frozen))
+            parameter.requires_grad_(trains(stage, name.split('.')[0]))
         if self.runtime.world_size > 1 and self.mesh is None:
             self.parallel = nn.parallel.DistributedDataParallel(self.objective)
 
@@ -59,24 +81,36 @@ class TrainingState:
         """
         self.parallel = self.objective
 
-    def clip_gradients(self) -> tuple[Tensor, Tensor]:
-        """Clip the sampler head's gradients apart from all others, so that it moves nothing outside itself.
+    def clip_gradients(self) -> list[Tensor]:
+        """Clip the gradients of each head that is `clipped_apart` by themselves, so that it moves nothing else.
 
-        Returns the norms before clipping: of the others, and of the sampler head's.
+        Returns the norms before clipping: of all others first, then of these heads'.
         """
-        head, others = [], []
+        apart = [head.module for head in HEADS if head.clipped_apart]
+        groups: dict[str, list[nn.Parameter]] = {'others': [], **{module: [] for module in apart}}
         for name, parameter in self.model.named_parameters():
-            (head if name.startswith('sampler_head.') else others).append(parameter)
-        limit = self.grad_clip or float('inf')
-        head_norm = nn.utils.clip_grad_norm_(head, limit, foreach=True)
-        norm = nn.utils.clip_grad_norm_(others, limit, foreach=True)
-        return (norm, head_norm) if self.mesh is None else tuple(_summed(one) for one in (norm, head_norm))
+            module = name.split('.')[0]
+            groups[module if module in apart else 'others'].append(parameter)
+        limit = self.settings.grad_clip or float('inf')
+        norms = [nn.utils.clip_grad_norm_(group, limit, foreach=True) for group in groups.values()]
+        return norms if self.mesh is None else [_summed(one) for one in norms]
 
     @torch.no_grad()
     def update_average(self, iteration: int) -> None:
         """Exponential moving average of the weights; the decay grows to ema_decay, so early weights are forgotten."""
-        decay = min(self.ema_decay, (1 + iteration) / (10 + iteration))
+        decay = min(self.settings.ema_decay, (1 + iteration) / (10 + iteration))
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+
+
+def _summed_losses(parts: list[Losses], runtime: Runtime) -> Losses:
+    """The losses of all micro-steps and ranks, detached."""
+    def summed(tensors: list[Tensor]) -> Tensor:
+        return runtime.total(torch.stack(tensors).detach().sum(0))
+
+    first = parts[0]
+    return Losses(summed([one.total for one in parts]), summed([one.main for one in parts]),
+                  {name: summed([one.heads[name] for one in parts]) for name in first.heads},
+                  None if first.positions is None else summed([one.positions for one in parts]))
 
 
 def _summed(norm: Tensor) -> Tensor:
@@ -91,14 +125,12 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
     """
     runtime, plan, config = state.runtime, state.plan, state.model.config
     stage = stage_at(config, iteration)
-    trunk_frozen = config.freeze_transformer and \
-        (config.unfreeze_at_iteration is None or iteration < config.unfreeze_at_iteration)
-    state.enter(stage, trunk_frozen)
+    state.enter(stage)
     multiplier = config.unfreeze_lr_multiplier if config.freeze_transformer else 1.0
     set_learning_rate(state.optimizers, learning_rate, multiplier)
 
     parts = []
-    batches = BATCH_MAKERS[state.kind](plan, iteration, runtime.total_count)
+    batches = state.training.batches(plan, iteration, runtime.total_count)
     for micro_step, batch in enumerate(batches):
         # The first row differs by micro-step and rank, and so does their dropout.
         torch.manual_seed(RowRandom(plan.seed, iteration, batch.rows).derived_seed(Purpose.DROPOUT))
@@ -108,16 +140,15 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
         together = last or runtime.world_size == 1 or state.mesh is not None  # whole gradients would not be kept
         with nullcontext() if together else state.parallel.no_sync():
             with runtime.autocast():
-                losses = state.parallel(batch, stage, critic_alpha(config, iteration), generator)
+                losses = state.parallel(batch, stage, generator)
             state.scaler.scale(losses.total * runtime.world_size).backward()  # ranks average their gradients
         parts.append(losses)
 
-    losses = Losses(*(None if one[0] is None else runtime.total(torch.stack(one).detach().sum(0))
-                      for one in zip(*parts)))
+    losses = _summed_losses(parts, runtime)
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
-    norm, head_norm = state.clip_gradients()
-    refused = state.guard.refuses(iteration, losses.main, norm, losses.total, head_norm)
+    norm, *head_norms = state.clip_gradients()
+    refused = state.guard.refuses(iteration, losses.main, norm, losses.total, *head_norms)
     for optimizer in state.optimizers:
         optimizer.found_inf = refused  # where it is 1 the fused AdamW and Muon change nothing
         optimizer.step()

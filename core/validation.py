@@ -1,10 +1,13 @@
-"""Validation: the NELBO in its any-order form, on fixed windows with fixed noise.
+"""Validation on fixed windows with fixed noise: of diffusion models by the any-order NELBO, of causal models by their
+likelihood, of remasking models and judges by what they are trained on.
 
-Letters: B rows of a batch, W windows, T sequence length, V vocabulary.
+Letters: B rows of a batch, W windows, T sequence length, N masked positions, D width, V vocabulary.
 """
 
 import math
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,36 +15,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.common.randomness import keyed
+from core.batches import position_weights
+from core.common.randomness import RowRandom, keyed
 from core.common.runtime import Runtime
 from core.data.corpus import Corpus, gather_windows
-from core.noise import apply_mask, draw_exact_mask, stratified_mask_counts
-from model import GPT
+from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, draw_exact_mask, judged_text,
+                        replace_tokens, stratified_mask_counts)
+from core.objective import PositionSums, position_metrics, position_sums, remasking_terms, wrong_shares
+from model import GPT, ModelMode
 
 VALIDATION_SEED = 20_240_607  # one for all runs, so that their figures compare
+RANDOM_SHARE, FILLED_SHARE = 0.1, 0.3  # of the texts that a judge must rank below the true ones
 
 
-class Validation(NamedTuple):
-    """value in nats per token: the NELBO of a diffusion model, the exact negative log-likelihood of a causal one.
-    standard_error over windows; bits per UTF-8 byte of the real text or, where every character is a token, per
-    character; unit says which."""
+@dataclass(frozen=True)
+class Validation:
+    """value: in nats per token the NELBO of a diffusion model, the exact negative log-likelihood of a causal one, the
+    loss of a remasking model; a judge's squared error. standard_error over windows; further: what is logged beside
+    them; bits_per: 'character' or 'byte' where `further` holds bits, else None."""
 
     value: float
     standard_error: float
-    bits: float
-    unit: str
+    further: Mapping[str, float]
     windows: int
     seconds: float
-
-    @property
-    def further(self) -> dict[str, float]:
-        """What is logged beside the value and its standard error."""
-        return {'bits': self.bits}
+    bits_per: str | None = None
 
     def line(self, name: str) -> str:
         """One line for the console."""
-        return (f'{name} {self.value:.4f} nats/token (s.e. {self.standard_error:.4f}), {self.bits:.4f} '
-                f'bits/{self.unit}, {self.windows} windows, {self.seconds:.1f}s')
+        error, spent = f'(s.e. {self.standard_error:.4f})', f'{self.windows} windows, {self.seconds:.1f}s'
+        if self.bits_per is not None:
+            return (f'{name} {self.value:.4f} nats/token {error}, {self.further["bits"]:.4f} bits/{self.bits_per}, '
+                    f'{spent}')
+        further = ''.join(f', {key.replace("_", " ")} {value:.4f}' for key, value in self.further.items())
+        return f'{name} {self.value:.4f} {error}{further}, {spent}'
+
+
+class HeldOut(NamedTuple):
+    """What is validated on: `windows` windows evenly over a split, `batch_size` at a time; the ranks of `runtime` share
+    the work and the result."""
+
+    corpus: Corpus
+    runtime: Runtime
+    windows: int
+    batch_size: int
+    split: str = 'val'
+
+    def batches(self, length: int) -> Iterator[tuple[slice, Tensor]]:
+        """This rank's batches: which windows they are, and their tokens int64 [B, length]."""
+        held_out = fixed_windows(self.corpus.tokens(self.split, length), self.windows, length)  # [W, length]
+        for first in range(0, self.windows, self.batch_size)[self.runtime.rank::self.runtime.world_size]:
+            rows = held_out[first:first + self.batch_size]
+            yield slice(first, first + len(rows)), rows
+
+    def zeros(self, *shape: int) -> Tensor:
+        """float64 [W, *shape] on the device, for what each window gives."""
+        return torch.zeros(self.windows, *shape, dtype=torch.float64, device=self.runtime.device)
 
 
 def fixed_windows(tokens: np.ndarray, count: int, length: int) -> Tensor:
@@ -71,29 +100,27 @@ def causal_terms(model: GPT, windows: Tensor, allowed: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: GPT, corpus: Corpus, runtime: Runtime, allowed: Tensor, *, windows: int, batch_size: int,
-             split: str = 'val') -> Validation:
-    """Validate `model` (in evaluation mode) on fixed windows of a split. The ranks share the work and the result."""
-    start, T = time.perf_counter(), model.config.block_size
-    causal = model.config.attention_type == 'causal'
-    held_out = fixed_windows(corpus.tokens(split, T + causal), windows, T + causal)  # [W, T]
-    terms = torch.zeros(windows, dtype=torch.float64, device=runtime.device)
-    for first in list(range(0, windows, batch_size))[runtime.rank::runtime.world_size]:
-        rows = held_out[first:first + batch_size]
+def validate_generator(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Masking | None = None) -> Validation:
+    """Validate a `model` that writes text, in evaluation mode; allowed bool [V]: the base vocabulary.
+
+    The any-order form depends on no noise schedule, so nothing of `noise` is read.
+    """
+    start, T, runtime = time.perf_counter(), model.config.block_size, held_out.runtime
+    causal, terms = model.config.attention_type == 'causal', held_out.zeros()
+    for place, rows in held_out.batches(T + causal):
         with runtime.autocast():
             if causal:
-                found = causal_terms(model, rows.to(runtime.device), allowed)
-            else:
-                generator = keyed(VALIDATION_SEED, 0, first, len(rows))
-                counts = stratified_mask_counts(generator, windows, T)  # [B]
-                mask = draw_exact_mask(generator, counts, T)
-                found = any_order_terms(model, *(one.to(runtime.device) for one in (rows, counts, mask)), allowed)
-        terms[first:first + batch_size] = found
+                terms[place] = causal_terms(model, rows.to(runtime.device), allowed)
+                continue
+            generator = keyed(VALIDATION_SEED, 0, place.start, len(rows))
+            counts = stratified_mask_counts(generator, held_out.windows, T)  # [B]
+            mask = draw_exact_mask(generator, counts, T)
+            terms[place] = any_order_terms(model, *(one.to(runtime.device) for one in (rows, counts, mask)), allowed)
     terms = runtime.total(terms)
     value = terms.mean().item()
-    bits, unit = bits_of(value, corpus, split)
-    error = (terms.std() / math.sqrt(windows)).item() if windows > 1 else math.nan
-    return Validation(value, error, bits, unit, windows, time.perf_counter() - start)
+    bits, unit = bits_of(value, held_out.corpus, held_out.split)
+    error = (terms.std() / math.sqrt(held_out.windows)).item() if held_out.windows > 1 else math.nan
+    return Validation(value, error, {'bits': bits}, held_out.windows, time.perf_counter() - start, unit)
 
 
 def bits_of(nats: float, corpus: Corpus, split: str) -> tuple[float, str]:
@@ -101,3 +128,85 @@ def bits_of(nats: float, corpus: Corpus, split: str) -> tuple[float, str]:
     characters = corpus.vocabulary.kind == 'characters'
     units = corpus.characters[split] if characters else corpus.utf8_bytes[split]
     return nats * corpus.sizes[split] / units / math.log(2), 'character' if characters else 'byte'
+
+
+def auroc(scores: Tensor, labels: Tensor) -> float:
+    """The probability that a positive scores above a negative, equal ones counting one half (the area under the ROC
+    curve, Hanley & McNeil 1982); scores [N], labels bool [N]. NaN where one of the two kinds is missing."""
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    if positives == 0 or negatives == 0:
+        return math.nan
+    _, places, counts = scores.unique(return_inverse=True, return_counts=True)  # in ascending order
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[places].double()  # from 1 on, equal scores share theirs
+    return ((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives)).item()
+
+
+@torch.no_grad()
+def validate_remasking(model: GPT, held_out: HeldOut, allowed: Tensor, corruption: Corruption) -> Validation:
+    """The training loss of a remasking model with 1 .. T positions of each window chosen for corruption; loss and
+    accuracy apart for clean and corrupted positions; AUROC of P(wrong)."""
+    start, T, runtime = time.perf_counter(), model.config.block_size, held_out.runtime
+    sums, wrong, scores = held_out.zeros(2, 4), held_out.zeros(T), held_out.zeros(T)
+    for place, rows in held_out.batches(T):
+        generator = keyed(VALIDATION_SEED, 0, place.start, len(rows))
+        with runtime.autocast():
+            mask = draw_exact_mask(generator, stratified_mask_counts(generator, held_out.windows, T), T)
+            inputs = corrupt(corruption, generator, rows, mask).to(runtime.device)
+            terms = remasking_terms(model, inputs, rows.to(runtime.device), allowed)
+        sums[place], wrong[place], scores[place] = position_sums(terms).double(), terms.wrong, terms.probability
+    sums, wrong, scores = runtime.total(sums), runtime.total(wrong), runtime.total(scores)
+    value, error = _weighted_mean(sums, corruption.loss_type)
+    binary = model.config.mode is ModelMode.TOKEN_CLASSIFIER
+    further = {'auroc': auroc(scores.flatten(), wrong.flatten() > 0), **position_metrics(sums.sum(0), binary)}
+    return Validation(value, error, further, held_out.windows, time.perf_counter() - start)
+
+
+def _weighted_mean(sums: Tensor, loss_type: str) -> tuple[float, float]:
+    """The loss and its standard error over windows (of a ratio, linearised), from sums [W, 2, 4] per window."""
+    window, total, W = PositionSums(*sums.unbind(-1)), PositionSums(*sums.sum(0).unbind(-1)), len(sums)  # [W, 2], [2]
+    weights = position_weights(loss_type, *total.count.round().long().tolist()).double().to(sums.device)  # [2]
+    value = (total.loss * weights).sum()
+    centre = value if loss_type == 'all_positions' else total.loss / total.count.clamp(min=1)  # [2], mean of each kind
+    residual = ((window.loss - window.count * centre) * weights).sum(1)  # [W]
+    error = (residual.square().sum() * W / (W - 1)).sqrt().item() if W > 1 else math.nan
+    return value.item(), error
+
+
+@torch.no_grad()
+def validate_judge(model: GPT, held_out: HeldOut, allowed: Tensor, corruption: Corruption) -> Validation:
+    """Squared error of a judge on texts as in training, and how often a window is ranked above itself with a tenth of
+    its tokens replaced at random, and above itself with three tenths filled in one shot by the generator, if there is
+    one. A judge has no use for `allowed`."""
+    start, T, runtime = time.perf_counter(), model.config.block_size - 1, held_out.runtime
+    names = ['squared_error', 'above_random', *(['above_filled'] if corruption.fill is not None else [])]
+    found = held_out.zeros(len(names))
+    for place, rows in held_out.batches(T):
+        with runtime.autocast():
+            found[place] = _judged(model, corruption, rows, keyed(VALIDATION_SEED, 0, place.start, len(rows)),
+                                   held_out.windows)
+    found = runtime.total(found)
+    means = found.mean(0).tolist()
+    error = (found[:, 0].std() / math.sqrt(held_out.windows)).item() if held_out.windows > 1 else math.nan
+    return Validation(means[0], error, dict(zip(names[1:], means[1:])), held_out.windows, time.perf_counter() - start)
+
+
+def _judged(model: GPT, corruption: Corruption, rows: Tensor, generator: RowRandom, windows: int) -> Tensor:
+    """float64 [B, 2 or 3]: the squared error on rows [B, T] as in training, and whether each is ranked above itself
+    made wrong at random and by the generator."""
+    device, T = model.scorer.weight.device, rows.size(1)
+    counts = stratified_mask_counts(generator, windows, T), *(torch.full((len(rows),), math.ceil(share * T))
+                                                              for share in (RANDOM_SHARE, FILLED_SHARE))
+    trained, tenth, part = (draw_exact_mask(generator, count, T) for count in counts)  # [B, T]
+    shown = judged_text(corruption, generator, rows, trained)
+    texts = [rows, shown, replace_tokens(generator, rows, tenth, corruption.base_size)]
+    if corruption.fill is not None:
+        texts.append(corruption.fill(rows, part, generator))
+    texts = [behind_cls(corruption, text).to(device) for text in texts]  # [B, 1 + T]
+    clean, as_trained, *made_wrong = (model.sequence_scores(text).double() for text in texts)  # [B]
+    error = (as_trained - wrong_shares(texts[1], texts[0])).square()
+    return torch.stack([error, *(_above(clean, wrong) for wrong in made_wrong)], dim=1)
+
+
+def _above(clean: Tensor, corrupted: Tensor) -> Tensor:
+    """float64 [B]: 1 where the clean text is evaluated as less wrong, 1/2 where as equally wrong."""
+    return (clean < corrupted).double() + (clean == corrupted).double() / 2

@@ -17,7 +17,7 @@ from core.evaluation import likelihood
 from core.evaluation.measure import CACHE_FORMAT
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import run_evaluation, table
-from core.validation import validate
+from core.validation import HeldOut, validate_generator
 from evaluate import main
 from helpers.toys import awake
 from model import GPT, GPTConfig
@@ -54,12 +54,12 @@ def evaluate(*arguments):
 def test_the_bound_is_that_of_the_validation(checkpoints):
     found, said = evaluate('--measure=nelbo', '--windows=20', '--split=train', '--checkpoint_name=plain.pt')
     model = build_model(load_checkpoint('out/plain.pt'))
-    expected = validate(model, checkpoints, Runtime(torch.device('cpu'), torch.float32, False),
-                        allowed_ids(model.config.vocab_size, checkpoints.vocabulary.base_size), windows=20,
-                        batch_size=64, split='train')
+    held_out = HeldOut(checkpoints, Runtime(torch.device('cpu'), torch.float32, False), 20, 64, 'train')
+    expected = validate_generator(model, held_out,
+                                  allowed_ids(model.config.vocab_size, checkpoints.vocabulary.base_size))
     (row,) = found['nelbo']
     assert row['nats'] == pytest.approx(expected.value, rel=1e-6)
-    assert row['bits'] == pytest.approx(expected.bits, rel=1e-6)
+    assert row['bits'] == pytest.approx(expected.further['bits'], rel=1e-6)
     assert f'{expected.value:.4f}' in said and row['split'] == 'train' and row['unit'] == 'character'
     causal, _ = evaluate('--measure=nelbo', '--windows=20', '--checkpoint_name=causal.pt')
     assert causal['nelbo'][0]['kind'] == 'causal'

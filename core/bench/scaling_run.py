@@ -25,17 +25,19 @@ import numpy as np
 import torch
 
 from configurator import configure, option
-from core.batches import BatchPlan, unmasking_batches
+from core.batches import BatchPlan, RowShare, unmasking_batches
 from core.bench.cases import SPECIAL
 from core.bench.measuring import describe_machine
 from core.bench.records import RecordKind, file_problems, name_problems, read_json_record, show_and_write
 from core.bench.report import machine_lines
 from core.bench.scaling import CHARACTERS, PLANNED, SIZES, Size, link_bytes, parameters, peak_bytes, rank_operations
 from core.bench.training_cases import TOKENS, TRAINING
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems, run_script
 from core.common.runtime import PEAK_RATES, measure_matrix_rate, start_runtime, stop_runtime
 from core.common.tables import markdown_table
+from core.noise import Masking
 from core.training_step import TrainingState, training_step
 from model import GPT
 
@@ -125,20 +127,20 @@ def measure_here(size: Size) -> dict[str, Any] | None:
     runtime = start_runtime('cpu', 'float32', False, width=size.n_embd, iterations=size.steps)
     config, base = size.config, size.vocab_size - SPECIAL
     try:
-        plan = BatchPlan(tokens=np.random.default_rng(0).integers(0, base, TOKENS, dtype=np.uint16), seed=1,
-                         block_size=size.block_size, batch_size=size.rows, micro_steps=size.micro_steps,
-                         rank=runtime.rank, world_size=runtime.world_size, mask_token_id=base,
-                         loss_weighting='masked_mean', sampler_context=config.sampler_context if size.sampler else 0,
-                         critic_row_stride=config.critic_row_stride, critic_scope=config.critic_target_scope)
+        masking = Masking(base, 'masked_mean', config.sampler_context if size.sampler else 0, config.critic_row_stride,
+                          config.critic_target_scope)
+        plan = BatchPlan(np.random.default_rng(0).integers(0, base, TOKENS, dtype=np.uint16), 1, size.block_size,
+                         RowShare(size.rows, size.micro_steps, runtime.rank, runtime.world_size), masking)
         model = GPT(config)
         found: dict[str, Any] = {'parameters': model.parameter_count(), 'seconds': [], 'rates': [], 'positions': [],
                                  'predicted': []}
-        state = TrainingState(model, allowed_ids(size.vocab_size, base), runtime, plan, 'unmasking',
-                              **{**TRAINING, 'optimizer': size.optimizer}, activation_checkpointing=size.recompute,
-                              sharded=size.sharded)
+        settings = replace(TRAINING, optimizer=size.optimizer, activation_checkpointing=size.recompute,
+                           sharded=size.sharded)
+        state = TrainingState(model, allowed_ids(size.vocab_size, base), runtime, plan,
+                              CheckpointKind.UNMASKING, settings)
         for step in range(size.steps):
             begin = time.perf_counter()
-            training_step(state, step, TRAINING['learning_rate'])
+            training_step(state, step, TRAINING.learning_rate)
             found['seconds'].append(time.perf_counter() - begin)
             found['rates'].append(measure_matrix_rate(runtime.device, runtime.dtype))
             found['positions'].append([len(batch.positions)

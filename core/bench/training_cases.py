@@ -11,18 +11,20 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from core.batches import BatchPlan
+from core.batches import BatchPlan, RowShare
 from core.bench.cases import Case, Shape, base_vocabulary, model_config
 from core.bench.sampling_cases import fill_operations
 from core.bench.yardstick import Baseline, BaselineTraining
+from core.checkpoints.kinds import CheckpointKind
 from core.common.runtime import Runtime
+from core.noise import Masking
 from core.optimizer import is_matrix
-from core.training_step import TrainingState, training_step
+from core.training_step import StepSettings, TrainingState, training_step
 from model import GPT, GPTConfig
 
 TOKENS = 1_000_000  # of the made-up corpus
-TRAINING = {'optimizer': 'muon', 'learning_rate': 1e-3, 'weight_decay': 0.05, 'betas': (0.9, 0.99), 'grad_clip': 1.0,
-            'ema_decay': 0.995}
+TRAINING = StepSettings('muon', learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.99), grad_clip=1.0,
+                        ema_decay=0.995)
 
 
 def training_cases(shape: Shape, runtime: Runtime, critic_row_stride: int) -> dict[str, Case]:
@@ -38,14 +40,13 @@ def training_cases(shape: Shape, runtime: Runtime, critic_row_stride: int) -> di
 
 
 def _training_run(config: GPTConfig, shape: Shape, runtime: Runtime) -> Callable[[int], object]:
-    plan = BatchPlan(tokens=_corpus(shape), seed=1, block_size=shape.block_size, batch_size=shape.batch_size,
-                     micro_steps=1, rank=0, world_size=1, mask_token_id=shape.base_size, loss_weighting='elbo',
-                     sampler_context=config.sampler_context if config.add_sampler_head else 0,
-                     critic_row_stride=config.critic_row_stride, critic_scope=config.critic_target_scope)
-    kind = 'causal' if config.attention_type == 'causal' else 'unmasking'
+    kind = CheckpointKind.CAUSAL if config.attention_type == 'causal' else CheckpointKind.UNMASKING
+    masking = Masking(shape.base_size, 'elbo', config.sampler_context if config.add_sampler_head else 0,
+                      config.critic_row_stride, config.critic_target_scope)
+    plan = BatchPlan(_corpus(shape), 1, shape.block_size, RowShare(shape.batch_size), masking)
     model = GPT(config).to(runtime.device)
-    state = TrainingState(model, base_vocabulary(config, runtime.device), runtime, plan, kind, **TRAINING)
-    return lambda iteration: training_step(state, iteration, TRAINING['learning_rate'])
+    state = TrainingState(model, base_vocabulary(config, runtime.device), runtime, plan, kind, TRAINING)
+    return lambda iteration: training_step(state, iteration, TRAINING.learning_rate)
 
 
 def baseline_case(shape: Shape, device: torch.device) -> Case:

@@ -31,7 +31,7 @@ from model import GPT, GPTConfig
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'  # an exported folder
-HOW_TO_TRAIN = 'python train.py config/train_char_diffusion_sampler.py'
+HOW_TO_TRAIN = CheckpointKind.UNMASKING.command
 SHOWN_KEYS = 5  # of a long list of differing names
 
 # Fields of GPTConfig that change how a model is trained, not what its weights mean: a resumed run may change them.

@@ -1,17 +1,84 @@
-"""The heads of a generator: which of them had begun to train when a checkpoint was written."""
+"""The heads that a generator may have beside its output layer: one row each.
+
+A new head is a module of `GPT`, its loss in core/objective.py and a row of `HEADS`.
+"""
+
+from dataclasses import dataclass
 
 from model import GPTConfig
 
 
-def started_heads(model_config: GPTConfig, iteration: int) -> tuple[bool, bool, list[str]]:
+@dataclass(frozen=True)
+class Head:
+    """What training, logging and loading must know of a head.
+
+    name: of its loss ('loss_<name>' in the log); module: its attribute of `GPT`, which begins its parameters' names;
+    title, curve: in the picture, of its stage and of its loss.
+    added_by, starts_at: the fields of `GPTConfig` that add it and hold its first iteration. weight, grows_until: those
+    that hold the weight of its loss and the iteration at which that is reached; None: the weight is 1 at once.
+    clipped_apart: its loss reaches no other parameter, so its gradient is clipped by itself; matrices: its parameters
+    that Muon takes.
+    """
+
+    name: str
+    module: str
+    title: str
+    curve: str
+    added_by: str
+    starts_at: str
+    weight: str | None = None
+    grows_until: str | None = None
+    clipped_apart: bool = False
+    matrices: tuple[str, ...] = ()
+
+    def is_in(self, config: object) -> bool:
+        """Whether a model of this shape has it; config: a `GPTConfig`, or options with its fields."""
+        return vars(config)[self.added_by]
+
+    def start(self, config: object) -> int:
+        """Its first iteration; config as above."""
+        return vars(config)[self.starts_at]
+
+    def has_begun(self, config: GPTConfig, steps: int) -> bool:
+        """Whether a model that has done `steps` steps has it and one of them trained it."""
+        return self.is_in(config) and steps > self.start(config)
+
+    def weight_at(self, config: GPTConfig, iteration: int) -> float:
+        """Weight of its loss: 0 before its first iteration, then its full weight w, or where it has an end that lies
+        after its start w * min(1, (i - start + 1) / (end - start))."""
+        start, full = self.start(config), 1.0 if self.weight is None else vars(config)[self.weight]
+        if iteration < start:
+            return 0.0
+        end = start if self.grows_until is None else vars(config)[self.grows_until]
+        return full if end <= start else full * min(1.0, (iteration - start + 1) / (end - start))
+
+    def trained_from(self, config: GPTConfig) -> int:
+        """The smallest number of steps at which it has had a first step, and one with the full weight of its loss."""
+        end = 0 if self.grows_until is None else vars(config)[self.grows_until]
+        return max(self.start(config) + 1, end)
+
+
+SAMPLER = Head('sampler', 'sampler_head', 'sampler head', 'training, sampler head', 'add_sampler_head',
+               'start_sampler_iteration', clipped_apart=True, matrices=('input.weight', 'hidden.weight'))
+CRITIC = Head('critic', 'critic_head', 'critic', 'training, critic (binary)', 'add_critic_head',
+              'start_critic_iteration', 'critic_alpha', 'end_critic_iteration')
+HEADS = (SAMPLER, CRITIC)  # in the order of their stages
+
+
+def heads_of(config: GPTConfig) -> list[Head]:
+    """The heads that a model of this shape has."""
+    return [head for head in HEADS if head.is_in(config)]
+
+
+def not_begun(head: Head, config: GPTConfig, steps: int) -> list[str]:
+    """What to say of a head whose stage had not begun after `steps` steps; nothing where it had, or there is none."""
+    if not head.is_in(config) or head.has_begun(config, steps):
+        return []
+    return [f'the {head.name} head is ignored: its stage begins at iteration {head.start(config)}, the checkpoint is '
+            f'of iteration {steps}']
+
+
+def started_heads(config: GPTConfig, iteration: int) -> tuple[bool, bool, list[str]]:
     """Whether the sampler and the critic head had begun to train at `iteration`, and what to say of those not begun."""
-    said = []
-    sampler = model_config.add_sampler_head and iteration > model_config.start_sampler_iteration
-    critic = model_config.add_critic_head and iteration > model_config.start_critic_iteration
-    for name, has, started, start in (
-            ('sampler', model_config.add_sampler_head, sampler, model_config.start_sampler_iteration),
-            ('critic', model_config.add_critic_head, critic, model_config.start_critic_iteration)):
-        if has and not started:
-            said.append(f'the {name} head is ignored: its stage begins at iteration {start}, the checkpoint is of '
-                        f'iteration {iteration}')
-    return sampler, critic, said
+    said = [line for head in HEADS for line in not_begun(head, config, iteration)]
+    return SAMPLER.has_begun(config, iteration), CRITIC.has_begun(config, iteration), said

@@ -23,11 +23,6 @@ from model import GPT
 from sample_utils import predict_and_sample_tokens
 
 REMASKING_KINDS = (CheckpointKind.REMASKING, CheckpointKind.CLASSIFIER)
-HOW_TO_TRAIN = {  # a command for every kind that helps
-    CheckpointKind.REMASKING: 'python train.py config/train_char_remasking.py',
-    CheckpointKind.CLASSIFIER: 'python train.py config/train_char_remasking.py --remasking_kind=binary',
-    CheckpointKind.JUDGE: 'python train.py config/train_char_judge.py',
-    CheckpointKind.UNMASKING: 'python train.py config/train_char_diffusion_sampler.py'}
 
 
 def load_remasking_model(name: str, out_dir: Path | str, vocabulary: Vocabulary, device: torch.device) -> GPT:
@@ -59,7 +54,7 @@ def _load(name: str, option: str, out_dir: Path | str, kinds: Sequence[Checkpoin
           vocabulary: Vocabulary, device: torch.device) -> tuple[GPT, int]:
     """The model without gradients, and the iteration that it is of."""
     path = helper_path(name, out_dir)
-    cure = HOW_TO_TRAIN[kinds[0]]
+    cure = kinds[0].command
     if not path.exists():
         places = f'neither in {out_dir} nor as a path' if str(out_dir) != '.' else 'no such file'
         raise UserError(f'{option} is {name}, but there is {places}; train one with: {cure}')

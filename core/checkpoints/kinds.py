@@ -1,25 +1,45 @@
-"""The kinds of model that a checkpoint can hold."""
+"""The kinds of model that a checkpoint can hold: what each is. How one is trained is said in core/training_kinds.py."""
 
 from enum import StrEnum
+from typing import Self
 
 from model import ModelMode
 
 
 class CheckpointKind(StrEnum):
-    """What the model was trained for; a sampler takes a generator, not a judge."""
+    """What a model was trained for, one row a kind.
 
-    UNMASKING = 'unmasking'    # a diffusion model that reveals masked tokens
-    REMASKING = 'remasking'    # logits over base vocabulary and the wrong id
-    CLASSIFIER = 'classifier'  # the binary remasking model
-    JUDGE = 'judge'            # one number per sequence
-    CAUSAL = 'causal'          # left to right
+    mode: what its last layer predicts; writes_text: whether it is a generator; command: trains one; use: the option of
+    sample.py that takes one.
+    """
 
+    mode: ModelMode
+    writes_text: bool
+    command: str
+    use: str
 
-MODES = {CheckpointKind.CLASSIFIER: ModelMode.TOKEN_CLASSIFIER, CheckpointKind.JUDGE: ModelMode.SEQUENCE_SCORER}
-GENERATORS = (CheckpointKind.UNMASKING, CheckpointKind.CAUSAL)  # kinds that write text
-OWN_OUTPUT = tuple(MODES)  # kinds with an output layer apart from the embedding, which trains on a frozen trunk
+    # a diffusion model that reveals masked tokens
+    UNMASKING = ('unmasking', ModelMode.LANGUAGE_MODEL, True, 'python train.py config/train_char_diffusion_sampler.py',
+                 '--checkpoint_name')
+    # logits over base vocabulary and the wrong id
+    REMASKING = ('remasking', ModelMode.LANGUAGE_MODEL, False, 'python train.py config/train_char_remasking.py',
+                 '--remasking_checkpoint_name')
+    # the binary remasking model
+    CLASSIFIER = ('classifier', ModelMode.TOKEN_CLASSIFIER, False,
+                  'python train.py config/train_char_remasking.py --remasking_kind=binary',
+                  '--remasking_checkpoint_name')
+    # one number per sequence
+    JUDGE = ('judge', ModelMode.SEQUENCE_SCORER, False, 'python train.py config/train_char_judge.py',
+             '--judge_checkpoint_name')
+    # left to right
+    CAUSAL = ('causal', ModelMode.LANGUAGE_MODEL, True, 'python train.py config/train_char_ar.py', '--checkpoint_name')
 
+    def __new__(cls, name: str, mode: ModelMode, writes_text: bool, command: str, use: str) -> Self:
+        kind = str.__new__(cls, name)
+        kind._value_, kind.mode, kind.writes_text, kind.command, kind.use = name, mode, writes_text, command, use
+        return kind
 
-def mode_of(kind: CheckpointKind) -> ModelMode:
-    """What a model of `kind` predicts."""
-    return MODES.get(kind, ModelMode.LANGUAGE_MODEL)
+    @property
+    def own_output(self) -> bool:
+        """Whether it has an output layer apart from the embedding, which can train on a frozen trunk."""
+        return self.mode is not ModelMode.LANGUAGE_MODEL

@@ -34,7 +34,6 @@ class Purpose(IntEnum):
     REMASK = 10     # which positions are remasked
     ORDER = 11      # reveal orders
     PLACEMENT = 12  # where a prompt is put
-    INITIALISATION = 13
 
 
 def philox4x32(counters: Tensor, key: tuple[int, int]) -> Tensor:

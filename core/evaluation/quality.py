@@ -13,7 +13,7 @@ from typing import Annotated, NotRequired, TypedDict
 
 from core.checkpoints.checkpoint import checkpoint_hash
 from core.checkpoints.heads import started_heads
-from core.checkpoints.helpers import HOW_TO_TRAIN, helper_path, load_remasking_model, require_block
+from core.checkpoints.helpers import helper_path, load_remasking_model, require_block
 from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
@@ -31,7 +31,7 @@ from core.sampling.policy_options import make_policy
 TRUNK_CALLS = (8, 16, 32, 64)
 REFERENCE_CURE = 'python train.py config/train_char_reference.py'
 CAUSAL_CURE = 'python train.py config/train_char_ar.py'
-REMASKING_CURE = HOW_TO_TRAIN[CheckpointKind.REMASKING]
+REMASKING_CURE = CheckpointKind.REMASKING.command
 GUIDANCE = ('critic', 'model', 'self', 'random')  # of the policy remask: critic head, remasking model, none of either
 GREEDY_POLICY, GREEDY_CALLS = 'llada', 64
 MOST_EXPENSIVE = 64.0  # cost of a cell whose trunk calls nobody knows before

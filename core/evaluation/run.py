@@ -25,7 +25,7 @@ from core.evaluation.likelihood import LIKELIHOOD
 from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality import QUALITY_MEASURES
-from core.validation import validate
+from core.validation import HeldOut, validate_generator
 
 NELBO_WINDOWS = 512
 
@@ -49,10 +49,10 @@ def nelbo_cells(evaluation: Evaluation) -> list[Cell]:
     windows = config.windows or NELBO_WINDOWS
 
     def compute() -> Result:
-        found = validate(evaluation.model, evaluation.corpus, evaluation.runtime, evaluation.allowed, windows=windows,
-                         batch_size=config.batch_size, split=config.split)
+        held_out = HeldOut(evaluation.corpus, evaluation.runtime, windows, config.batch_size, config.split)
+        found = validate_generator(evaluation.model, held_out, evaluation.allowed)
         return {'kind': evaluation.checkpoint.kind, 'nats': found.value, 'standard_error': found.standard_error,
-                'bits': found.bits, 'unit': found.unit, 'seconds': found.seconds}
+                'bits': found.further['bits'], 'unit': found.bits_per, 'seconds': found.seconds}
 
     return [Cell(evaluation.settings(windows=windows), NelboResult, compute)]
 
@@ -143,7 +143,7 @@ def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Ca
     out_dir = Path(config.out_dir)
     path = out_dir / config.checkpoint_name
     checkpoint = load_checkpoint(path)
-    if checkpoint.kind not in (CheckpointKind.UNMASKING, CheckpointKind.CAUSAL):
+    if not CheckpointKind(checkpoint.kind).writes_text:
         raise UserError(f'{path} is a checkpoint of kind {checkpoint.kind!r}, which gives text no probability; give '
                         f'--checkpoint_name=... of a language model')
     vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)

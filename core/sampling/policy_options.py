@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from core.checkpoints.kinds import CheckpointKind
 from core.common.expressions import closest
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES, REMASKING, Policy
@@ -145,13 +146,13 @@ def _custom_problems(config: SampleConfig, explicit: Mapping[str, str]) -> list[
     return problems
 
 
-def model_problems(config: SampleConfig, explicit: Mapping[str, str], model_config: GPTConfig, kind: str) -> list[str]:
+def model_problems(config: SampleConfig, explicit: Mapping[str, str], model_config: GPTConfig,
+                   kind: CheckpointKind) -> list[str]:
     """Options that do not suit the checkpoint."""
     causal, method = model_config.attention_type == 'causal', config.sampling_method
-    if kind not in ('unmasking', 'causal'):
-        use = {'judge': '--judge_checkpoint_name'}.get(kind, '--remasking_checkpoint_name')
-        return [f'{config.checkpoint_name} is a checkpoint of kind {kind!r}, which writes no text; give '
-                f'--checkpoint_name=... of a language model, and this one as {use}=...']
+    if not kind.writes_text:
+        return [f'{config.checkpoint_name} is a checkpoint of kind {str(kind)!r}, which writes no text; give '
+                f'--checkpoint_name=... of a language model, and this one as {kind.use}=...']
     problems = []
     if causal and method != 'standard':
         problems.append(f'the checkpoint is causal, but sampling_method={method} needs a bidirectional one; take '

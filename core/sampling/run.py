@@ -18,6 +18,7 @@ from tqdm import tqdm
 from core.checkpoints.checkpoint import build_model, load_checkpoint, model_config_from_dict
 from core.checkpoints.heads import started_heads
 from core.checkpoints.helpers import load_judge, load_remasking_model, require_block
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.files import write_whole
@@ -80,7 +81,7 @@ def _load(config: SampleConfig, explicit: Mapping[str, str]) -> _Loaded:
     device, path = torch.device(resolve_device(config.device)), Path(config.out_dir) / config.checkpoint_name
     checkpoint = load_checkpoint(path, device='cpu')
     model_config = model_config_from_dict(checkpoint.model_config, config.checkpoint_name)
-    raise_problems(model_problems(config, explicit, model_config, checkpoint.kind))
+    raise_problems(model_problems(config, explicit, model_config, CheckpointKind(checkpoint.kind)))
     sampler, critic, said = started_heads(model_config, checkpoint.iteration)
     if config.sampling_method == 'sampler' and not sampler:
         raise UserError(f'sampling_method is sampler, but {said[0]}; train longer or take --sampling_method=diffusion')

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import core.bench.measuring as benchmark_module
 import core.bench.training_cases as benchmark_training
 from bench import main
-from core.batches import BATCH_MAKERS
+from core.batches import causal_batches, unmasking_batches
 from core.bench.cases import Case, Shape, base_vocabulary, model_config
 from core.bench.measuring import COPY, GROUPS, another_round, benchmark, measure_in_turns, measure_policies
 from core.bench.report import (KIND, added_share, fastest, floors, gap, overhead, rate_share, ratio, ratios,
@@ -24,6 +24,7 @@ from core.bench.sampling_cases import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_
                                        fill_operations, policy_runs, sampling_cases)
 from core.bench.training_cases import baseline_bytes, step_bytes, step_operations
 from core.bench.yardstick import Baseline
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import RowRandom, keyed
@@ -207,25 +208,26 @@ def test_every_policy_is_measured_at_the_same_number_of_trunk_calls():
 def counted(config, stage):
     """(operations of forward and backward as torch counts them, predicted positions with padding)."""
     plan = toy_plan(block_size=TINY.block_size, batch_size=TINY.batch_size, mask_token_id=TINY.base_size,
-                    sampler_context=config.sampler_context if stage.sampler else 0)
-    batch, = BATCH_MAKERS['causal' if config.attention_type == 'causal' else 'unmasking'](plan, 0, lambda count: count)
+                    sampler_context=config.sampler_context if stage.heads else 0)
+    make = causal_batches if config.attention_type == 'causal' else unmasking_batches
+    batch, = make(plan, 0, lambda count: count)
     objective = Objective(GPT(config), base_vocabulary(config, torch.device('cpu')))
     # the counter does not see the attention kernel of a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        objective(batch, stage, 0.5, keyed(1, 0, 0, TINY.batch_size)).total.backward()
+        objective(batch, stage, keyed(1, 0, 0, TINY.batch_size)).total.backward()
     return counter.get_total_flops(), len(batch.positions)
 
 
 def test_trunk_operations_are_what_torch_counts():
     config = model_config(TINY, attention_type='causal')
-    assert counted(config, Stage(False, False)) == (step_operations(config, TINY), TINY.tokens)
+    assert counted(config, Stage({})) == (step_operations(config, TINY), TINY.tokens)
 
 
 @pytest.mark.parametrize('output', ['own', 'shared_detached'])
 def test_sampler_head_operations_are_what_torch_counts(output):
     config = model_config(dataclasses.replace(TINY, sampler_output=output), add_sampler_head=True)
-    without, _ = counted(config, Stage(False, False))
-    whole, predicted = counted(config, Stage(True, False))
+    without, _ = counted(config, Stage({}))
+    whole, predicted = counted(config, Stage({'sampler': 1.0}))
     ours = step_operations(config, TINY) - step_operations(model_config(TINY), TINY)
     assert (whole - without) / predicted == ours / (TINY.tokens / 2)
 
@@ -270,7 +272,7 @@ class Moved(TorchDispatchMode):
 def test_every_value_that_the_optimizer_keeps_is_read_and_written_and_gradients_read_twice(heads):
     config = model_config(TINY, **heads)
     state = TrainingState(GPT(config), base_vocabulary(config, torch.device('cpu')), Runtime(torch.device('cpu'),
-                          torch.float32, False), toy_plan(), 'unmasking', **benchmark_training.TRAINING)
+                          torch.float32, False), toy_plan(), CheckpointKind.UNMASKING, benchmark_training.TRAINING)
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     for optimizer in state.optimizers:

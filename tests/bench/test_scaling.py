@@ -1,5 +1,6 @@
 """Formulas of memory and time against the model, its real state, the allocator and torch's own count; the report."""
 
+import dataclasses
 import json
 import subprocess
 from dataclasses import replace
@@ -18,16 +19,18 @@ import core.bench.scaling
 import core.bench.scaling_run as scaling_run
 import core.objective
 from bench import main
-from core.batches import BatchPlan, unmasking_batches
+from core.batches import BatchPlan, RowShare, unmasking_batches
 from core.bench.cases import SPECIAL
 from core.bench.records import read_json_record
 from core.bench.scaling import (PLANNED, SIZES, Size, iteration_operations, link_bytes, micro_step_bytes, parameters,
                                 peak_bytes, rank_operations, staying_bytes, update_bytes, update_operations)
 from core.bench.scaling_run import FORMAT, KIND, VERSION, measure_here, scaling_report
 from core.bench.training_cases import TRAINING
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.runtime import Runtime
+from core.noise import Masking
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
 
@@ -40,12 +43,14 @@ HEADS = {'sampler': 'own', 'sampler_n_embd': 96, 'critic': True}
 def a_state(size):
     """A training state of `size` on this processor, and its plan."""
     base, config = size.vocab_size - SPECIAL, size.config
-    plan = BatchPlan(np.random.default_rng(0).integers(0, base, 5000, dtype=np.uint16), 1, size.block_size, size.rows,
-                     size.micro_steps, 0, 1, base, 'masked_mean', config.sampler_context if size.sampler else 0,
-                     config.critic_row_stride, config.critic_target_scope)
+    masking = Masking(base, 'masked_mean', config.sampler_context if size.sampler else 0, config.critic_row_stride,
+                      config.critic_target_scope)
+    plan = BatchPlan(np.random.default_rng(0).integers(0, base, 5000, dtype=np.uint16), 1, size.block_size,
+                     RowShare(size.rows, size.micro_steps), masking)
     runtime = Runtime(torch.device('cpu'), torch.bfloat16 if size.bfloat16 else torch.float32, False)
-    return TrainingState(GPT(config), allowed_ids(size.vocab_size, base), runtime, plan, 'unmasking',
-                         **{**TRAINING, 'optimizer': size.optimizer}, activation_checkpointing=size.recompute), plan
+    settings = dataclasses.replace(TRAINING, optimizer=size.optimizer, activation_checkpointing=size.recompute)
+    return TrainingState(GPT(config), allowed_ids(size.vocab_size, base), runtime, plan, CheckpointKind.UNMASKING,
+                         settings), plan
 
 
 def predicted(plan, iteration):

@@ -22,8 +22,8 @@ from core.evaluation.error_detection import (SHARES, ErrorStudy, auroc_statistic
                                              expected_auroc, measured, one_shot)
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import load_evaluation, run_evaluation
-from core.helper_validation import auroc
 from core.sampling.calibration import find_calibration
+from core.validation import auroc
 from helpers.toys import V0, awake, model_over, model_that_knows, save_model, toy_config
 from model import GPT
 

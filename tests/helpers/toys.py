@@ -5,14 +5,17 @@ import math
 import numpy as np
 import torch
 
-from core.batches import BatchPlan
+from core.batches import BatchPlan, RowShare
 from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
-from core.training_step import TrainingState
+from core.noise import Masking
+from core.training_step import StepSettings, TrainingState
 from model import GPT, GPTConfig
 
 
+CPU = Runtime(torch.device('cpu'), torch.float32, False)
 V0 = 3  # base vocabulary of the toy
 SPECIAL = {'mask_token_id': V0, 'wrong_token_id': V0 + 1, 'pad_token_id': V0 + 2, 'cls_token_id': V0 + 3}
 
@@ -33,19 +36,28 @@ def awake(model: GPT, seed: int = 5) -> GPT:
 
 
 def toy_plan(**changes) -> BatchPlan:
+    """Batches of the toy; `changes` to the fields of `BatchPlan`, `RowShare` and `Masking`, or corruption=..."""
+    rows = {'batch_size': 4, **{name: changes.pop(name) for name in RowShare._fields if name in changes}}
+    masking = {'mask_token_id': V0, 'loss_weighting': 'elbo',
+               **{name: changes.pop(name) for name in Masking._fields if name in changes}}
+    noise = changes.pop('corruption', None) or Masking(**masking)
     tokens = np.random.default_rng(0).integers(0, V0, 400).astype(np.uint16)
-    values = {'tokens': tokens, 'seed': 1, 'block_size': 4, 'batch_size': 4, 'micro_steps': 1, 'rank': 0,
-              'world_size': 1, 'mask_token_id': V0, 'loss_weighting': 'elbo', 'sampler_context': 0,
-              'critic_row_stride': 1, 'critic_scope': 'masked_only', **changes}
+    values = {'tokens': tokens, 'seed': 1, 'block_size': 4, 'rows': RowShare(**rows), 'noise': noise, **changes}
     return BatchPlan(**values)
 
 
-def toy_state(config: GPTConfig, plan: BatchPlan, kind: str | None = None, **changes) -> TrainingState:
+def toy_settings(**changes) -> StepSettings:
+    """How the toy is trained."""
     values = {'optimizer': 'muon', 'learning_rate': 1e-2, 'weight_decay': 0.1, 'betas': (0.9, 0.99), 'grad_clip': 1.0,
               'ema_decay': 0.9, **changes}
+    return StepSettings(**values)
+
+
+def toy_state(config: GPTConfig, plan: BatchPlan, kind: str | None = None, runtime: Runtime = CPU,
+              **changes) -> TrainingState:
     kind = kind or ('causal' if config.attention_type == 'causal' else 'unmasking')
     return TrainingState(awake(GPT(config, seed=3)), allowed_ids(config.vocab_size, V0),
-                         Runtime(torch.device('cpu'), torch.float32, False), plan, kind, **values)
+                         runtime, plan, CheckpointKind(kind), toy_settings(**changes))
 
 
 def save_model(path, vocabulary, model: GPT, kind: str = 'unmasking', iteration: int = 100, config=None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import core.objective
-from core.batches import BATCH_MAKERS, unmasking_batches
+from core.batches import causal_batches, unmasking_batches
 from core.common.drawing import allowed_ids
 from core.common.randomness import keyed
 from core.noise import MINIMUM_TIME, low_discrepancy_times
@@ -20,7 +20,7 @@ from helpers.toys import V0, awake, toy_config, toy_plan
 from model import GPT
 
 ALLOWED = allowed_ids(V0 + 4, V0)
-MAIN, SAMPLER, CRITIC = Stage(False, False), Stage(True, False), Stage(True, True)
+MAIN, SAMPLER, CRITIC = Stage({}), Stage({'sampler': 1.0}), Stage({'sampler': 1.0, 'critic': 0.25})
 
 
 def one(count):
@@ -49,9 +49,9 @@ def test_main_loss_against_the_formula(weighting):
         else:
             assert batch.inputs[row, column] == batch.targets[row, column]
     expected = expected / (1 if weighting == 'elbo' else masked)
-    found = Objective(model, ALLOWED)(batch, MAIN, 0.0, keyed(1, 3, 0, 6))
+    found = Objective(model, ALLOWED)(batch, MAIN, keyed(1, 3, 0, 6))
     assert found.main.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert found.total is found.main and found.sampler is None and found.critic is None
+    assert found.total is found.main and found.heads == {}
 
 
 def test_estimator_and_validation_against_the_enumerated_bound():
@@ -80,7 +80,7 @@ def test_estimator_and_validation_against_the_enumerated_bound():
     with torch.no_grad():
         for iteration in range(400):
             batch, = unmasking_batches(plan, iteration, one)
-            values.append(objective(batch, MAIN, 0.0, keyed(1, iteration, 0, 64)).main.double())
+            values.append(objective(batch, MAIN, keyed(1, iteration, 0, 64)).main.double())
     values = torch.stack(values)
     assert abs(values.mean() - one_over_t.mean()) < 4 * values.std() / 400 ** 0.5
 
@@ -90,8 +90,8 @@ def test_no_masked_position_gives_zero_and_no_nan():
     batch, = unmasking_batches(toy_plan(sampler_context=1), 0, one)
     blank = batch._replace(inputs=batch.targets, main_weights=torch.zeros_like(batch.main_weights),
                            mean_weights=torch.zeros_like(batch.mean_weights))
-    losses = Objective(model, ALLOWED)(blank, CRITIC, 1.0, keyed(1, 0, 0, 4))
-    assert losses.main == 0 and losses.sampler == 0 and losses.critic == 0
+    losses = Objective(model, ALLOWED)(blank, CRITIC, keyed(1, 0, 0, 4))
+    assert losses.main == 0 and losses.heads == {'sampler': 0, 'critic': 0}
     losses.total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() and p.grad.abs().max() == 0 for p in model.parameters())
 
@@ -111,10 +111,10 @@ def test_two_micro_steps_add_up_to_one(weighting):
     for micro_steps, size in ((1, 8), (2, 4)):
         batches = unmasking_batches(toy_plan(micro_steps=micro_steps, batch_size=size, loss_weighting=weighting,
                                              sampler_context=1), 5, one)
-        losses = [objective(batch, SAMPLER, 0.0, keyed(1, 5, 0, size)) for batch in batches]
+        losses = [objective(batch, SAMPLER, keyed(1, 5, 0, size)) for batch in batches]
         model.zero_grad()
         sum(loss.total for loss in losses).backward()
-        found.append((sum(loss.main for loss in losses), sum(loss.sampler for loss in losses),
+        found.append((sum(loss.main for loss in losses), sum(loss.heads['sampler'] for loss in losses),
                       [p.grad.clone() for p in model.parameters()]))
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-5) and torch.allclose(found[0][1], found[1][1], rtol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][2], found[1][2]))
@@ -125,7 +125,7 @@ def test_two_micro_steps_add_up_to_one(weighting):
 def test_sampler_loss_moves_the_head_alone(output, residual):
     model = awake(GPT(toy_config(add_sampler_head=True, sampler_output=output, sampler_residual=residual)))
     batch, = unmasking_batches(toy_plan(sampler_context=1), 1, one)
-    Objective(model, ALLOWED)(batch, SAMPLER, 0.0, keyed(1, 1, 0, 4)).sampler.backward()
+    Objective(model, ALLOWED)(batch, SAMPLER, keyed(1, 1, 0, 4)).heads['sampler'].backward()
     for name, parameter in model.named_parameters():
         if name.startswith('sampler_head.'):
             assert parameter.grad.abs().max() > 0, name
@@ -136,7 +136,7 @@ def test_sampler_loss_moves_the_head_alone(output, residual):
 def test_main_loss_moves_the_trunk_alone():
     model = awake(GPT(toy_config(add_sampler_head=True)))
     batch, = unmasking_batches(toy_plan(sampler_context=1), 1, one)
-    Objective(model, ALLOWED)(batch, SAMPLER, 0.0, keyed(1, 1, 0, 4)).main.backward()
+    Objective(model, ALLOWED)(batch, SAMPLER, keyed(1, 1, 0, 4)).main.backward()
     for name, parameter in model.named_parameters():
         if name.startswith('sampler_head.'):
             assert parameter.grad is None, name
@@ -170,7 +170,7 @@ def test_sampler_loss_is_plain_cross_entropy_at_masked_positions_given_shown_nei
                                     model.lm_head(hidden[row, column])[None], model.lm_head.weight)
         expected += -torch.log_softmax(logits[0, :V0].double(), 0)[batch.targets[row, column]]
         masked += 1
-    found = Objective(model, ALLOWED)(batch, SAMPLER, 0.0, keyed(1, 2, 0, 4)).sampler
+    found = Objective(model, ALLOWED)(batch, SAMPLER, keyed(1, 2, 0, 4)).heads['sampler']
     assert masked == (batch.inputs == V0).sum() and found.item() == pytest.approx((expected / masked).item(), rel=1e-5)
 
 
@@ -184,7 +184,7 @@ def test_critic_loss_labels_and_gradient(scope, gradient):
     objective, seen = Objective(model, ALLOWED), []
     inner = objective.critic_loss
     objective.critic_loss = lambda *given: seen.append(given) or inner(*given)
-    losses = objective(batch, CRITIC, 0.25, keyed(1, 1, 0, 8))
+    losses = objective(batch, CRITIC, keyed(1, 1, 0, 8))
     (tokens, labels, weights), = seen
     masked = batch.inputs[::2] == V0
     assert (tokens < V0).all() and torch.equal(tokens[~masked], batch.targets[::2][~masked])
@@ -193,9 +193,9 @@ def test_critic_loss_labels_and_gradient(scope, gradient):
     assert torch.equal(weights > 0, labelled) and weights.sum().item() == pytest.approx(1)
     chance = torch.sigmoid(model.critic_logits(model.encode(tokens)).double())
     expected = -torch.where(labels.bool(), chance.log(), (1 - chance).log())[labelled].mean()
-    assert losses.critic.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert losses.total.item() == pytest.approx((losses.main + losses.sampler + 0.25 * losses.critic).item(), rel=1e-6)
-    losses.critic.backward()
+    assert losses.heads['critic'].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert losses.total.item() == pytest.approx((losses.main + losses.heads['sampler'] + 0.25 * losses.heads['critic']).item(), rel=1e-6)
+    losses.heads['critic'].backward()
     assert model.critic_head.weight.grad.abs().max() > 0
     reached = [p.grad is not None for name, p in model.named_parameters() if name.startswith('transformer.h')]
     assert all(reached) if gradient == 'trunk' else not any(reached)
@@ -288,7 +288,7 @@ def test_no_logits_beyond_those_of_a_chunk_are_made(limit, rows, monkeypatch):
 
 def test_causal_batches_predict_the_next_token():
     plan = toy_plan(tokens=np.arange(200, dtype=np.uint16))
-    batch, = BATCH_MAKERS['causal'](plan, 0, one)
+    batch, = causal_batches(plan, 0, one)
     assert torch.equal(batch.targets, batch.inputs + 1) and batch.main_weights.sum() == pytest.approx(1)
 
 

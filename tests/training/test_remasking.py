@@ -12,27 +12,28 @@ from hypothesis import given, settings, strategies as st
 
 import train as script
 from configurator import configure
-from core.batches import BATCH_MAKERS, judge_batches, remasking_batches
+from core.batches import RowShare, judge_batches, remasking_batches, unmasking_batches
 from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.helpers import one_shot_fill
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import RowRandom, keyed
 from core.common.runtime import Runtime
-from core.helper_validation import auroc, validate_judge, validate_remasking
 from core.logger import read_metrics
 from core.noise import Corruption, draw_mask, judged_text, low_discrepancy_times, replace_tokens
-from core.objective import Objective
+from core.objective import Objective, judge_loss, remasking_loss
 from core.stages import Stage
 from core.trainer import train
 from core.training_kinds import run_label, wandb_name
 from core.training_step import TrainingState, training_step
-from helpers.toys import SPECIAL, V0, awake, toy_config, toy_plan, toy_state
+from core.validation import HeldOut, auroc, validate_judge, validate_remasking
+from helpers.toys import SPECIAL, V0, awake, toy_config, toy_plan, toy_settings, toy_state
 from model import GPT
 from sample_utils import wrong_probabilities
 
 ALLOWED = allowed_ids(V0 + 4, V0)
-MAIN = Stage(False, False)
+MAIN = Stage({})
 RUNTIME = Runtime(torch.device('cpu'), torch.float32, False)
 ROOT = Path(__file__).parent.parent.parent
 KINDS = {'remasking': {}, 'classifier': {'mode': 'token_classifier'}}
@@ -74,7 +75,7 @@ def test_replacements_are_uniform_over_the_other_tokens_whatever_was_masked():
 def test_random_batches_corrupt_what_diffusion_would_mask():
     plan = toy_plan(batch_size=8, corruption=RANDOM)
     batch, = remasking_batches(plan, 5, one)
-    masked, = BATCH_MAKERS['unmasking'](plan, 5, one)
+    masked, = unmasking_batches(toy_plan(batch_size=8), 5, one)
     assert torch.equal(batch.targets, masked.targets) and (batch.inputs < V0).all()
     assert torch.equal(batch.inputs != batch.targets, masked.inputs == V0)
 
@@ -89,7 +90,7 @@ def test_model_batches_hold_one_shot_fills_and_a_fill_that_hits_the_truth_is_cle
     assert not (wrong & ~mask).any() and (batch.inputs < V0).all()
     assert 0.2 < wrong[mask].float().mean() < 0.95  # some draws hit the truth
     assert torch.equal(batch.main_weights.view(32, 4) > 0, torch.ones_like(mask))
-    assert not torch.equal(batch.inputs, remasking_batches(plan._replace(corruption=RANDOM), 2, one)[0].inputs)
+    assert not torch.equal(batch.inputs, remasking_batches(plan._replace(noise=RANDOM), 2, one)[0].inputs)
     again = fill(batch.targets, mask, generator)
     assert torch.equal(again, batch.inputs)
 
@@ -112,7 +113,7 @@ def test_rows_are_the_same_whoever_holds_them(maker):
     _, fill = generator_fill()
     plan = toy_plan(batch_size=8, corruption=RANDOM._replace(fill=fill))
     whole, = maker(plan, 4, one)
-    parts = [maker(plan._replace(batch_size=2, micro_steps=2, rank=rank, world_size=2), 4, one) for rank in (0, 1)]
+    parts = [maker(plan._replace(rows=RowShare(2, 2, rank, 2)), 4, one) for rank in (0, 1)]
     parts = [parts[0][0], parts[1][0], parts[0][1], parts[1][1]]
     for name in ('rows', 'inputs', 'targets'):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
@@ -126,7 +127,7 @@ def test_remasking_loss_and_its_parts_against_the_formula(kind, loss_type):
     """Targets as in the plan's table: the token itself where it is right, the wrong id (or class 1) where it is not."""
     model = awake(GPT(toy_config(**KINDS[kind])))
     batch, = remasking_batches(toy_plan(batch_size=6, corruption=RANDOM._replace(loss_type=loss_type)), 1, one)
-    losses = Objective(model, ALLOWED, kind)(batch, MAIN, 0.0, keyed(1, 1, 0, 6))
+    losses = Objective(model, ALLOWED, remasking_loss)(batch, MAIN, keyed(1, 1, 0, 6))
     logits, sums = model(batch.inputs).logits.detach().double(), torch.zeros(2, 4).double()
     ids = [0, 1] if kind == 'classifier' else [0, 1, 2, SPECIAL['wrong_token_id']]
     for row, place in itertools.product(range(6), range(4)):
@@ -150,14 +151,14 @@ def test_remasking_loss_and_its_parts_against_the_formula(kind, loss_type):
 def test_special_ids_other_than_wrong_have_no_share():
     model = awake(GPT(toy_config()))
     batch, = remasking_batches(toy_plan(corruption=RANDOM), 1, one)
-    objective = Objective(model, ALLOWED, 'remasking')
-    before = objective(batch, MAIN, 0.0, keyed(1, 1, 0, 4)).main.item()
+    objective = Objective(model, ALLOWED, remasking_loss)
+    before = objective(batch, MAIN, keyed(1, 1, 0, 4)).main.item()
     with torch.no_grad():  # ids that the input does not hold
         model.lm_head.weight[[SPECIAL[name] for name in ('mask_token_id', 'pad_token_id', 'cls_token_id')]] += 9
-    assert objective(batch, MAIN, 0.0, keyed(1, 1, 0, 4)).main.item() == before
+    assert objective(batch, MAIN, keyed(1, 1, 0, 4)).main.item() == before
     with torch.no_grad():
         model.lm_head.weight[SPECIAL['wrong_token_id']] += 1
-    assert objective(batch, MAIN, 0.0, keyed(1, 1, 0, 4)).main.item() != before
+    assert objective(batch, MAIN, keyed(1, 1, 0, 4)).main.item() != before
 
 
 def test_judge_batches_begin_with_cls_and_end_with_the_text_and_the_target_is_the_share_of_wrong_tokens():
@@ -171,7 +172,7 @@ def test_judge_batches_begin_with_cls_and_end_with_the_text_and_the_target_is_th
     for inputs, targets in zip(batch.inputs, batch.targets):
         shares.append(sum(inputs[place] != targets[place] for place in (1, 2, 3)).item() / 3)
         error += (model(inputs[None]).logits.double().sigmoid().item() - shares[-1]) ** 2 / 60
-    found = Objective(model, ALLOWED, 'judge')(batch, MAIN, 0.0, keyed(1, 3, 0, 60))
+    found = Objective(model, ALLOWED, judge_loss)(batch, MAIN, keyed(1, 3, 0, 60))
     assert found.main.item() == pytest.approx(error, rel=1e-5)
     assert {round(3 * share) for share in shares} == {0, 1, 2, 3} and shares.count(0) >= 12
 
@@ -263,14 +264,14 @@ def random_corruption(corpus, loss_type='balanced'):
 @pytest.mark.parametrize('loss_type', ['all_positions', 'balanced'])
 def test_remasking_validation_is_the_loss_and_the_auroc_of_its_windows_whatever_the_batches(
         small_corpus, kind, loss_type, monkeypatch):
-    import core.helper_validation as module
+    import core.validation as module
 
     allowed = allowed_ids(small_corpus.vocabulary.size, small_corpus.vocabulary.base_size)
     model, seen = tiny_model(small_corpus, **KINDS[kind]), []
     inner = module.corrupt
     monkeypatch.setattr(module, 'corrupt', lambda *given: seen.append((given[2], inner(*given))) or seen[-1][1])
     corruption = random_corruption(small_corpus, loss_type)
-    found = validate_remasking(model, small_corpus, RUNTIME, allowed, corruption, windows=30, batch_size=30)
+    found = validate_remasking(model, HeldOut(small_corpus, RUNTIME, 30, 30), allowed, corruption)
     (truth, inputs), = seen
     wrong = inputs != truth
     assert set(wrong.sum(1).tolist()) == {*range(1, 13)}  # every number of wrong tokens occurs
@@ -286,7 +287,7 @@ def test_remasking_validation_is_the_loss_and_the_auroc_of_its_windows_whatever_
         assert 'correction_accuracy' not in found.further
         if loss_type == 'all_positions':  # windows of equal length: the error of a plain mean
             assert found.standard_error == pytest.approx(losses.mean(1).std().item() / 30 ** 0.5, rel=1e-4)
-    again = validate_remasking(model, small_corpus, RUNTIME, allowed, corruption, windows=30, batch_size=7)
+    again = validate_remasking(model, HeldOut(small_corpus, RUNTIME, 30, 7), allowed, corruption)
     assert again.value == pytest.approx(found.value, rel=1e-5)
     assert again.further == pytest.approx(found.further, rel=1e-4)
 
@@ -303,14 +304,14 @@ def test_judge_validation_compares_each_window_with_itself_made_wrong(small_corp
         assert inputs.shape[1] == 12 and (inputs[:, 0] == corruption.cls_token_id).all()
         return (inputs[:, 1:] != held_out['text']).float().mean(1)
 
-    import core.helper_validation as module
+    import core.validation as module
     real = module.fixed_windows
     monkeypatch.setattr(module, 'fixed_windows', lambda *given: held_out.setdefault('text', real(*given)))
     monkeypatch.setattr(model, 'sequence_scores', all_knowing)
-    found = validate_judge(model, small_corpus, RUNTIME, corruption, windows=20, batch_size=20)
+    found = validate_judge(model, HeldOut(small_corpus, RUNTIME, 20, 20), ALLOWED, corruption)
     assert found.value == 0 and found.further == {'above_random': 1.0, 'above_filled': 1.0}
     monkeypatch.setattr(model, 'sequence_scores', lambda inputs: torch.full((len(inputs),), 0.25))
-    found = validate_judge(model, small_corpus, RUNTIME, corruption._replace(fill=None), windows=20, batch_size=8)
+    found = validate_judge(model, HeldOut(small_corpus, RUNTIME, 20, 8), ALLOWED, corruption._replace(fill=None))
     assert found.further == {'above_random': 0.5} and 0 < found.value < 1 and found.standard_error > 0
 
 
@@ -323,13 +324,10 @@ def trained(corpus, kind, loss_type, iterations, **changes):
     allowed = allowed_ids(corpus.vocabulary.size, size)
     plan = toy_plan(tokens=corpus.tokens('train'), block_size=block, batch_size=16, corruption=corruption)
     config = tiny_model(corpus, block_size=block, n_embd=32, **changes).config
-    state = TrainingState(GPT(config), allowed, RUNTIME, plan, kind, optimizer='muon',
-                          learning_rate=1e-2, weight_decay=0.0, betas=(0.9, 0.99), grad_clip=1.0, ema_decay=0.9)
+    state = TrainingState(GPT(config), allowed, RUNTIME, plan, CheckpointKind(kind), toy_settings(weight_decay=0.0))
     for iteration in range(iterations):
         training_step(state, iteration, 1e-2)
-    if kind == 'judge':
-        return validate_judge(state.averaged, corpus, RUNTIME, corruption, windows=64, batch_size=64)
-    return validate_remasking(state.averaged, corpus, RUNTIME, allowed, corruption, windows=64, batch_size=64)
+    return state.training.validate(state.averaged, HeldOut(corpus, RUNTIME, 64, 64), allowed, corruption)
 
 
 def test_models_learn_to_find_wrong_tokens_unless_every_target_is_the_same(small_corpus):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import core.step_guard
 import core.trainer
-import core.training_step
 from core.checkpoints.checkpoint import load_checkpoint
-from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
 from core.step_guard import WINDOW, Skipped, StepGuard
 from core.training_step import TrainingState, training_step
 from helpers.runs import equal_runs, refused, run
-from helpers.toys import V0, awake, toy_config, toy_plan, toy_state
-from model import GPT
+from helpers.toys import toy_config, toy_plan, toy_state
 
 STAGED = {'add_sampler_head': True, 'start_sampler_iteration': 0, 'add_critic_head': True, 'start_critic_iteration': 2,
           'end_critic_iteration': 4, 'dropout': 0.2}
@@ -58,7 +56,7 @@ def infinite_loss_alone(state):
     poison(state, {3}, lambda total: total + math.inf)
 
 
-def infinite_gradient(state, name='transformer.h.0.mlp.fc.weight'):
+def infinite_gradient(state, name='transformer.h.0.mlp.c_fc.weight'):
     parameters = dict(state.model.named_parameters())
     calls = []
 
@@ -66,7 +64,7 @@ def infinite_gradient(state, name='transformer.h.0.mlp.fc.weight'):
         calls.append(1)
         return gradient * (math.inf if len(calls) == 4 else 1)
 
-    (parameters.get(name) if name in parameters else list(parameters.values())[3]).register_hook(hook)
+    parameters[name].register_hook(hook)
 
 
 def infinite_gradient_of_the_head(state):
@@ -169,10 +167,10 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('spikes', [0.0, 6.0])
-def test_a_step_does_not_wait_for_its_verdict(monkeypatch, spikes):
+def test_a_step_does_not_wait_for_its_verdict(spikes):
     state = toy_state(toy_config(add_sampler_head=True), toy_plan(sampler_context=1), spike_deviations=spikes)
-    batches = core.training_step.BATCH_MAKERS['unmasking'](state.plan, 0, lambda count: count)
-    monkeypatch.setitem(core.training_step.BATCH_MAKERS, 'unmasking', lambda *given: batches)
+    batches = state.training.batches(state.plan, 0, lambda count: count)
+    state.training = replace(state.training, batches=lambda *given: batches)
     with NoWaiting():
         training_step(state, 0, 1e-2)
         with pytest.raises(AssertionError):
@@ -180,10 +178,7 @@ def test_a_step_does_not_wait_for_its_verdict(monkeypatch, spikes):
 
 
 def half_precision(config, **changes) -> TrainingState:
-    values = {'optimizer': 'muon', 'learning_rate': 1e-2, 'weight_decay': 0.1, 'betas': (0.9, 0.99), 'grad_clip': 1.0,
-              'ema_decay': 0.9, **changes}
-    return TrainingState(awake(GPT(config, seed=3)), allowed_ids(config.vocab_size, V0),
-                         Runtime(CPU, torch.float16, False), toy_plan(sampler_context=1), 'unmasking', **values)
+    return toy_state(config, toy_plan(sampler_context=1), runtime=Runtime(CPU, torch.float16, False), **changes)
 
 
 def test_float16_scales_its_loss_and_gives_way_when_that_overflows():

@@ -94,8 +94,8 @@ def test_the_best_checkpoint_is_chosen_among_those_with_all_heads(small_corpus, 
     import core.trainer
 
     values = iter([9.0, 1.0, 2.0, 5.0, 4.0, 6.0])
-    real = core.trainer.validate_kind
-    monkeypatch.setattr(core.trainer, 'validate_kind', lambda *a, **k: real(*a, **k)._replace(value=next(values)))
+    real = core.trainer.Run.validate
+    monkeypatch.setattr(core.trainer.Run, 'validate', lambda run: dataclasses.replace(real(run), value=next(values)))
     run('--max_iters=15', '--eval_interval=3')  # evaluated at 0, 3, 6, 9, 12, 15; all heads trained from 9
     best = load_checkpoint('out/ckpt_best.pt')
     assert (best.iteration, best.best_value) == (12, 4.0)
@@ -116,8 +116,8 @@ def test_eval_only_says_one_value_and_keeps_the_folder(small_corpus, capsys):
 def test_always_save_does_not_lose_the_best_value(small_corpus, monkeypatch):
     import core.trainer
 
-    values, real = iter([9.0, 1.0, 2.0]), core.trainer.validate_kind
-    monkeypatch.setattr(core.trainer, 'validate_kind', lambda *a, **k: real(*a, **k)._replace(value=next(values)))
+    values, real = iter([9.0, 1.0, 2.0]), core.trainer.Run.validate
+    monkeypatch.setattr(core.trainer.Run, 'validate', lambda run: dataclasses.replace(real(run), value=next(values)))
     run('--max_iters=8', '--add_critic_head=False', '--always_save_checkpoint=True')
     best = load_checkpoint('out/ckpt_best.pt')
     assert (best.iteration, best.best_value) == (8, 1.0)
@@ -126,8 +126,8 @@ def test_always_save_does_not_lose_the_best_value(small_corpus, monkeypatch):
 def test_a_diverged_run_is_not_saved(small_corpus, monkeypatch):
     import core.trainer
 
-    values, real = iter([9.0, 1.0, float('nan')]), core.trainer.validate_kind
-    monkeypatch.setattr(core.trainer, 'validate_kind', lambda *a, **k: real(*a, **k)._replace(value=next(values)))
+    values, real = iter([9.0, 1.0, float('nan')]), core.trainer.Run.validate
+    monkeypatch.setattr(core.trainer.Run, 'validate', lambda run: dataclasses.replace(real(run), value=next(values)))
     assert 'training diverged' in refused('--max_iters=12')
     assert load_checkpoint('out/ckpt.pt').iteration == 4 and load_checkpoint('out/ckpt_best.pt').iteration == 4
 

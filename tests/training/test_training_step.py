@@ -14,14 +14,16 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from core.batches import unmasking_batches
+from core.batches import RowShare, unmasking_batches
+from core.checkpoints.heads import CRITIC
+from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
 from core.noise import Corruption
-from core.optimizer import Muon, orthogonalise
-from core.stages import Stage, all_heads_trained_from, critic_alpha, learning_rate_at, stage_at
+from core.optimizer import Muon, learning_rate_at, orthogonalise
+from core.stages import Stage, all_heads_trained_from, stage_at
 from core.training_step import TrainingState, training_step
-from helpers.toys import V0, toy_config, toy_plan, toy_state
+from helpers.toys import V0, toy_config, toy_plan, toy_settings, toy_state
 from model import GPT, GPTConfig
 from sample_utils import prepare_sampler_inputs
 
@@ -33,20 +35,28 @@ def weights(state):
     return {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
 
 
+def same_losses(one, other):
+    """Bit for bit, every part."""
+    return one.heads.keys() == other.heads.keys() and all(
+        a is b is None or torch.equal(a, b) for a, b in
+        zip((one.total, one.main, one.positions, *one.heads.values()),
+            (other.total, other.main, other.positions, *other.heads.values())))
+
+
 def test_stages_begin_at_their_iterations():
     config = toy_config(**STAGED)
-    assert [stage_at(config, iteration) for iteration in range(6)] == [Stage(False, False)] * 2 + \
-        [Stage(True, False)] * 2 + [Stage(True, True)] * 2
-    assert stage_at(toy_config(), 100) == Stage(False, False)
+    assert [stage_at(config, iteration) for iteration in range(6)] == [Stage({})] * 2 + \
+        [Stage({'sampler': 1.0})] * 2 + [Stage({'sampler': 1.0, 'critic': weight}) for weight in (0.125, 0.25)]
+    assert stage_at(toy_config(), 100) == Stage({})
     assert all_heads_trained_from(config) == 8 and all_heads_trained_from(toy_config()) == 0
     assert all_heads_trained_from(toy_config(add_sampler_head=True, start_sampler_iteration=3)) == 4
 
 
 def test_alpha_grows_from_its_first_to_its_last_value():
     config = toy_config(**STAGED, critic_alpha=0.5)
-    assert [critic_alpha(config, iteration) for iteration in (3, 4, 5, 7, 8, 100)] == [0, 0.125, 0.25, 0.5, 0.5, 0.5]
+    assert [CRITIC.weight_at(config, iteration) for iteration in (3, 4, 5, 7, 8, 100)] == [0, 0.125, 0.25, 0.5, 0.5, 0.5]
     at_once = toy_config(**{**STAGED, 'end_critic_iteration': 4}, critic_alpha=0.5)
-    assert [critic_alpha(at_once, iteration) for iteration in (3, 4)] == [0, 0.5]
+    assert [CRITIC.weight_at(at_once, iteration) for iteration in (3, 4)] == [0, 0.5]
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -60,10 +70,10 @@ def test_parts_of_the_loss_appear_with_their_stage():
     state = toy_state(toy_config(**STAGED), toy_plan(sampler_context=1))
     for iteration in range(6):
         losses = training_step(state, iteration, 1e-2)
-        assert (losses.sampler is not None) == (iteration >= 2) and (losses.critic is not None) == (iteration >= 4)
-        expected = losses.main + (losses.sampler if iteration >= 2 else 0)
+        assert [*losses.heads] == ['sampler'] * (iteration >= 2) + ['critic'] * (iteration >= 4)
+        expected = losses.main + (losses.heads['sampler'] if iteration >= 2 else 0)
         if iteration >= 4:
-            expected = expected + critic_alpha(state.model.config, iteration) * losses.critic
+            expected = expected + CRITIC.weight_at(state.model.config, iteration) * losses.heads['critic']
         assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -123,7 +133,7 @@ def test_layers_computed_again_change_no_number(kind):
         assert again.model.transformer['h'][0].recompute and not again.averaged.transformer['h'][0].recompute
         for iteration in range(6):
             losses = [training_step(state, iteration, 1e-2) for state in (plain, again)]
-            assert all(a is b is None or torch.equal(a, b) for a, b in zip(*losses))
+            assert same_losses(*losses)
         assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(plain).items())
 
 
@@ -227,7 +237,7 @@ def test_resume_is_exact(stop):
         optimizer.load_state_dict(values)
     for iteration in range(stop, 8):
         found = training_step(second, iteration, 1e-2)
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, losses[iteration]))
+        assert same_losses(found, losses[iteration])
     for one, other in ((whole.model, second.model), (whole.averaged, second.averaged)):
         assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
     for one, other in zip(whole.optimizers, second.optimizers):
@@ -257,7 +267,9 @@ def bad_once(*given):
     spoiled = given[-1].iteration == 5 and runtime.rank == runtime.world_size - 1
     return losses._replace(total=losses.total * float('nan')) if spoiled else losses
 state.objective.forward = bad_once
-losses = [[-1.0 if part is None else part.item() for part in training_step(state, i, 1e-2)] for i in range(8)]
+found = [training_step(state, i, 1e-2) for i in range(8)]
+losses = [[loss.total.item(), loss.main.item(), *(loss.heads.get(name, torch.tensor(-1.0)).item()
+                                                  for name in ('sampler', 'critic'))] for loss in found]
 found = losses, state.model.state_dict(), tuple(state.guard.skipped())
 torch.save(found, f'{{sys.argv[1]}}.{{runtime.rank}}')
 state.leave_ranks()
@@ -298,10 +310,10 @@ def test_nothing_holds_the_ranks_together_once_they_are_left():
     try:
         state = toy_state(toy_config(), toy_plan())
         state.runtime = dataclasses.replace(state.runtime, world_size=2)
-        state.enter(Stage(False, False), trunk_frozen=False)
+        state.enter(Stage({}))
         wrapper = weakref.ref(state.parallel)
         batch, *_ = unmasking_batches(state.plan, 0, lambda count: count)
-        state.parallel(batch, Stage(False, False), 0.0, None).total.backward()
+        state.parallel(batch, Stage({}), None).total.backward()
         assert wrapper() is not state.objective
         state.leave_ranks()
         assert wrapper() is None and state.parallel is state.objective
@@ -318,13 +330,13 @@ def test_a_trained_head_knows_more_than_the_trunk(small_corpus):
     allowed = allowed_ids(vocabulary.size, vocabulary.base_size)
     plan = toy_plan(tokens=small_corpus.tokens('train'), block_size=32, batch_size=16,
                     mask_token_id=vocabulary.mask_token_id, sampler_context=1, loss_weighting='masked_mean')
-    state = TrainingState(GPT(config), allowed, Runtime(torch.device('cpu'), torch.float32, False), plan, 'unmasking',
-                          optimizer='muon', learning_rate=1e-2, weight_decay=0.0, betas=(0.9, 0.99), grad_clip=1.0,
-                          ema_decay=0.9)
+    state = TrainingState(GPT(config), allowed, Runtime(torch.device('cpu'), torch.float32, False), plan,
+                          CheckpointKind.UNMASKING, toy_settings(weight_decay=0.0))
     for iteration in range(250):
         training_step(state, iteration, 1e-2)
     model = state.averaged
-    batch, = unmasking_batches(plan._replace(tokens=small_corpus.tokens('val'), batch_size=128), 0, lambda count: count)
+    held_out = plan._replace(tokens=small_corpus.tokens('val'), rows=RowShare(128))
+    batch, = unmasking_batches(held_out, 0, lambda count: count)
     masked = (batch.inputs == vocabulary.mask_token_id)
     masked[:, [0, -1]] = False  # positions with two neighbours
     with torch.no_grad():

@@ -12,7 +12,7 @@ from core.common.drawing import allowed_ids
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.noise import draw_mask, low_discrepancy_times
-from core.validation import bits_of, fixed_windows, validate
+from core.validation import HeldOut, bits_of, fixed_windows, validate_generator
 from helpers.toys import awake
 from model import GPT, GPTConfig
 
@@ -37,10 +37,10 @@ def test_validation_is_the_enumerated_bound(small_corpus):
             logits = model(windows.masked_fill(mask, V0)).logits.double()[..., :V0]
             cost = -torch.log_softmax(logits, -1).gather(-1, windows[..., None]).squeeze(-1)
             exact += (cost * mask).sum(1) / mask.sum() / (4 * math.comb(4, int(mask.sum())))
-    found = validate(model, corpus, RUNTIME, allowed, windows=4000, batch_size=500)
+    found = validate_generator(model, HeldOut(corpus, RUNTIME, 4000, 500), allowed)
     assert abs(found.value - exact.mean().item()) < 4 * found.standard_error
     assert found.standard_error < 0.02
-    assert found.bits == pytest.approx(found.value / math.log(2)) and found.unit == 'character'
+    assert found.further['bits'] == pytest.approx(found.value / math.log(2)) and found.bits_per == 'character'
 
 
 def exact_conditionals(model, text, V0):
@@ -71,7 +71,7 @@ def test_the_any_order_mixture_is_at_least_as_likely_as_the_bound_says(small_cor
                      for mask, row in table.items() if any(mask))
         assert bound[-1] == pytest.approx(nelbo, rel=1e-9) and mixture[-1] <= bound[-1]
     assert sum(mixture) < sum(bound) - 1e-3
-    found = validate(model, corpus, RUNTIME, allowed_ids(corpus.vocabulary.size, V0), windows=60, batch_size=60)
+    found = validate_generator(model, HeldOut(corpus, RUNTIME, 60, 60), allowed_ids(corpus.vocabulary.size, V0))
     assert sum(mixture) / 60 < found.value + 3 * found.standard_error
 
 
@@ -87,7 +87,7 @@ def test_the_bound_agrees_with_its_form_in_time(small_corpus):
         logits = model(windows.masked_fill(mask, V0)).logits[..., :V0]
     cost = -torch.log_softmax(logits, -1).gather(-1, windows[..., None]).squeeze(-1)
     terms = (cost * mask).sum(1) / times / 4
-    found = validate(model, corpus, RUNTIME, allowed_ids(corpus.vocabulary.size, V0), windows=rows, batch_size=4000)
+    found = validate_generator(model, HeldOut(corpus, RUNTIME, rows, 4000), allowed_ids(corpus.vocabulary.size, V0))
     errors = math.hypot(found.standard_error, (terms.std() / math.sqrt(rows)).item())
     assert abs(terms.mean().item() - found.value) < 3 * errors + 1e-3 * found.value and errors < 0.04
 
@@ -105,14 +105,15 @@ def test_validation_depends_on_nothing_but_the_model(small_corpus):
     for batch_size, noise in ((8, 0), (8, 5), (5, 1)):
         torch.manual_seed(noise)
         state = torch.get_rng_state()
-        values.append(validate(model, small_corpus, RUNTIME, allowed, windows=40, batch_size=batch_size).value)
+        values.append(validate_generator(model, HeldOut(small_corpus, RUNTIME, 40, batch_size), allowed).value)
         assert torch.equal(state, torch.get_rng_state())
     assert values[0] == values[1] and values[2] == pytest.approx(values[0], rel=1e-6)
 
 
 def test_causal_validation_is_the_exact_likelihood(small_corpus):
     model, V0 = model_of(small_corpus, attention_type='causal'), small_corpus.vocabulary.base_size
-    found = validate(model, small_corpus, RUNTIME, allowed_ids(small_corpus.vocabulary.size, V0), windows=10, batch_size=4)
+    found = validate_generator(model, HeldOut(small_corpus, RUNTIME, 10, 4),
+                               allowed_ids(small_corpus.vocabulary.size, V0))
     windows, total = fixed_windows(small_corpus.tokens('val'), 10, 5), 0.0
     with torch.no_grad():
         for row in windows:
