@@ -257,7 +257,8 @@ class Run:
             with gathered(state.averaged):
                 if self.runtime.is_writer:
                     self.logger.sample(preview(state.averaged, self.corpus.vocabulary, self.allowed,
-                                               SAMPLER.name in trained.heads, min(config.sample_length, config.block_size), config.seed))
+                                               SAMPLER.name in trained.heads,
+                                               min(config.sample_length, config.block_size), config.seed))
         if save:
             self.save_best(found)
             self.save()
