@@ -1,0 +1,58 @@
+"""Noise of block models: times by block, stratified over the batch, and the same for whichever micro-step asks."""
+
+import pytest
+import torch
+
+from core.block_noise import block_times, draw_block_mask, row_block_lengths
+from core.common.randomness import keyed
+from core.noise import MINIMUM_TIME
+
+G, T = 16, 24
+
+
+@pytest.mark.parametrize('lengths', [[4], [1, 4, 24], [24, 3]])
+def test_the_times_of_all_blocks_fall_one_into_each_cell(lengths):
+    generator = keyed(7, 3, 0, G)
+    times, rows = block_times(generator, lengths, T, G), row_block_lengths(generator, generator.rows, lengths)
+    found = torch.cat([times[row, ::int(b)] for row, b in enumerate(rows)])
+    cells = ((found - MINIMUM_TIME) / (1 - MINIMUM_TIME) * len(found)).floor().long()
+    distance = torch.arange(len(found)) - cells.sort().values
+    assert len(found) == int((T // rows).sum()) and len(cells.unique()) == len(cells), distance
+    order = torch.cat([times[row, ::int(b)] for row, b in enumerate(rows)]).argsort()
+    assert not torch.equal(order, order.sort().values), 'times must not rise along the batch'
+
+
+@pytest.mark.parametrize('lengths', [[4], [1, 4, 24]])
+def test_all_positions_of_a_block_have_its_time(lengths):
+    generator = keyed(7, 4, 0, G)
+    times, rows = block_times(generator, lengths, T, G), row_block_lengths(generator, generator.rows, lengths)
+    for row, b in enumerate(rows.tolist()):
+        blocks = times[row].view(-1, b)
+        assert (blocks == blocks[:, :1]).all() and len(blocks[:, 0].unique()) == len(blocks)
+
+
+def test_rows_take_the_lengths_in_turn_and_iterations_begin_differently():
+    found = [row_block_lengths(keyed(1, iteration, 0, 9), torch.arange(9), [1, 4, 24]) for iteration in range(40)]
+    assert all((lengths == b).sum() == 3 for lengths in found for b in (1, 4, 24))
+    assert {int(lengths[0]) for lengths in found} == {1, 4, 24}
+
+
+def test_a_row_is_the_same_in_every_micro_step():
+    whole = block_times(keyed(7, 5, 0, G), [1, 4, 24], T, G, whole_share=0.5)
+    part = block_times(keyed(7, 5, 6, 5), [1, 4, 24], T, G, whole_share=0.5)
+    assert torch.equal(part, whole[6:11])
+
+
+@pytest.mark.parametrize('share', [0.0, 0.25, 0.5, 1.0])
+def test_a_share_of_the_rows_is_masked_whole(share):
+    found = [(block_times(keyed(7, iteration, 0, G), [4], T, G, whole_share=share) == 1).all(1).double()
+             for iteration in range(200)]
+    assert torch.stack(found).mean() == pytest.approx(share, abs=0.01)
+    assert all(abs(rows.sum() - share * G) <= 2 for rows in found)
+    assert share in (0.0, 1.0) or ((torch.stack(found).mean(0) - share).abs() < 0.15).all(), 'every row has its turn'
+
+
+def test_each_position_is_masked_with_the_probability_of_its_block():
+    times = torch.tensor([[0.2] * 4 + [0.9] * 4 + [1.0] * 4]).double().expand(2000, -1)
+    mask = draw_block_mask(keyed(3, 1, 0, 2000), times).double().mean(0).view(3, 4).mean(1)
+    assert mask.tolist() == pytest.approx([0.2, 0.9, 1.0], abs=0.01)
