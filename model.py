@@ -2,8 +2,8 @@
 
 Corruption, losses and sampling live elsewhere; `forward` returns raw logits and hidden states and stores nothing.
 
-Letters: B batch, T sequence length, V vocabulary with the special ids, D = n_embd, H heads, C = sampler_context,
-W = sampler_n_embd, N positions picked out of a batch, S queries and K keys of an attention.
+Letters: B batch, T sequence length, V vocabulary with the special ids, D = n_embd, H heads, C neighbours of
+a position, W = sampler_n_embd, N positions picked out of a batch, S queries and K keys of an attention.
 """
 
 import math
@@ -60,7 +60,12 @@ class GPTConfig:
     add_sampler_head: bool = False
     start_sampler_iteration: int = 0
     sampler_min_neighbors_ratio: float = 0.01
-    sampler_context: int = 1
+    sampler_context: int = 1  # neighbours on each side
+    sampler_context_left: int | None = None  # None: sampler_context
+    sampler_context_right: int | None = None
+    sampler_order: Literal['wave', 'left_to_right'] = 'wave'  # of a fill, and of what the head is shown in training
+    sampler_gate: bool = False  # a learned share of the trunk's logits in place of all of them
+    sampler_gradient: Literal['head', 'trunk'] = 'head'  # where the head's own loss stops
     sampler_output: Literal['own', 'shared_detached'] = 'own'
     sampler_residual: bool = True  # the head's output is added to the trunk's detached logits
     sampler_n_embd: int | None = None  # width of the head; None: n_embd
@@ -86,7 +91,8 @@ class GPTConfig:
         for name, choices in (('attention_type', ('causal', 'bidirectional', 'block')),
                               ('position_encoding', ('absolute', 'rotary')),
                               ('critic_target_scope', ('masked_only', 'masked_and_ignore')),
-                              ('critic_gradient', ('trunk', 'head')), ('sampler_output', ('own', 'shared_detached'))):
+                              ('critic_gradient', ('trunk', 'head')), ('sampler_output', ('own', 'shared_detached')),
+                              ('sampler_order', ('wave', 'left_to_right')), ('sampler_gradient', ('head', 'trunk'))):
             if getattr(self, name) not in choices:
                 problems.append(f'{name} is {getattr(self, name)!r}, but must be one of {", ".join(choices)}')
         for name in ('cls_token_id', 'mask_token_id', 'pad_token_id', 'wrong_token_id'):
@@ -100,6 +106,13 @@ class GPTConfig:
         if self.mode is not ModelMode.LANGUAGE_MODEL and self.attention_type != 'bidirectional':
             problems.append(f'mode {self.mode.value} requires bidirectional attention')
         return problems + self._block_problems()
+
+    @property
+    def sampler_window(self) -> 'SamplerWindow':
+        """How many neighbours the sampler head sees on each side."""
+        left, right = self.sampler_context_left, self.sampler_context_right
+        return SamplerWindow(self.sampler_context if left is None else left,
+                             self.sampler_context if right is None else right)
 
     def _block_problems(self) -> list[str]:
         if self.attention_type != 'block':
@@ -131,6 +144,17 @@ class GPTConfig:
             if not 1 <= self.sampler_context < self.block_size:
                 problems.append(f'sampler_context is {self.sampler_context}, but must lie between 1 and '
                                 f'block_size - 1 ({self.block_size - 1})')
+            problems += [f'{name} is {getattr(self, name)}, but must lie between 0 and block_size - 1 '
+                         f'({self.block_size - 1})' for name in ('sampler_context_left', 'sampler_context_right')
+                         if getattr(self, name) is not None and not 0 <= getattr(self, name) < self.block_size]
+            if self.sampler_window.size == 0:
+                problems.append('sampler_context_left and sampler_context_right are 0, but a head needs a neighbour; '
+                                'give one of them')
+            if self.sampler_order == 'left_to_right' and self.sampler_window.left == 0:
+                problems.append('sampler_order is left_to_right, but sampler_context_left is 0; give it at least 1')
+            if self.sampler_gate and not (self.sampler_residual and not self.sampler_zero_hidden):
+                problems.append("sampler_gate is True, but the head does not add the trunk's logits; leave it out, or "
+                                'take sampler_residual=True without sampler_zero_hidden')
             if self.sampler_n_embd is not None and self.sampler_n_embd < 1:
                 problems.append(f'sampler_n_embd is {self.sampler_n_embd}, but must be at least 1, or None for n_embd')
             if self.sampler_output == 'shared_detached' and self.sampler_n_embd not in (None, self.n_embd):
@@ -148,6 +172,23 @@ class GPTConfig:
             if self.critic_alpha < 0:
                 problems.append(f'critic_alpha is {self.critic_alpha}, but must not be negative')
         return problems
+
+
+class SamplerWindow(NamedTuple):
+    """Neighbours of a position, in the order of the head's slots: left_L .. left_1, right_1 .. right_R."""
+
+    left: int
+    right: int
+
+    @property
+    def size(self) -> int:
+        """L + R, called C."""
+        return self.left + self.right
+
+    def offsets(self, device: torch.device | None = None) -> Tensor:
+        """int64 [C]: -L .. -1, 1 .. R."""
+        steps = torch.arange(-self.left, self.right + 1, device=device)
+        return torch.cat((steps[:self.left], steps[self.left + 1:]))
 
 
 class GPTOutput(NamedTuple):
@@ -184,6 +225,9 @@ class Asked(NamedTuple):
 
     length: int
     positions: Tensor | None
+
+
+GATE_AFTER_A_DRAW = 0.3  # share of the trunk's logits that a gate begins with where a neighbour is new; else all
 
 
 class Norm(nn.Module):
@@ -305,57 +349,74 @@ class Block(nn.Module):
 
 
 class SamplerHead(nn.Module):
-    """Predicts a masked token from its hidden state and the tokens beside it (docs/sampler.md).
+    """Predicts a masked token from its hidden state and the tokens next to it (docs/sampler.md).
 
-    Input slots, each D wide: neighbours left_C .. left_1, the hidden state, neighbours right_1 .. right_C; a neighbour
+    Input slots, each D wide: neighbours left_L .. left_1, the hidden state, neighbours right_1 .. right_R; a neighbour
     that is missing (sequence boundary, or still masked) is a zero vector. The first matrix acts on each slot alone, so
     its product with every token's embedding can be kept in a table: `neighbour_tables`, `hidden_projection` and
     `from_projection` together give what `forward` gives, up to rounding. With sampler_zero_hidden the hidden state
     counts as a zero vector and the trunk's logits are not added: what neighbours alone are worth.
+
+    A residual head adds the trunk's logits. They know nothing of the neighbours filled since the trunk call, so with
+    more of these they mislead. With sampler_gate the head adds a share of them that it chooses itself from what it sees
+    and from the number of new neighbours.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        width, self.context = config.sampler_n_embd or config.n_embd, config.sampler_context
+        width, self.window = config.sampler_n_embd or config.n_embd, config.sampler_window
         self.zero_hidden = config.sampler_zero_hidden
         self.residual = config.sampler_residual and not self.zero_hidden
-        self.input = nn.Linear((2 * self.context + 1) * config.n_embd, width)
+        self.input = nn.Linear((self.window.size + 1) * config.n_embd, width)
         self.norm_1 = nn.LayerNorm(width)
         self.hidden = nn.Linear(width, width)
         self.norm_2 = nn.LayerNorm(width)
         self.output_head = nn.Linear(width, config.vocab_size, bias=False) if config.sampler_output == 'own' else None
+        self.new_neighbours = self.gate = self.gate_start = None
+        if config.sampler_gate:
+            self.new_neighbours = nn.Embedding(self.window.size + 1, width)
+            self.gate = nn.Linear(width, 1)
+            self.gate_start = nn.Parameter(torch.full((self.window.size + 1,), GATE_AFTER_A_DRAW))
 
-    def forward(self, sampler_input: Tensor, trunk_logits: Tensor, output_weight: Tensor) -> Tensor:
-        """Logits [..., V] from sampler_input [..., (2C + 1) D].
+    def forward(self, sampler_input: Tensor, trunk_logits: Tensor, output_weight: Tensor,
+                new: Tensor | None = None) -> Tensor:
+        """Logits [..., V] from sampler_input [..., (C + 1) D].
 
         trunk_logits [..., V] are added when the head is residual; output_weight [V, D] is the trunk's `lm_head`, read
-        when sampler_output is 'shared_detached'. Both are detached here: no gradient leaves the head.
+        when sampler_output is 'shared_detached'; new int64 [...]: how many of the neighbours were masked when the trunk
+        was called, read by a gate.
         """
         if self.zero_hidden:
-            slots = sampler_input.unflatten(-1, (2 * self.context + 1, -1))  # [..., 2C + 1, D]
-            sampler_input = torch.cat((slots[..., :self.context, :], torch.zeros_like(slots[..., :1, :]),
-                                       slots[..., self.context + 1:, :]), dim=-2).flatten(-2)
-        return self.from_projection(self.input(sampler_input), trunk_logits, output_weight)
+            slots = sampler_input.unflatten(-1, (self.window.size + 1, -1))  # [..., C + 1, D]
+            place = torch.arange(self.window.size + 1, device=slots.device) == self.window.left
+            sampler_input = slots.masked_fill(place[:, None], 0.0).flatten(-2)
+        return self.from_projection(self.input(sampler_input), trunk_logits, output_weight, new)
 
-    def from_projection(self, projection: Tensor, trunk_logits: Tensor, output_weight: Tensor) -> Tensor:
+    def from_projection(self, projection: Tensor, trunk_logits: Tensor, output_weight: Tensor,
+                        new: Tensor | None = None) -> Tensor:
         """Logits [..., V] from the first matrix's product, projection [..., W]; the rest as in `forward`."""
+        if self.new_neighbours is not None:
+            projection = projection + self.new_neighbours(new)
         x = self.norm_1(F.silu(projection))
         x = self.norm_2(F.silu(self.hidden(x)))
-        logits = F.linear(x, output_weight.detach()) if self.output_head is None else self.output_head(x)
-        return logits + trunk_logits.detach() if self.residual else logits
+        logits = F.linear(x, output_weight) if self.output_head is None else self.output_head(x)
+        if not self.residual:
+            return logits
+        if self.gate is None:
+            return logits + trunk_logits
+        return logits + trunk_logits * (self.gate_start[new] * self.gate(x).squeeze(-1).exp())[..., None]
 
     def hidden_projection(self, hidden_states: Tensor) -> Tensor:
         """The hidden state's part of the first matrix's product, bias included: [..., D] to [..., W]."""
         if self.zero_hidden:
             hidden_states = torch.zeros_like(hidden_states)
-        width = hidden_states.size(-1)
-        return F.linear(hidden_states, self.input.weight[:, self.context * width:(self.context + 1) * width],
-                        self.input.bias)
+        width, left = hidden_states.size(-1), self.window.left
+        return F.linear(hidden_states, self.input.weight[:, left * width:(left + 1) * width], self.input.bias)
 
     def neighbour_tables(self, embedding: Tensor) -> Tensor:
-        """Each token's part of the first matrix's product per neighbour slot: embedding [V, D] to [2C, V, W]."""
-        slots = self.input.weight.view(self.input.out_features, 2 * self.context + 1, -1)  # [W, 2C + 1, D]
-        neighbours = torch.cat((slots[:, :self.context], slots[:, self.context + 1:]), dim=1)  # [W, 2C, D]
+        """Each token's part of the first matrix's product per neighbour slot: embedding [V, D] to [C, V, W]."""
+        slots = self.input.weight.view(self.input.out_features, self.window.size + 1, -1)  # [W, C + 1, D]
+        neighbours = torch.cat((slots[:, :self.window.left], slots[:, self.window.left + 1:]), dim=1)  # [W, C, D]
         return torch.einsum('vd,esd->sve', embedding, neighbours)
 
 
@@ -406,8 +467,13 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.weight)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if self.sampler_head is not None and self.sampler_head.residual and self.sampler_head.output_head is not None:
-            nn.init.zeros_(self.sampler_head.output_head.weight)  # starts as the trunk's own prediction
+        head = self.sampler_head
+        if head is not None and head.residual and head.output_head is not None:
+            nn.init.zeros_(head.output_head.weight)  # starts as the trunk's own prediction
+        if head is not None and head.gate is not None:
+            nn.init.zeros_(head.new_neighbours.weight)
+            nn.init.zeros_(head.gate.weight)
+            head.gate_start[0] = 1.0
 
     def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None,
                positions: Tensor | None = None) -> Tensor:
@@ -500,8 +566,8 @@ class GPT(nn.Module):
         return GPTOutput(logits, hidden_states)
 
     def neighbour_embedding(self) -> Tensor:
-        """[V, D]: the token embeddings as the trunk reads them (normalised), detached, for the sampler head."""
-        weight = self.transformer['wte'].weight.detach()
+        """[V, D]: the token embeddings as the trunk reads them (normalised), for the sampler head."""
+        weight = self.transformer['wte'].weight
         return F.rms_norm(weight, (weight.size(-1),), eps=1e-6)
 
     def critic_logits(self, hidden_states: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ The sampler head's wavefront fill, independent draws, remasking, the critic's fi
 draws from logits are in core/common/drawing.py; the loop that calls the network again and again is
 core/sampling/generation.py.
 
-Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, C = sampler_context, W width
-of the sampler head, N positions picked out of a batch.
+Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, L and R neighbours of a
+position on the left and on the right, C = L + R, W width of the sampler head, N positions picked out of a batch.
 """
 
 import math
@@ -23,7 +23,7 @@ from core.common.drawing import (Chosen, DrawRule, Draws, allowed_log_probabilit
                                  draw_tokens, place_tokens, revealed_ids)
 from core.common.errors import UserError
 from core.common.randomness import Purpose, RowRandom
-from model import GPT, GPTConfig, ModelMode
+from model import GPT, GPTConfig, ModelMode, SamplerWindow
 
 Order = Literal['wave', 'left_to_right']
 Head = Literal['none', 'wave', 'left_to_right']  # who fills: `lm_head` alone, or the sampler head in that order
@@ -39,34 +39,27 @@ def nucleus_sample(logits: Tensor, uniform: Tensor, allowed: Tensor, top_p: floa
 
 # What the sampler head reads ----------------------------------------------------------------------------------------
 
-def neighbour_tokens(tokens: Tensor, flat_positions: Tensor, context: int, mask_token_id: int) -> Tensor:
-    """int64 [N, 2C]: the tokens left_C .. left_1, right_1 .. right_C of positions [N], indices into flat tokens [B T].
+def neighbour_tokens(tokens: Tensor, flat_positions: Tensor, window: SamplerWindow, mask_token_id: int) -> Tensor:
+    """int64 [N, C]: the tokens left_L .. left_1, right_1 .. right_R of positions [N], indices into flat tokens [B T].
 
     A neighbour beyond the sequence's boundary or still masked is -1.
     """
-    T = tokens.size(1)
-    shown = F.pad(tokens.masked_fill(tokens == mask_token_id, -1), (context, context), value=-1)  # [B, T + 2C]
-    padded_positions = flat_positions + 2 * context * (flat_positions // T) + context  # [N]
-    return shown.flatten()[padded_positions[:, None] + _neighbour_offsets(context, tokens.device)]
+    shown = F.pad(tokens.masked_fill(tokens == mask_token_id, -1), window, value=-1)  # [B, L + T + R]
+    places = flat_positions + window.size * (flat_positions // tokens.size(1)) + window.left  # [N]
+    return shown.flatten()[places[:, None] + window.offsets(tokens.device)]
 
 
-def _neighbour_offsets(context: int, device: torch.device) -> Tensor:
-    """int64 [2C]: -C .. -1, 1 .. C."""
-    steps = torch.arange(1, context + 1, device=device)
-    return torch.cat((-steps.flip(0), steps))
+def prepare_sampler_inputs(hidden: Tensor, neighbour_tokens: Tensor, embedding_weight: Tensor,
+                           left: int | None = None) -> Tensor:
+    """[N, (C + 1) D]: the sampler head's input, of hidden [N, D] and neighbour_tokens int64 [N, C].
 
-
-def prepare_sampler_inputs(hidden: Tensor, neighbour_tokens: Tensor, embedding_weight: Tensor) -> Tensor:
-    """[N, (2C + 1) D]: the sampler head's input, detached, of hidden [N, D] and neighbour_tokens int64 [N, 2C].
-
-    A neighbour of -1 is a zero vector; the others are rows of embedding_weight [V, D]. Slots stand in the order left_C
-    .. left_1, hidden state, right_1 .. right_C.
+    A neighbour of -1 is a zero vector; the others are rows of embedding_weight [V, D]. The first `left` of the
+    neighbours, half of them where that is None, come before the hidden state and the others after it.
     """
-    context = neighbour_tokens.size(1) // 2
-    embedded = embedding_weight.detach()[neighbour_tokens.clamp(min=0)].to(hidden.dtype)  # [N, 2C, D]
+    left = neighbour_tokens.size(1) // 2 if left is None else left
+    embedded = embedding_weight[neighbour_tokens.clamp(min=0)].to(hidden.dtype)  # [N, C, D]
     embedded = embedded * (neighbour_tokens >= 0)[..., None]
-    slots = (embedded[:, :context], hidden.detach()[:, None], embedded[:, context:])
-    return torch.cat(slots, dim=1).flatten(1)  # [N, (2C + 1) D]
+    return torch.cat((embedded[:, :left], hidden[:, None], embedded[:, left:]), dim=1).flatten(1)  # [N, (C + 1) D]
 
 
 # What is to be filled ------------------------------------------------------------------------------------------------
@@ -78,7 +71,8 @@ class FillTask:
     tokens int64 [B, T]; hidden_states [B, T, D] of these tokens, read at the positions alone, wherever they come from
     (a whole call, its open positions, a call with a cache); positions bool [B, T], None for every masked one; count:
     how many these are, where it is known (see `flat_positions`); truth int64 [B, T]: these tokens are placed in place
-    of drawn ones, so that log_probabilities are their exact likelihood.
+    of drawn ones, so that log_probabilities are their exact likelihood; left_context int64 [B, L]: the tokens before
+    the first position that the sampler head may see, None for none.
     """
 
     tokens: Tensor
@@ -89,6 +83,13 @@ class FillTask:
     count: int | None = None
     purpose: Purpose = Purpose.TOKEN
     truth: Tensor | None = None
+    left_context: Tensor | None = None
+
+    def padded(self, window: SamplerWindow, mask_token_id: int) -> Tensor:
+        """int64 [B, L + T + R]: the tokens with what the window sees beyond them; a mask is no neighbour."""
+        if self.left_context is None:
+            return F.pad(self.tokens, window, value=mask_token_id)
+        return torch.cat((self.left_context, F.pad(self.tokens, (0, window.right), value=mask_token_id)), dim=1)
 
     def choice(self) -> tuple[Callable[..., Chosen], Tensor]:
         """`choose_tokens` with its uniform numbers [B T], or `place_tokens` with the true tokens [B T]."""
@@ -201,6 +202,22 @@ def _bootstrap_rows(model: GPT, hidden_states: Tensor, rows: Tensor, rule: DrawR
     return seeds
 
 
+def follow_on_schedule(masked: Tensor, positions: Tensor, left: int) -> Tensor:
+    """int64 [B, T]: the stage that fills each position of a group through a head that was trained from left to right
+    and sees `left` neighbours there; 0 outside the group, 1 from `lm_head`, 2 and above by the head in that order.
+
+    masked, positions: bool [B, T]. The head draws a position unless its left neighbour stays masked; a boundary is what
+    it has seen in training. It waits for every position that it sees on its left, so positions farther apart than that
+    share a stage.
+    """
+    stays = F.pad(masked & ~positions, (1, 0))[:, :-1]  # [B, T], the left neighbour is masked and no part of the group
+    by_head = positions & ~stays
+    since = F.pad(_distance_to_last(by_head, missing=2 * left) + 1, (1, 0), value=2 * left)[:, :-1]  # to the last before
+    number = by_head.cumsum(1)
+    first = torch.where(by_head & (since > left), number, 0).cummax(1).values  # of those that wait for each other
+    return torch.where(by_head, number - first + 2, positions.long())
+
+
 def _stages(masked: Tensor, positions: Tensor, seeds: Tensor, order: Order) -> Tensor:
     """int64 [B, T]: 0 stays, 1 is drawn from `lm_head`, 2 and above by the head in that order.
 
@@ -223,43 +240,58 @@ def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: T
     The host must know these counts to end the waves, so here it waits for the device: once, and once more where rows
     hold no revealed token.
     """
+    if model.config.sampler_order == 'left_to_right':
+        stage = follow_on_schedule(masked, positions, model.config.sampler_window.left)
+        return stage, _counted(stage).tolist()
     empty = (masked & positions).all(1)  # [B]
     seeds, others = torch.zeros_like(masked), ~empty[:, None]
-
-    def counted(stage: Tensor) -> Tensor:  # [T + 3]
-        zeros = torch.zeros(stage.size(1) + 3, dtype=torch.int64, device=stage.device)
-        return zeros.scatter_add(0, stage.flatten(), torch.ones_like(stage).flatten())
-
     stage = _stages(masked & others, positions & others, seeds, order)
-    *counts, empty_rows = torch.cat((counted(stage), empty.sum(0, keepdim=True))).tolist()
+    *counts, empty_rows = torch.cat((_counted(stage), empty.sum(0, keepdim=True))).tolist()
     if empty_rows:
         rows = flat_positions(empty, empty_rows)
         stage = _stages(masked, positions, _bootstrap_rows(model, hidden_states, rows, rule, key), order)
-        counts = counted(stage).tolist()
+        counts = _counted(stage).tolist()
     return stage, counts
 
 
+def _counted(stage: Tensor) -> Tensor:
+    """int64 [T + 3]: how many positions of stage int64 [B, T] each stage has."""
+    zeros = torch.zeros(stage.size(1) + 3, dtype=torch.int64, device=stage.device)
+    return zeros.scatter_add(0, stage.flatten(), torch.ones_like(stage).flatten())
+
+
 def neighbour_tables(model: GPT) -> Tensor:
-    """[2C V, W]: what a token in each neighbour slot adds to the head's first product, zero for a mask.
+    """[C V, W]: what a token in each neighbour slot adds to the head's first product, zero for a mask.
 
     It follows from the weights alone, so whoever fills again and again with the same weights makes it once.
     """
-    tables = model.sampler_head.neighbour_tables(model.neighbour_embedding())  # [2C, V, W]
+    tables = model.sampler_head.neighbour_tables(model.neighbour_embedding())  # [C, V, W]
     shown = torch.arange(tables.size(1), device=tables.device)[:, None] != model.config.mask_token_id  # [V, 1]
     return (tables * shown).flatten(0, 1)
 
 
-def draw_wave(choose: Callable[..., Chosen], model: GPT, tables: Tensor, bags: Tensor, starts: Tensor,
-              projected: Tensor, logits: Tensor, rule: DrawRule, choice: Tensor, seen: Tensor | None) -> Chosen:
-    """The tokens of the n positions of one wave, by `choose` (`choose_tokens` or `place_tokens`) with choice [n].
+class Wave(NamedTuple):
+    """The n positions of one wave. bags int64 [C n]: rows of the tables, those of position i from starts [n] on;
+    projected [n, W]: what the hidden state adds to the head's first product; logits [n, V]: the trunk's; new int64 [n]:
+    how many neighbours were filled since the trunk call, None where the head does not ask; choice [n]: what draws, or
+    the tokens to place; seen bool [n, V]: revealed ids, None where the rule does not ask."""
 
-    bags int64 [2C n]: rows of tables [2C V, W], those of position i from starts [n] on; projected [n, W]: what the
-    hidden state adds to the first product; logits [n, V]: the trunk's; seen bool [n, V] or None. Nothing here waits for
-    the device, and torch.compile makes a few kernels of it.
-    """
-    beside = F.embedding_bag(bags, tables, starts, mode='sum')  # [n, W]
-    logits = model.sampler_head.from_projection(projected + beside, logits, model.lm_head.weight)
-    return choose(logits, rule, choice, seen)
+    bags: Tensor
+    starts: Tensor
+    projected: Tensor
+    logits: Tensor
+    new: Tensor | None
+    choice: Tensor
+    seen: Tensor | None
+
+
+def draw_wave(choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, wave: Wave) -> Chosen:
+    """The tokens of one wave, by `choose` (`choose_tokens` or `place_tokens`), with tables [C V, W]. Nothing here waits
+    for the device, and torch.compile makes a few kernels of it."""
+    neighbours = F.embedding_bag(wave.bags, tables, wave.starts, mode='sum')  # [n, W]
+    logits = model.sampler_head.from_projection(wave.projected + neighbours, wave.logits, model.lm_head.weight,
+                                                wave.new)
+    return choose(logits, rule, wave.choice, wave.seen)
 
 
 def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', tables: Tensor | None = None,
@@ -268,12 +300,12 @@ def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', ta
 
     The task's positions limit the fill to a group; visible ones among them stay. Each token is drawn given the hidden
     state and the neighbours revealed so far; neighbours missing or masked contribute nothing. With gradients enabled
-    the log-probabilities keep the graph of the head, and of the trunk where a token came from `lm_head`. tables:
-    `neighbour_tables` of the model, made here if None; wave: `draw_wave`, or the same compiled.
+    the log-probabilities keep the graph of head and trunk. tables: `neighbour_tables` of the model, made here if None;
+    wave: `draw_wave`, or the same compiled.
     """
     tokens, rule, hidden_states = task.tokens, task.rule, task.hidden_states
     head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, hidden_states.shape
-    context, V = head.context, model.config.vocab_size
+    window, V = head.window, model.config.vocab_size
     masked = tokens == mask_token_id
     positions = masked if task.positions is None else task.positions & masked
     stage, counts = _fill_stages(model, masked, positions, hidden_states, rule,
@@ -282,13 +314,14 @@ def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', ta
     sizes = [size for size in counts[1:] if size]
 
     tables = neighbour_tables(model) if tables is None else tables
-    slot = torch.arange(2 * context, device=tokens.device) * V  # [2C]
-    starts = torch.arange(len(picked), device=tokens.device) * (2 * context)  # [N], of a position's rows in a wave
-    padded = F.pad(tokens, (context, context), value=mask_token_id).flatten()  # [B (T + 2C)], a mask is no neighbour
-    padded_positions = picked + 2 * context * (picked // T) + context  # [N]
-    neighbours = padded_positions[:, None] + _neighbour_offsets(context, tokens.device)  # [N, 2C]
+    slot = torch.arange(window.size, device=tokens.device) * V  # [C]
+    starts = torch.arange(len(picked), device=tokens.device) * window.size  # [N], of a position's rows in a wave
+    padded = task.padded(window, mask_token_id).flatten()  # [B (L + T + R)]
+    unread = padded == mask_token_id  # by the trunk call
+    padded_positions = picked + window.size * (picked // T) + window.left  # [N]
+    neighbours = padded_positions[:, None] + window.offsets(tokens.device)  # [N, C]
     hidden = hidden_states.reshape(B * T, D)[picked]  # [N, D]
-    projection = head.hidden_projection(hidden.detach())  # [N, W]
+    projection = head.hidden_projection(hidden)  # [N, W]
     seen = task.seen(model.config)
     choose, choices = task.choice()
     parts = zip(_trunk_logits(model, hidden, sizes), *(part.split(sizes) for part in (
@@ -299,9 +332,10 @@ def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', ta
         if number == 0 and counts[1] > 0:  # bootstrapped, or the first of a group
             found = choose(logits, rule, choice, seen_here)
         else:
-            bags = (padded.take(neighbour) + slot).flatten()  # [2C n]
-            found = wave(choose, model, tables, bags, starts[:len(position)], projected, logits, rule, choice,
-                         seen_here)
+            shown = padded.take(neighbour)  # [n, C]
+            new = None if head.gate is None else (unread.take(neighbour) & (shown != mask_token_id)).sum(1)
+            found = wave(choose, model, tables, rule, Wave((shown + slot).flatten(), starts[:len(position)], projected,
+                                                           logits, new, choice, seen_here))
         padded[position] = found.tokens
         if seen is not None:
             seen[row, found.tokens] = True

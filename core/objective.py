@@ -188,7 +188,7 @@ class Objective(nn.Module):
         hidden = self.model.encode(batch.inputs).flatten(0, 1) if self.predicts_all else \
             self.model.encode(batch.inputs, positions=batch.positions)  # [N, D]
         targets = batch.targets.flatten().index_select(0, batch.positions)  # [N]
-        embedding = self.model.neighbour_embedding() if with_sampler else None  # [V, D]
+        embedding = self.model.neighbour_embedding().detach() if with_sampler else None  # [V, D]
         parts = hidden, targets, batch.main_weights, batch.mean_weights, batch.neighbours
         chunks = math.ceil(len(hidden) / max(1, MOST_LOGITS // len(self.allowed)))
         if chunks <= 1:
@@ -208,8 +208,8 @@ class Objective(nn.Module):
         main = weighted_cross_entropy(logits, targets, main_weights, self.allowed)
         if embedding is None:
             return main, None
-        sampler_input = prepare_sampler_inputs(hidden, neighbours, embedding)
-        logits = self.model.sampler_head(sampler_input, logits, self.model.lm_head.weight)  # [N, V]
+        sampler_input = prepare_sampler_inputs(hidden.detach(), neighbours, embedding)
+        logits = self.model.sampler_head(sampler_input, logits.detach(), self.model.lm_head.weight.detach())  # [N, V]
         return main, weighted_cross_entropy(logits, targets, mean_weights, self.allowed)
 
     def _critic_loss(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

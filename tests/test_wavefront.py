@@ -10,24 +10,21 @@ from hypothesis import strategies as st
 import sample_utils
 from core.common.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw_tokens
 from core.common.randomness import RowRandom, keyed
-from model import GPT, GPTConfig
-from sample_utils import (FillTask, Filler, _bootstrap_fill_by_confidence, draw_wave, group_schedule, neighbour_tokens,
-                          predict_and_sample_tokens, prepare_sampler_inputs, sampler_wavefront_fill, wave_schedule)
+from helpers.toys import awake
+from model import GPT, GPTConfig, SamplerWindow
+from sample_utils import (FillTask, Filler, _bootstrap_fill_by_confidence, draw_wave, follow_on_schedule,
+                          group_schedule, neighbour_tokens, predict_and_sample_tokens, prepare_sampler_inputs,
+                          sampler_wavefront_fill, wave_schedule)
 
 BASE, MASK, V, T = 10, 10, 14, 24
+SHAPE = {'block_size': T, 'vocab_size': V, 'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'mask_token_id': MASK,
+         'wrong_token_id': 11, 'pad_token_id': 12, 'cls_token_id': 13, 'add_sampler_head': True, 'sampler_context': 2}
 
 
 @pytest.fixture(scope='module')
 def model():
     """A small rotary model in float64 whose head has something to say."""
-    config = GPTConfig(block_size=T, vocab_size=V, n_layer=2, n_head=2, n_embd=16, mask_token_id=MASK,
-                       wrong_token_id=11, pad_token_id=12, cls_token_id=13, add_sampler_head=True, sampler_context=2)
-    model = GPT(config, seed=3).double().eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
-    return model.requires_grad_(False)
+    return awake(GPT(GPTConfig(**SHAPE), seed=3).double()).eval().requires_grad_(False)
 
 
 RULE = DrawRule(allowed_ids(V, BASE))
@@ -138,7 +135,7 @@ def slow_fill(model, tokens, hidden, uniform, stage):
             flat = torch.tensor([row * tokens.size(1) + column])
             logits = model.lm_head(hidden[row, column])[None]
             if wave > 1:
-                beside = neighbour_tokens(before, flat, 2, MASK)
+                beside = neighbour_tokens(before, flat, SamplerWindow(2, 2), MASK)
                 inputs = prepare_sampler_inputs(hidden[row, column][None], beside, model.neighbour_embedding())
                 logits = model.sampler_head(inputs, logits, model.lm_head.weight)
             log_probabilities = allowed_log_probabilities(logits, RULE.allowed)
@@ -195,7 +192,7 @@ def test_temperature_zero_ignores_the_random_numbers(model):
 
 def test_a_changed_neighbour_moves_the_logits_and_a_missing_one_is_zero(model):
     tokens = torch.tensor([[MASK, 4, MASK, MASK, 5, MASK]])
-    beside = neighbour_tokens(tokens, torch.tensor([0, 2, 5]), 2, MASK)
+    beside = neighbour_tokens(tokens, torch.tensor([0, 2, 5]), SamplerWindow(2, 2), MASK)
     assert beside.tolist() == [[-1, -1, 4, -1], [-1, 4, -1, 5], [-1, 5, -1, -1]]
     hidden = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     embedding = model.neighbour_embedding()
@@ -210,16 +207,41 @@ def test_a_changed_neighbour_moves_the_logits_and_a_missing_one_is_zero(model):
 
 def test_neighbours_never_cross_a_row():
     tokens = torch.tensor([[1, MASK], [MASK, 2]])
-    assert neighbour_tokens(tokens, torch.tensor([1, 2]), 1, MASK).tolist() == [[1, -1], [-1, 2]]
+    assert neighbour_tokens(tokens, torch.tensor([1, 2]), SamplerWindow(1, 1), MASK).tolist() == [[1, -1], [-1, 2]]
 
 
-def test_gradients_reach_the_head(model):
+@pytest.mark.parametrize('changes', [{}, {'sampler_gate': True}, {'sampler_output': 'shared_detached'}])
+def test_log_probabilities_of_draws_have_their_true_gradient(changes):
+    """Through head, trunk and embeddings, against finite differences of the same draws: what policy gradients need."""
+    trained = awake(GPT(GPTConfig(**{**SHAPE, **changes}), seed=1).double())
+    tokens = some_tokens()[1:]
+    fill = predict_and_sample_tokens(trained, tokens, RULE, keyed(1, 0, 0, 4), use_sampler_head=True, no_grad=False)
+    assert fill.statistics.waves > 1
+    fill.log_probabilities.sum().backward()
+
+    def total():
+        with torch.no_grad():
+            task = FillTask(tokens, trained.encode(tokens), RULE, keyed(1, 0, 0, 4), truth=fill.tokens)
+            return sampler_wavefront_fill(trained, task).log_probabilities.sum().item()
+
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in trained.named_parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        slope = (parameter.grad * direction).sum().item()
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=step)
+                values.append(total())
+                parameter.sub_(direction, alpha=step)
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-4), name
+        assert 'transformer' not in name or parameter.grad.abs().sum() > 0, name
+
+
+def test_drawing_keeps_no_graph_unless_it_is_asked_for(model):
     trained = GPT(model.config, seed=1)
     tokens = some_tokens()[1:]
     fill = predict_and_sample_tokens(trained, tokens, RULE, keyed(1, 0, 0, 4), use_sampler_head=True, no_grad=False)
-    fill.log_probabilities.sum().backward()
-    assert trained.sampler_head.output_head.weight.grad.abs().sum() > 0
-    assert all(parameter.grad is None for name, parameter in trained.named_parameters() if 'sampler' not in name)
     silent = predict_and_sample_tokens(trained, tokens, RULE, keyed(1, 0, 0, 4), use_sampler_head=True)
     assert not silent.log_probabilities.requires_grad and silent.tokens.equal(fill.tokens)
 
@@ -253,3 +275,64 @@ def test_the_most_logits_held_at_once_change_nothing(model, monkeypatch, tempera
         torch.testing.assert_close(whole.log_probabilities, parts.log_probabilities)
         torch.testing.assert_close(whole.confidence, parts.confidence)
         assert (whole.confidence == whole.log_probabilities).all() == (temperature == penalty == 1)
+
+
+# A head trained from left to right --------------------------------------------------------------------------------------
+
+ORDERED = {**SHAPE, 'sampler_order': 'left_to_right', 'sampler_context_left': 3, 'sampler_context_right': 1,
+           'sampler_gate': True}
+
+
+@pytest.fixture(scope='module')
+def ordered():
+    return awake(GPT(GPTConfig(**ORDERED), seed=3).double()).eval().requires_grad_(False)
+
+
+@given(st.lists(st.sampled_from('rmg'), min_size=1, max_size=14).map(''.join), st.integers(1, 4))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_a_group_is_filled_from_left_to_right(row, left):
+    """r revealed, m masked and staying so, g of the group. The head draws what no mask precedes, after all it sees."""
+    masked, group = (torch.tensor([[letter in letters for letter in row]]) for letters in ('mg', 'g'))
+    stages, expected = follow_on_schedule(masked, group, left)[0].tolist(), []
+    for place, letter in enumerate(row):
+        seen = [stage for stage in expected[max(0, place - left):place] if stage > 1]
+        by_head = place == 0 or row[place - 1] != 'm'
+        expected.append(0 if letter != 'g' else max(seen, default=1) + 1 if by_head else 1)
+    assert stages == expected
+
+
+@pytest.mark.parametrize('grouped', [False, True])
+@pytest.mark.parametrize('with_context', [False, True])
+def test_the_fill_from_left_to_right_is_the_plain_one(ordered, grouped, with_context):
+    """Token by token through the head's forward pass, which is told how many of the neighbours are new."""
+    tokens, generator, window = some_tokens(seed=1), keyed(4, 2, 0, 5), ordered.config.sampler_window
+    hidden, masked = ordered.encode(tokens), tokens == MASK
+    positions = masked & (torch.arange(T) % 5 < 3) if grouped else masked
+    context = torch.tensor([[1, 2, 3]]).expand(5, -1) if with_context else None
+    fill = sampler_wavefront_fill(ordered, FillTask(tokens, hidden, RULE, generator, positions, left_context=context))
+    uniform, stages = generator.uniform(8, T), follow_on_schedule(masked, positions, 3)
+    for row in range(5):
+        made = tokens[row].clone()
+        for column in positions[row].nonzero().squeeze(1).tolist():
+            logits = ordered.lm_head(hidden[row, column])[None]
+            if stages[row, column] > 1:
+                before = [1, 2, 3] if with_context else [MASK] * 3
+                wide = torch.tensor([*before, *made.tolist(), MASK])[None]
+                shown = neighbour_tokens(wide, torch.tensor([column + 3]), window, MASK)
+                was = neighbour_tokens(torch.tensor([*before, *tokens[row].tolist(), MASK])[None],
+                                       torch.tensor([column + 3]), window, MASK)
+                inputs = prepare_sampler_inputs(hidden[row, column][None], shown, ordered.neighbour_embedding(), 3)
+                new = ((shown >= 0) & (was < 0)).sum(1)
+                logits = ordered.sampler_head(inputs, logits, ordered.lm_head.weight, new)
+            log_probabilities = allowed_log_probabilities(logits, RULE.allowed)
+            made[column] = draw_tokens(log_probabilities, uniform[row, column][None])
+            assert fill.log_probabilities[row, column].item() == pytest.approx(
+                log_probabilities[0, made[column]].item(), abs=1e-9)
+        assert torch.equal(made, fill.tokens[row])
+
+
+def test_a_gate_begins_with_all_of_the_trunk_and_with_less_after_a_draw():
+    head = GPT(GPTConfig(**ORDERED), seed=3).sampler_head
+    logits, new = torch.randn(3, V), torch.tensor([0, 1, 4])
+    found = head(torch.randn(3, 5 * 16), logits, torch.zeros(V, 16), new)
+    torch.testing.assert_close(found, logits * torch.tensor([1.0, 0.3, 0.3])[:, None])

@@ -12,7 +12,7 @@ from itertools import combinations, permutations, product
 import torch
 from torch import nn
 
-from model import GPTConfig
+from model import GPTConfig, SamplerWindow
 
 T, V0 = 4, 3
 MASK, V = V0, V0 + 4
@@ -22,7 +22,7 @@ EMPTY = ((MASK, 1.0),) * T
 class Head(nn.Module):
     """A sampler head whose logits are the trunk's, plus a number for each neighbour that is revealed."""
 
-    context = 1
+    window, gate = SamplerWindow(1, 1), None
 
     def __init__(self, generator):
         super().__init__()
@@ -34,7 +34,7 @@ class Head(nn.Module):
     def hidden_projection(self, hidden):
         return hidden
 
-    def from_projection(self, projection, trunk_logits, output_weight):
+    def from_projection(self, projection, trunk_logits, output_weight, new):
         return projection
 
 
