@@ -15,6 +15,7 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime, resolve_device
+from core.data.folders import recorded_data_folder
 from core.data.prepare import ensure_corpus
 from core.data.vocabulary import Vocabulary
 from core.options import TrainConfig
@@ -22,11 +23,12 @@ from core.training_kinds import TRAINING
 from core.validation import HeldOut
 
 
-def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, say: Callable[[str], None]) -> Checkpoint:
+def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, say: Callable[[str], None],
+                      data_dir: str | None = None) -> Checkpoint:
     """Write (1 - weight) * first + weight * second to `output`, a checkpoint of the first one's kind; returns it.
 
     Averaged weights are taken where there are any. `say` is told the validation loss of the result and of both, as
-    every kind of the two asks for. UserError where architecture or vocabulary differ.
+    every kind of the two asks for, on the corpora in `data_dir`. UserError where architecture or vocabulary differ.
     """
     if not 0 <= weight <= 1:
         raise UserError(f'weight is {weight}, but must lie in [0, 1]: it is the share of {second}')
@@ -37,7 +39,7 @@ def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, sa
     found = []
     for source in (one, other) if other.kind != one.kind else (one,):
         for name, checkpoint in ((f'merged {weight:g}', merged), (str(first), one), (str(second), other)):
-            value, line = _validate_as(source, checkpoint, name, device, say)
+            value, line = _validate_as(source, checkpoint, name, device, data_dir, say)
             found.append(value)
             say(line)
     merged.best_value = found[0]
@@ -73,10 +75,10 @@ def _between(one: Checkpoint, other: Checkpoint, weight: float) -> Checkpoint:
 
 
 def _validate_as(source: Checkpoint, checkpoint: Checkpoint, name: str, device: torch.device,
-                 say: Callable[[str], None]) -> tuple[float, str]:
+                 data_dir: str | None, say: Callable[[str], None]) -> tuple[float, str]:
     """The validation loss of a checkpoint's weights as `source`'s kind and options ask for, and the line saying it."""
     config, runtime = TrainConfig.of_checkpoint(source.config), Runtime(device, torch.float32, False)
-    corpus = ensure_corpus(config.dataset, say)
+    corpus = ensure_corpus(config.dataset, say, recorded_data_folder(data_dir, source.config))
     vocabulary = Vocabulary.from_meta(source.vocabulary)
     if corpus.vocabulary.hash != vocabulary.hash:
         raise UserError(f'corpus {config.dataset} has another vocabulary ({corpus.vocabulary.base_size} tokens) than '
@@ -97,9 +99,10 @@ def main(arguments: list[str]) -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument('--weight', type=float, default=0.5, help="the second one's share, 0.5 by default")
     parser.add_argument('--output', type=Path, help='ckpt_merged.pt beside the first by default')
+    parser.add_argument('--data_dir', help='folder of the corpora; where they were trained by default, if it is there')
     options = parser.parse_args(arguments)
     merge_checkpoints(options.first, options.second, options.weight,
-                      options.output or options.first.with_name('ckpt_merged.pt'), print)
+                      options.output or options.first.with_name('ckpt_merged.pt'), print, options.data_dir)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,8 @@ class TrainConfig:
 
     # where and what
     out_dir: str = option('out', 'run folder: checkpoints, metrics, loss curve')
-    dataset: str = option('shakespeare_char', 'folder under data/; prepared by itself where it is missing')
+    dataset: str = option('shakespeare_char', 'corpus: a folder in data_dir; prepared by itself where it is missing')
+    data_dir: str | None = option(None, 'folder of the corpora; default $MASKED_DIFFUSION_DATA_DIR, else data/ here')
     train_split: Literal['train', 'ref'] = option('train', 'ref is for the reference model of evaluate.py alone')
     init_from: Literal['scratch', 'resume'] = option('scratch', 'resume goes on exactly where the run stopped')
     init_from_checkpoint: str | None = option(

@@ -19,6 +19,7 @@ from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
 from core.data.corpus import Corpus
+from core.data.folders import data_folder
 from core.data.prepare import ensure_corpus
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.loss_curve import plot_loss_curve
@@ -60,7 +61,7 @@ def train(config: TrainConfig, notes: list[str]) -> None:
         say = print if runtime.is_writer else lambda line: None
         for line in [*notes, *runtime.reasons]:
             say(line)
-        corpus = ready_corpus(config.dataset, runtime, say)
+        corpus = ready_corpus(config, runtime, say)
         run = Run(config, runtime, corpus, say)
         if config.eval_only:
             run.evaluate_only()
@@ -75,13 +76,14 @@ def train(config: TrainConfig, notes: list[str]) -> None:
         stop_runtime(runtime)
 
 
-def ready_corpus(name: str, runtime: Runtime, say: Callable[[str], None]) -> Corpus:
+def ready_corpus(config: TrainConfig, runtime: Runtime, say: Callable[[str], None]) -> Corpus:
     """The corpus, prepared by one rank if it is missing."""
+    root = data_folder(config.data_dir)
     if runtime.is_writer:
-        corpus = ensure_corpus(name, say)
+        corpus = ensure_corpus(config.dataset, say, root)
     if runtime.world_size > 1:
         distributed.barrier()
-    return corpus if runtime.is_writer else ensure_corpus(name, say)
+    return corpus if runtime.is_writer else ensure_corpus(config.dataset, say, root)
 
 
 def build_model_config(config: TrainConfig, corpus: Corpus) -> GPTConfig:

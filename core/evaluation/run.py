@@ -18,6 +18,7 @@ from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.runtime import DTYPES, Runtime, resolve_device
 from core.common.typed_json import FARTHEST, Seconds
+from core.data.folders import recorded_data_folder
 from core.data.prepare import ensure_corpus
 from core.data.vocabulary import Vocabulary
 from core.evaluation.error_detection import ERRORS
@@ -150,7 +151,7 @@ def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Ca
     name = config.dataset or checkpoint.config.get('dataset')
     if type(name) is not str:
         raise UserError(f'{path} does not say which corpus it was trained on; name one with --dataset=...')
-    corpus = ensure_corpus(name, say)
+    corpus = ensure_corpus(name, say, recorded_data_folder(config.data_dir, checkpoint.config))
     if corpus.vocabulary.hash != vocabulary.hash:
         raise UserError(f'{path} has a vocabulary of {vocabulary.base_size} tokens, corpus {name} another one of '
                         f'{corpus.vocabulary.base_size}; take the corpus that it was trained on (--dataset=...)')

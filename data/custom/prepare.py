@@ -1,16 +1,24 @@
-"""python data/custom/prepare.py my.txt [--tokens=characters|bpe] [--vocab_size=1024]
+"""python data/custom/prepare.py my.txt                                       your text as the corpus `custom`
+python data/custom/prepare.py part1.txt part2.txt folder --name=novels     several texts in order as `novels`
+python data/custom/prepare.py --nanogpt FOLDER --name=mine                 token files of nanoGPT as `mine`
 
-Any UTF-8 text of yours as the corpus `custom` (70 % train, 20 % ref, 10 % val); then train with --dataset=custom.
+Then train with --dataset=custom (or the name). A text goes to 70 % into train, 20 % into ref, 10 % into val.
+
+--name=custom           name of the corpus, a folder of its own in the data folder
+--tokens=characters     or bpe: a byte-level BPE learnt from the train part
+--vocab_size=1024       most tokens of the BPE, 256 to 65536
+--encoding=NAME         of the files, where it is not UTF-8 (UTF-16 with its mark is recognised): cp1252, latin-1, ...
+--data_dir=FOLDER       where corpora lie; default: $MASKED_DIFFUSION_DATA_DIR, else data/ of the program
+--overwrite             replace another corpus of this name
 """
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that it runs from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any folder
 
-from core.data.prepare import prepare_own_text  # noqa: E402
 from core.common.errors import run_script  # noqa: E402
+from core.data.own_text import prepare_own_text  # noqa: E402
 
 if __name__ == '__main__':
-    run_script(lambda arguments: prepare_own_text(arguments, ROOT / 'data'))
+    run_script(lambda arguments: prepare_own_text(arguments, __doc__))

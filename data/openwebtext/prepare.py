@@ -1,18 +1,20 @@
-"""python data/openwebtext/prepare.py [--input FILE ...]
+"""python data/openwebtext/prepare.py                            OpenWebText, streamed (pip install datasets)
+python data/openwebtext/prepare.py --input FILE or FOLDER ... any large text files in its place
 
-OpenWebText in GPT-2's BPE, streamed through the package datasets (pip install datasets; tens of gigabytes), or any
-large text files in its place; <|endoftext|> in a file ends a document. Of every hundred passages 95 are train, 4 ref
-and 1 val.
+GPT-2's BPE; <|endoftext|> in a file ends a document. Of every hundred passages 95 are train, 4 ref and 1 val.
+
+--encoding=NAME         of the files, where it is not UTF-8
+--data_dir=FOLDER       where corpora lie; default: $MASKED_DIFFUSION_DATA_DIR, else data/ of the program
+--overwrite             replace the corpus that is there
 """
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # so that it runs from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any folder
 
 from core.common.errors import run_script  # noqa: E402
 from core.data.openwebtext import prepare_openwebtext  # noqa: E402
 
 if __name__ == '__main__':
-    run_script(lambda arguments: prepare_openwebtext(arguments, ROOT / 'data'))
+    run_script(lambda arguments: prepare_openwebtext(arguments, __doc__))

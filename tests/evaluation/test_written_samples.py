@@ -16,7 +16,8 @@ from core.common.randomness import keyed
 from core.common.runtime import Runtime
 from core.common.timing import TimingAccumulator
 from core.data.corpus import load_corpus
-from core.data.prepare import character_vocabulary, write_corpus
+from core.data.learning import character_vocabulary
+from core.data.writing import write_corpus
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality_tables import (REAL, at_equal_entropy, curves_text, markers, one_line, policies_text,
                                             tell_curves)

@@ -17,7 +17,8 @@ from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.run_folder import RunFolder
 from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime, is_lost_rank
-from core.data.prepare import character_vocabulary, write_corpus
+from core.data.learning import character_vocabulary
+from core.data.writing import write_corpus
 from core.logger import read_metrics
 from helpers.runs import ROOT, equal_runs, refused, run
 

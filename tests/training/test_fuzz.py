@@ -24,7 +24,9 @@ from configurator import configure
 from core.checkpoints.checkpoint import save_checkpoint, verify_checkpoint
 from core.common.errors import UserError
 from core.data.corpus import load_corpus
-from core.data.prepare import split_text, train_bpe, write_corpus
+from core.data.learning import train_bpe
+from core.data.splitting import split_text
+from core.data.writing import write_corpus
 from helpers.checkpoints import checkpoint_of
 from model import GPT, GPTConfig
 
@@ -216,7 +218,7 @@ def fuzz(name: str, count: int, folder: Path, seed: int = 0) -> Counter:
 @pytest.mark.parametrize('name', READERS)
 def test_some_inputs_are_read_or_refused(tmp_path, name):
     found = fuzz(name, 300, tmp_path)
-    assert found.total() == 300 and found['refused'] > 100 and found['taken'] > 3
+    assert found.total() == 300 and found['refused'] > 100 and found['taken'] > 2
 
 
 def test_the_watch_sees_side_effects(tmp_path):

@@ -1,0 +1,66 @@
+"""Vocabularies that are learnt from a text: its characters, or a byte-level BPE."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from core.common.errors import UserError
+from core.common.expressions import excerpt
+from core.data.vocabulary import Vocabulary, is_panic
+
+BPE_SIZE = 1024
+LARGEST_BPE = 2**16  # tokens; learning more from a user's text takes long and fills poorly
+# Pieces that merging never leaves: an elided ending ('s, 'd, 'll); letters, digits or other signs with the space before
+# them, signs also with the line ends behind; runs of white space, the last space of a run left to the word behind it.
+BPE_PATTERN = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\n*|\s+(?!\S)|\s+"
+_LONGEST_LEARNT = 2**19  # characters; rustbpe's matcher overflows its stack at a million of white space in a row
+_BLOCK = 2**17
+# The last place where no piece of BPE_PATTERN or of GPT-2's lies across, whatever comes before and after: a single
+# blank before a word, or else a letter or digit before another sign.
+_CUTS = (re.compile(r'(?s).*\S(?= \S)'), re.compile(r'(?s).*[^\W_](?=[^\w\s])'))
+
+
+def character_vocabulary(text: str) -> Vocabulary:
+    """All characters of `text`, in the order of their code points."""
+    return Vocabulary(kind='characters', tokens=tuple(sorted(set(text))))
+
+
+def train_bpe(text: str, size: int) -> Vocabulary:
+    """Byte-level BPE of at most `size` tokens (Sennrich et al. 2016) learnt from `text`; a short text gives fewer."""
+    return learn_bpe((text[start:start + _BLOCK] for start in range(0, len(text), _BLOCK)), size)
+
+
+def learn_bpe(texts: Iterable[str], size: int, special: tuple[bytes, ...] = ()) -> Vocabulary:
+    """The BPE of a text that comes in blocks, with the tokens `special` after those that it learns.
+
+    Memory grows with the number of different pieces, not with the text.
+    """
+    import rustbpe  # only preparation needs it
+
+    tokenizer = rustbpe.Tokenizer()
+    try:
+        tokenizer.train_from_iterator(whole_pieces(texts, _LONGEST_LEARNT), size, pattern=BPE_PATTERN)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise UserError(f'no BPE can be learnt from this text ({excerpt(str(error))}): take --tokens=characters, or '
+                        f'leave out what repeats without end') from None
+    ranks = sorted(tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    return Vocabulary(kind='bpe', tokens=(*(bytes(token) for token, _ in ranks), *special), pattern=BPE_PATTERN)
+
+
+def whole_pieces(blocks: Iterable[str], most: int) -> Iterator[str]:
+    """The text of `blocks`, cut where encoding the parts is encoding the whole.
+
+    A part of `most` characters without such a place, which no usual text has, is cut anywhere.
+    """
+    rest = ''
+    for block in blocks:
+        rest += block
+        cut = next((found.end() for pattern in _CUTS if (found := pattern.match(rest))), 0)
+        if not cut and len(rest) >= most:
+            cut = len(rest)
+        if cut:
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest

@@ -1,0 +1,119 @@
+"""Text files of the user's: found in folders, recognised, and read a little at a time."""
+
+import codecs
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from core.common.errors import UserError, raise_problems
+from core.common.expressions import excerpt, shown
+
+READ = 2**17  # characters read at a time
+MOST_FILES = 1_000_000
+_LOOKED_AT = 2**16  # bytes from which an encoding is guessed
+_MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
+          (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
+_OTHER_KINDS = ((b'\x1f\x8b', 'compressed with gzip'), (b'PK\x03\x04', 'a zip archive (.docx and .epub are such)'),
+                (b'%PDF', 'a PDF'), (b'BZh', 'compressed with bzip2'), (b'\xfd7zXZ', 'compressed with xz'),
+                (b'\x28\xb5\x2f\xfd', 'compressed with zstd'), (b'PAR1', 'a Parquet table'),
+                (b'\xd0\xcf\x11\xe0', 'an old Office document'), (b'{\\rtf', 'RTF, not plain text'))
+
+
+def text_paths(names: Sequence[str]) -> list[Path]:
+    """The files that `names` mean, in this order; a folder stands for all files in it, by path, without hidden ones.
+
+    UserError lists the names that are neither, and folders without a file.
+    """
+    paths: list[Path] = []
+    problems = []
+    for name in names:
+        path = Path(name)
+        try:
+            if path.is_dir():
+                found = sorted(inner for inner in path.rglob('*') if inner.is_file()
+                               and not any(part.startswith('.') for part in inner.relative_to(path).parts))
+                paths += found
+                if not found:
+                    problems.append(f'{path} is a folder without files: give text files, or folders of them')
+            elif path.is_file():
+                paths.append(path)
+            elif path.exists():
+                problems.append(f'{path} is no regular file (a pipe or a device): save the text in a file and give that')
+            else:
+                problems.append(f'{shown(name)} is not there, so it cannot be read: give the path of a text file')
+        except (OSError, ValueError) as error:
+            reason = getattr(error, 'strerror', None) or error
+            problems.append(f'{excerpt(name)} cannot be read ({reason}): give the path of a text file')
+    if len(paths) > MOST_FILES:
+        problems.append(f'{len(paths)} files are given, and at most {MOST_FILES} are taken: join them to fewer')
+    raise_problems(problems)
+    return paths
+
+
+def require_encoding(name: str) -> None:
+    """UserError unless Python has a text encoding of that name."""
+    try:
+        codecs.lookup(name)
+        io.TextIOWrapper(io.BytesIO(), encoding=name)
+    except (LookupError, ValueError):
+        raise UserError(f'--encoding={excerpt(name)} is unknown: take utf-8, utf-16, cp1252, latin-1 or another '
+                        f'encoding of Python') from None
+
+
+def text_blocks(path: Path, encoding: str | None = None) -> Iterator[str]:
+    """The text of a file, a little at a time, with newlines for the line ends of every system.
+
+    Without `encoding` the file is UTF-16 or UTF-32 where its first bytes are the mark of these, else UTF-8. A mark is
+    no part of the text. UserError for what is no text in that encoding, with what it seems to be.
+    """
+    try:
+        used = encoding or _marked_encoding(path)
+        with path.open(encoding=used) as file:
+            first = True
+            while block := file.read(READ):
+                if first:
+                    block, first = block.removeprefix('\ufeff'), False
+                if '\0' in block:
+                    raise UserError(f'{path} holds a zero byte, so it is no plain text{_what_it_is(path, encoding)}')
+                yield block
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not {"UTF-8" if used == "utf-8" else used} (byte {error.object[error.start]} where '
+                        f'none such can be){_what_it_is(path, encoding)}') from None
+    except UnicodeError as error:
+        raise UserError(f'{path} is not {used} ({error}){_what_it_is(path, encoding)}') from None
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}): give the path of a text file') from None
+
+
+def _marked_encoding(path: Path) -> str:
+    with path.open('rb') as file:
+        first = file.read(4)
+    return next((name for mark, name in _MARKS if first.startswith(mark)), 'utf-8')
+
+
+def _what_it_is(path: Path, encoding: str | None) -> str:
+    """What a file that was refused seems to be, and the cure, as the end of a sentence."""
+    with path.open('rb') as file:
+        data = file.read(_LOOKED_AT)
+    for start, kind in _OTHER_KINDS:
+        if data.startswith(start):
+            return f'; it is {kind}: extract the text as UTF-8 first'
+    if encoding:
+        return ': give the encoding that it was saved in'
+    zeros = [data[parity::2].count(0) for parity in (0, 1)]
+    if 0 in data and max(zeros) > len(data) // 5 and min(zeros) < max(zeros) // 10:
+        guess, words = ('utf-16-be', 'UTF-16') if zeros[0] > zeros[1] else ('utf-16-le', 'UTF-16')
+    elif 0 in data:
+        return ': give a UTF-8 text file'
+    else:
+        guess, words = _single_byte_guess(path)
+    return f'; it seems to be {words}: add --encoding={guess}, or save it as UTF-8'
+
+
+def _single_byte_guess(path: Path) -> tuple[str, str]:
+    """cp1252 where the file has bytes that are signs there and control characters in Latin-1, else Latin-1."""
+    with path.open('rb') as file:
+        while data := file.read(2**20):
+            if any(byte in data for byte in range(0x80, 0xa0)):
+                return 'cp1252', 'Windows-1252 (cp1252)'
+    return 'latin-1', 'Latin-1 (ISO 8859-1)'

@@ -1,0 +1,189 @@
+"""Writing a corpus folder: streamed, and at every instant either the earlier corpus or the complete new one.
+
+The token files are written under temporary names, then get names that hold their SHA-256 (`train-<16 digits>.bin`).
+One rename of meta.pkl, which holds the hashes, is the change from one corpus to the other. Only then do the token files
+get their usual names, one by one; until each has it, readers find it by its hash.
+"""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from core.common.errors import UserError
+from core.common.expressions import excerpt
+from core.common.files import NewFile, write_whole
+from core.data.corpus import META_FORMAT, META_VERSION, SPLITS, content_name, hash_of_hashes, is_own_meta, read_meta
+from core.data.folders import script_of
+from core.data.vocabulary import SPECIAL_NAMES, Vocabulary
+
+LOCK_NAME = 'prepare.lock'
+LOCK_SECONDS = 60
+
+
+@dataclass
+class Part:
+    """One split while it grows."""
+
+    written: NewFile
+    sha256: Any = field(default_factory=hashlib.sha256)
+    tokens: int = 0
+    characters: int = 0
+    utf8_bytes: int = 0
+
+    def add(self, ids: np.ndarray, text: str) -> None:
+        """Append `ids` (int [tokens], already of the file's dtype), of which `text` is the text."""
+        self.add_counted(ids, len(text), len(text.encode('utf-8')))
+
+    def add_counted(self, ids: np.ndarray, characters: int, utf8_bytes: int) -> None:
+        """Append `ids` (int [tokens], already of the file's dtype), whose text has that many characters and bytes."""
+        data = ids.tobytes()
+        self.written.file.write(data)
+        self.sha256.update(data)
+        self.tokens += len(ids)
+        self.characters += characters
+        self.utf8_bytes += utf8_bytes
+
+
+def write_corpus(folder: Path, vocabulary: Vocabulary, splits: Mapping[str, str], source: str,
+                 overwrite: bool = False) -> None:
+    """Encode the texts of `splits` and write the corpus folder as `new_corpus` does."""
+    with new_corpus(folder, vocabulary, list(splits), source, overwrite) as parts:
+        for split, text in splits.items():
+            parts[split].add(vocabulary.encode_array(text).astype(vocabulary.dtype), text)
+
+
+@contextmanager
+def new_corpus(folder: Path, vocabulary: Vocabulary, splits: Sequence[str], source: str,
+               overwrite: bool = False) -> Iterator[dict[str, Part]]:
+    """Parts to fill; after the block they are the corpus in `folder`, whole or not at all.
+
+    Whatever fails, an earlier corpus stays and no temporary file is left. UserError where a split stays empty, the
+    folder cannot be written, or it holds another corpus or files of others and `overwrite` does not say to replace
+    them.
+    """
+    require_replaceable(folder, overwrite)
+    made = not folder.exists()
+    parts: dict[str, Part] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for split in splits:
+            parts[split] = Part(NewFile(folder / f'{split}-new.bin'))
+        yield parts
+        for part in parts.values():
+            part.written.finish(None)
+        empty = [split for split, part in parts.items() if not part.tokens]
+        if empty:
+            raise UserError(f'the text of {source} is too short: nothing is left for {", ".join(empty)}; '
+                            f'give at least a few thousand characters')
+        with _alone(folder):
+            _replace(folder, vocabulary, parts, source, overwrite)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be written ({error.strerror or error}): free some space, or choose a folder '
+                        f'that can be written with --data_dir=...; an earlier corpus there is unchanged') from None
+    finally:
+        for part in parts.values():
+            part.written.discard()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # does nothing unless the folder stayed empty
+
+
+def require_replaceable(folder: Path, overwrite: bool, hashes: tuple[str, str] | None = None) -> None:
+    """UserError where `folder` holds what must not be replaced unsaid: files of others, or another corpus.
+
+    `hashes` are those of the new corpus's vocabulary and data; until they are known only files of others count.
+    """
+    if overwrite:
+        return
+    way = 'add --overwrite' if folder.name != 'custom' and script_of(folder.name).is_file() else \
+        'give the new one a name of its own with --name=..., or add --overwrite'
+    if not is_own_meta(folder / 'meta.pkl'):
+        strangers = [name for name in (*(f'{split}.bin' for split in SPLITS), 'meta.pkl') if (folder / name).exists()]
+        if strangers:
+            raise UserError(f'{folder} holds {", ".join(strangers)} without a meta.pkl of this program: nothing is '
+                            f'replaced; {way}')
+    elif hashes is not None:
+        try:
+            earlier = read_meta(folder / 'meta.pkl')
+        except UserError:
+            raise UserError(f'{folder} holds a corpus whose meta.pkl is damaged: nothing is replaced; {way}') from None
+        if (earlier['vocabulary_hash'], earlier['data_hash']) != hashes:
+            raise UserError(f'{folder} holds another corpus (of {excerpt(earlier["source"])}, '
+                            f'{earlier["sizes"]["train"]:,} tokens to train on): nothing is replaced; {way}')
+
+
+def _replace(folder: Path, vocabulary: Vocabulary, parts: Mapping[str, Part], source: str, overwrite: bool) -> None:
+    """Make the written `parts` the corpus of `folder`; its one decisive step is the rename of meta.pkl."""
+    hashes = {split: part.sha256.hexdigest() for split, part in parts.items()}
+    require_replaceable(folder, overwrite, (vocabulary.hash, hash_of_hashes(hashes)))
+    earlier, meta = _earlier_hashes(folder), make_meta(vocabulary, source, parts)
+    named = {split: folder / content_name(split, digest) for split, digest in hashes.items()}
+    try:
+        for split, part in parts.items():
+            part.written.target = named[split]
+            part.written.settle()
+        write_whole(folder / 'meta.pkl', meta)
+    except BaseException:
+        replaced = (folder / 'meta.pkl').is_file() and (folder / 'meta.pkl').read_bytes() == meta
+        for split, path in named.items():
+            if not replaced and earlier.get(split) != hashes[split]:  # the earlier one may live under such a name
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+        raise
+    for split, path in named.items():
+        usual = folder / f'{split}.bin'
+        if not usual.is_symlink() and (usual.is_file() or not usual.exists()):
+            with suppress(OSError):  # the corpus is whole under the other name
+                os.replace(path, usual)
+    for split, digest in earlier.items():
+        if hashes.get(split) != digest:
+            with suppress(OSError):
+                (folder / content_name(split, digest)).unlink(missing_ok=True)
+
+
+def _earlier_hashes(folder: Path) -> dict[str, str]:
+    """The hashes of the corpus that is in `folder`; none where there is none or its meta.pkl is unreadable."""
+    try:
+        return read_meta(folder / 'meta.pkl')['file_hashes']
+    except UserError:
+        return {}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second preparation of the same folder out, where its file system has locks."""
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f'{folder} is being prepared by another process for {LOCK_SECONDS} seconds: wait until it has '
+                        f'ended, then try again') from None
+    except (OSError, NotImplementedError):
+        pass  # no locks here; two preparations at once would have to begin in the same moment
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_meta(vocabulary: Vocabulary, source: str, parts: Mapping[str, Part]) -> bytes:
+    """What `meta.pkl` holds."""
+    hashes = {split: part.sha256.hexdigest() for split, part in parts.items()}
+    return pickle.dumps({
+        'format': META_FORMAT, 'version': META_VERSION, 'source': source,
+        'vocabulary': vocabulary.to_meta(), 'vocabulary_hash': vocabulary.hash, 'base_size': vocabulary.base_size,
+        'special_ids': {name: vocabulary.base_size + i for i, name in enumerate(SPECIAL_NAMES)},
+        'dtype': vocabulary.dtype,
+        'sizes': {split: part.tokens for split, part in parts.items()},
+        'characters': {split: part.characters for split, part in parts.items()},
+        'utf8_bytes': {split: part.utf8_bytes for split, part in parts.items()},
+        'file_hashes': hashes, 'data_hash': hash_of_hashes(hashes),
+    }, protocol=4)
