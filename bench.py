@@ -6,7 +6,8 @@
     python bench.py --baseline                         with the yardsticks' rows in training and sampling
     python bench.py --json=docs/results/performance.json --report=docs/performance.md
     python bench.py --compare before.json after.json   what --json wrote twice: how many times as fast each row became
-    python bench.py --scaling                          memory and step time of other sizes; --scaling --help
+    python bench.py --scaling                          memory and step time of other sizes
+    python bench.py --scaling --sizes=small,large      of some of them
     python bench.py --help                             every option
 
 docs/performance.md says what each figure means.
@@ -25,17 +26,12 @@ def main(arguments: list[str]) -> None:
         from core.bench.compare import run_comparison
 
         return run_comparison(arguments, print)
-    if '--scaling' in arguments:
-        from core.bench.scaling_run import run_scaling
-
-        return run_scaling([one for one in arguments if one != '--scaling'], partial(print, flush=True))
     configuration = configure(BenchConfig, arguments, usage=__doc__)
     from core.bench.report import run_benchmark  # after the options, so that a typo is answered at once
-    from core.common.runtime import resolve_device
+    from core.bench.scaling_run import run_scaling
 
-    config = configuration.config
-    config.device = resolve_device(config.device)
-    run_benchmark(config, configuration.explicit, partial(print, flush=True))
+    run = run_scaling if configuration.config.scaling else run_benchmark
+    run(configuration.config, configuration.explicit, partial(print, flush=True))
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from core.bench.cases import Shape
-from core.bench.measuring import COPY
+from core.bench.records import COPY
 from core.bench.report import TITLES, Spread, machine_lines, ratios, read_record
 from core.common.errors import UserError
 from core.common.tables import markdown_table

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from core.bench.cases import Case, Shape, base_vocabulary, model_config, short_name
+from core.bench.records import COPY, FORMAT, VERSION, BenchRecord, Machine, ShapeRecord
 from core.bench.sampling_cases import (POLICY_ROWS, TEMPERATURE, PolicyRun, decode_cases, fill_cases, policy_runs,
                                        sampling_cases, sampling_network)
 from core.bench.training_cases import baseline_case, training_cases
@@ -33,7 +34,6 @@ from model import GPT
 
 Say = Callable[[str], None]
 
-FORMAT, VERSION = 'masked-diffusion-benchmark', 2
 FEWEST, USUAL = 3, 5  # repetitions, where none are asked for: at least the first, and the second if
 PATIENCE = 75.0  # seconds are not over by then
 SHORTEST = 0.4  # seconds: a quicker call is made several times in a row, so that a clock's tick does not count
@@ -41,21 +41,20 @@ MOST_CALLS = 50
 COPIED = 2 ** 28  # bytes: more than any cache holds
 GROUPS = ('training', 'fill', 'sampling', 'policies')
 YARDSTICKS = ('training', 'decode')  # what is compared with one
-COPY = 'copy'  # among the rates of a group, beside those of dtypes
 
 
 # The measurement ----------------------------------------------------------------------------------------------------
 
 def benchmark(shapes: Mapping[str, Shape], groups: Sequence[str], say: Say, *, device: str, dtype: str,
               compile: bool | None, repetitions: int | None, critic_row_stride: int,
-              baseline: bool = False) -> dict[str, Any]:
+              baseline: bool = False) -> BenchRecord:
     """The record of `groups` (of `GROUPS`) of all `shapes`, in built-in types. repetitions None: `USUAL`, at least
     `FEWEST` where they take long.
 
     dtype 'auto' and compile None choose as train.py and sample.py do. baseline: training gets the yardstick's row, and
     sampling a group of its own, 'decode'; these two take `USUAL` rounds however long they take.
     """
-    found = {'format': FORMAT, 'version': VERSION, 'machine': describe_machine(), 'shapes': {}}
+    found: BenchRecord = {'format': FORMAT, 'version': VERSION, 'machine': describe_machine(), 'shapes': {}}
     for name, shape in shapes.items():
         runtime = start_runtime(device, dtype, compile, width=shape.n_embd, iterations=10_000)  # as for a real run
         for reason in runtime.reasons:
@@ -66,7 +65,7 @@ def benchmark(shapes: Mapping[str, Shape], groups: Sequence[str], say: Say, *, d
     return found
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine() -> Machine:
     """Versions and machine; the load average tells whether something else was running."""
     described = environment()
     del described['command_line']
@@ -80,7 +79,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def measure_shape(name: str, shape: Shape, groups: Sequence[str], runtime: Runtime, dtype: str, say: Say, *,
-                  repetitions: int | None, critic_row_stride: int, baseline: bool) -> dict[str, Any]:
+                  repetitions: int | None, critic_row_stride: int, baseline: bool) -> ShapeRecord:
     """Training in `runtime`'s precision, then what belongs to sampling in that which `dtype` means there."""
     device, autocast = runtime.device, choose_autocast(dtype, runtime.device)
     with_heads = model_config(shape, add_sampler_head=True, add_critic_head=True)

@@ -1,12 +1,15 @@
 """The options of bench.py."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from configurator import option
 
+FILES = ('json', 'report', 'from_json')  # options of both measurements
 
-@dataclass
+
+@dataclass(frozen=True)
 class BenchConfig:
     """The options of bench.py."""
 
@@ -20,6 +23,16 @@ class BenchConfig:
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
         'auto', 'precision of training and sampling; auto chooses as train.py and sample.py do')
     compile: bool | None = option(None, 'torch.compile the training step; None: where it pays')
+    scaling: bool = option(False, 'measure memory and step time of other sizes instead', bare='True')
+    sizes: str | None = option(None, 'with --scaling: which of them, with a comma between; None: all')
     json: str | None = option(None, 'write every measured number to this file')
     report: str | None = option(None, 'write the tables into this file, between its two marker lines')
     from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier')
+
+
+def measurement_problems(explicit: Mapping[str, str], scaling: bool) -> list[str]:
+    """Options given that belong to the other of the two measurements."""
+    if not scaling:
+        return ['sizes is of --scaling, which was not given; leave it out or give both'] if 'sizes' in explicit else []
+    return [f'{name} does not apply to --scaling; leave one of them out' for name in explicit
+            if name not in ('scaling', 'sizes', *FILES)]

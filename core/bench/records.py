@@ -1,42 +1,204 @@
 """The files of bench.py's two measurements: a record in JSON, and tables between two marker lines of a page."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from core.bench.options import BenchConfig
 from core.common.errors import UserError
 from core.common.files import write_whole
 from core.common.tables import split_at_markers, write_between
+from core.common.typed_json import Items, Range, Seconds, Unfit, checked, read_json
 
 PAGE = 'docs/performance.md'
+COPY = 'copy'  # among the rates of a group, beside those of dtypes
+
+
+FORMAT, VERSION = 'masked-diffusion-benchmark', 2
+SCALING_FORMAT, SCALING_VERSION = 'masked-diffusion-scaling', 1
+
+Dimension = Annotated[int, Range(1, 10 ** 9)]
+Positive = Annotated[float, Range(1e-12)]
+Rounds = Annotated[list[Positive], Items(1)]  # a figure of each round
+
+
+class Machine(TypedDict):
+    """The machine and the versions of packages, which begin with python, torch and numpy."""
+
+    versions: dict[str, str | None]
+    git_revision: str | None
+    platform: str
+    processors: int | None
+    threads: int
+    devices: list[str]
+    processor: str
+    fast_bfloat16: bool
+    load_average: float
+
+
+class ShapeFields(TypedDict):
+    """The fields of a `Shape`."""
+
+    n_layer: Dimension
+    n_head: Dimension
+    n_embd: Dimension
+    block_size: Dimension
+    batch_size: Dimension
+    base_size: NotRequired[Dimension]
+    sampler_output: NotRequired[Literal['own', 'shared_detached']]
+
+
+class CaseRecord(TypedDict):
+    """seconds: of one call, per round; first_seconds: of the very first call; the rest as in `Case`."""
+
+    seconds: Rounds
+    first_seconds: Seconds
+    operations: Positive
+    tokens: Dimension
+    dtype: str
+    bytes: Annotated[float, Range(0.0)] | None
+
+
+class Group(TypedDict):
+    """rates: by dtype or 'copy', per round; cases: by name."""
+
+    rates: dict[str, Rounds]
+    cases: Annotated[dict[str, CaseRecord], Items(1)]
+
+
+TrainingCases = TypedDict('TrainingCases', {
+    'baseline': NotRequired[CaseRecord], 'causal': CaseRecord, 'stage 1': CaseRecord, 'stage 2': CaseRecord,
+    'stage 3': CaseRecord})
+FillCases = TypedDict('FillCases', {'trunk call': CaseRecord, 'wavefront fill': CaseRecord})
+
+
+class Training(TypedDict):
+    """As `Group`."""
+
+    rates: dict[str, Rounds]
+    cases: TrainingCases
+
+
+class Fill(TypedDict):
+    """As `Group`."""
+
+    rates: dict[str, Rounds]
+    cases: FillCases
+
+
+class Run(TypedDict):
+    """A policy's run: tokens written, calls, and seconds of it, inside trunk calls and inside network calls, per round."""
+
+    tokens: Dimension
+    seconds: Rounds
+    trunk_seconds: Rounds
+    network_seconds: Rounds
+    trunk_calls: Dimension
+    network_calls: Dimension
+
+
+class Policies(TypedDict):
+    """bare_seconds: of one trunk call alone, per round."""
+
+    bare_seconds: Rounds
+    runs: dict[str, Run]
+
+
+class ShapeRecord(TypedDict):
+    """What was measured of a shape, and how."""
+
+    shape: ShapeFields
+    device: str
+    dtype: str
+    sampling_dtype: str
+    compile: bool
+    critic_row_stride: Dimension
+    parameters: Dimension
+    training: NotRequired[Training]
+    fill: NotRequired[Fill]
+    sampling: NotRequired[Group]
+    decode: NotRequired[Group]
+    policies: NotRequired[Policies]
+
+
+class BenchRecord(TypedDict):
+    """What bench.py writes."""
+
+    format: Literal['masked-diffusion-benchmark']
+    version: Literal[2]
+    machine: Machine
+    shapes: dict[str, ShapeRecord]
+
+
+class SizeFields(TypedDict):
+    """The fields of a `Size`."""
+
+    n_layer: Dimension
+    n_head: Dimension
+    n_embd: Dimension
+    block_size: Dimension
+    vocab_size: Annotated[int, Range(5, 10 ** 9)]
+    rows: Dimension
+    micro_steps: Dimension
+    ranks: Dimension
+    sampler: Literal['own', 'shared_detached'] | None
+    sampler_n_embd: Dimension | None
+    critic: bool
+    critic_row_stride: Dimension
+    optimizer: Literal['muon', 'adamw']
+    sharded: bool
+    recompute: bool
+    bfloat16: bool
+    steps: Dimension
+
+
+class SizeRecord(TypedDict):
+    """What was measured of a size, as core/bench/scaling_run.py says; per step, of which there are at least two."""
+
+    size: SizeFields
+    parameters: Dimension
+    seconds: Annotated[list[Positive], Items(2)]
+    rates: Annotated[list[Positive], Items(2)]
+    positions: Annotated[list[Annotated[list[Dimension], Items(1)]], Items(2)]
+    predicted: Annotated[list[Dimension], Items(2)]
+    tensor_bytes: int
+    process_bytes: int
+
+
+class ScalingRecord(TypedDict):
+    """What bench.py --scaling writes."""
+
+    format: Literal['masked-diffusion-scaling']
+    version: Literal[1]
+    machine: Machine
+    sizes: dict[str, SizeRecord]
 
 
 class RecordKind(NamedTuple):
-    """What one measurement writes. command: that makes it; format: what its record calls itself; versions: that are
-    read, the one that is written last; begin, end: the marker lines of its tables."""
+    """What one measurement writes. command: that makes it; contents: the type of its record; begin, end: the marker
+    lines of its tables."""
 
     command: str
-    format: str
-    versions: tuple[int, ...]
+    contents: type[BenchRecord] | type[ScalingRecord]
     begin: str
     end: str
 
 
-def name_problems(option: str, given: str, known: Collection[str]) -> list[str]:
-    """What is wrong with the names in `given`, with a comma between, as the value of `option`."""
-    names = given.split(',')
+def name_problems(option: str, names: Sequence[str], known: Collection[str]) -> list[str]:
+    """What is wrong with `names` as the value of `option`."""
     problems = [f'{option} names {one!r}, but there are {" and ".join(known)}; give --{option}={",".join(known)}'
                 for one in names if one not in known]
     return problems + [f'{option} names {one!r} twice; leave one out' for one in known if names.count(one) > 1]
 
 
-def file_problems(config: Any, explicit: Mapping[str, str], kind: RecordKind) -> list[str]:
+def file_problems(config: BenchConfig, explicit: Mapping[str, str], kind: RecordKind) -> list[str]:
     """What is wrong with the options json, report and from_json, found before minutes are spent."""
     problems = []
     if config.from_json is not None:
         problems += [f'{name} was given, but --from_json measures nothing; leave one of them out'
-                     for name in explicit if name not in ('from_json', 'report')]
+                     for name in explicit if name not in ('from_json', 'report', 'scaling')]
     if config.json is not None and not Path(config.json).absolute().parent.is_dir():
         problems.append(f'cannot write {config.json}: its folder does not exist; create it first')
     if config.report is not None:
@@ -47,23 +209,50 @@ def file_problems(config: Any, explicit: Mapping[str, str], kind: RecordKind) ->
     return problems
 
 
-def read_json_record(path: Path, kind: RecordKind) -> dict[str, Any]:
+def read_json_record(path: Path, kind: RecordKind) -> Any:
     """A record of `kind` that --json wrote. UserError for anything else."""
-    cure = f'make it with {kind.command} --json={path}'
     try:
-        record = json.loads(path.read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror}; {cure}') from None
-    except ValueError:
-        raise UserError(f'{path} is not JSON; {cure}') from None
-    if not isinstance(record, dict) or record.get('format') != kind.format or \
-            record.get('version') not in kind.versions:
-        raise UserError(f'{path} is not a record of this {kind.command} (version {kind.versions[-1]}); make it anew '
-                        f'with {kind.command} --json={path}')
-    return record
+        record = read_json(path)
+        if not isinstance(record, dict) or [record.get(name) for name in ('format', 'version')] != [
+                typing.get_args(kind.contents.__annotations__[name])[0] for name in ('format', 'version')]:
+            raise Unfit(f'it is not a record of this {kind.command}')
+        checked(record, kind.contents)
+        problem = next(_inconsistencies(record), None)
+        if problem is not None:
+            raise Unfit(problem)
+        return record
+    except Unfit as error:
+        raise UserError(f'cannot read {path}: {error}; make it with {kind.command} --json={path}') from None
 
 
-def show_and_write(config: Any, record: Mapping[str, Any], text: str, kind: RecordKind,
+def _inconsistencies(record: Mapping[str, Any]) -> Iterator[str]:
+    """Where figures of a record that belong together do not fit each other, as far as types do not say it."""
+    for name, entry in record.get('shapes', {}).items():
+        for group in (one for one in ('training', 'fill', 'sampling', 'decode') if one in entry):
+            place, rates, cases = f'{name}.{group}', entry[group]['rates'], entry[group]['cases']
+            if len({len(one) for one in (*rates.values(), *(case['seconds'] for case in cases.values()))}) > 1:
+                yield f'the rounds of {place} differ in number'
+            for one in cases.values():
+                if one['dtype'] not in rates or one['bytes'] is not None and COPY not in rates:
+                    yield f'{place} lacks the rate of a case'
+            method, partner = {'sampling': ('diffusion', 'standard, {}'),
+                               'decode': ('diffusion', 'causal_decode, {}')}.get(group, (None, ''))
+            for case in cases if method else ():
+                batch = partner.format(case.partition(', ')[2])
+                if case.startswith(method) and not any(one.startswith(batch.rpartition(', ')[0]) for one in cases):
+                    yield f'{place} has {case} without {batch} to compare it with'
+        policies = entry.get('policies', {'bare_seconds': [], 'runs': {}})
+        if any(len(run[key]) != len(policies['bare_seconds']) for run in policies['runs'].values()
+               for key in ('seconds', 'trunk_seconds', 'network_seconds')):
+            yield f'the rounds of {name}.policies differ in number'
+    for name, size in record.get('sizes', {}).items():
+        if len({len(size[key]) for key in ('seconds', 'rates', 'positions', 'predicted')}) > 1:
+            yield f'the steps of {name} differ in number'
+        if size['size']['n_embd'] % size['size']['n_head']:
+            yield f'{name} has {size["size"]["n_embd"]} channels for {size["size"]["n_head"]} heads'
+
+
+def show_and_write(config: BenchConfig, record: BenchRecord | ScalingRecord, text: str, kind: RecordKind,
                    say: Callable[[str], object]) -> None:
     """Print the tables, and write record and tables where the options json and report say."""
     say(f'\n{text}')

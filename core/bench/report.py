@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.bench.cases import SHAPES, Shape
-from core.bench.measuring import COPY, FORMAT, GROUPS, VERSION, Say, benchmark
-from core.bench.options import BenchConfig
-from core.bench.records import RecordKind, file_problems, name_problems, read_json_record, show_and_write
+from core.bench.measuring import GROUPS, Say, benchmark
+from core.bench.options import BenchConfig, measurement_problems
+from core.bench.records import (COPY, BenchRecord, RecordKind, file_problems, name_problems, read_json_record,
+                                show_and_write)
 from core.bench.sampling_cases import FILL_ROWS, POLICY_ROWS, PREDICTIONS
 from core.common.errors import raise_problems
+from core.common.runtime import resolve_device
 from core.common.tables import markdown_table
 
-KIND = RecordKind('bench.py', FORMAT, (1, VERSION), '<!-- bench.py writes from here -->',
-                  '<!-- bench.py writes to here -->')
+KIND = RecordKind('bench.py', BenchRecord, '<!-- bench.py writes from here -->', '<!-- bench.py writes to here -->')
 CASES = {  # what a case is called in a table
     'baseline': 'baseline: eager float32 causal step',
     'causal': 'causal step of the same trunk', 'stage 1': 'stage 1: diffusion, main loss only',
@@ -133,7 +134,7 @@ def ratios(entry: Mapping[str, Any]) -> dict[str, tuple[Spread, Callable[[float]
 
 # Tables -------------------------------------------------------------------------------------------------------------
 
-def report(record: Mapping[str, Any]) -> str:
+def report(record: BenchRecord) -> str:
     """The whole report in Markdown that also reads well on a terminal."""
     lines = machine_lines(record['machine'])
     for name, entry in record['shapes'].items():
@@ -185,7 +186,7 @@ def _group_table(title: str, entry: Mapping[str, Any], group: Mapping[str, Any],
     floor_heads = ['products ms', 'copies ms'] if COPY in group['rates'] else ['floor ms']
     for name, case in group['cases'].items():
         seconds = Spread.of(case['seconds'])
-        least = [f'{1e3 * floor:.1f}' for floor in floors(group, name) if floor is not None]
+        least = ['-' if floor is None else f'{1e3 * floor:.1f}' for floor in floors(group, name)][:len(floor_heads)]
         rows.append([CASES.get(name, name).format(rows=judged), *least, _times(gap(group, name).median),
                      seconds.show(lambda one: f'{1e3 * one:.1f}'), f'{case["tokens"] / seconds.median:,.0f}',
                      f'{case["operations"] / seconds.median / 1e9:,.0f}', rate_share(group, name).show(_percent),
@@ -222,7 +223,7 @@ def run_benchmark(config: BenchConfig, explicit: Mapping[str, str], say: Say) ->
         record = read_record(Path(config.from_json))
     else:
         record = benchmark({name: SHAPES[name] for name in config.shapes.split(',')}, config.groups.split(','), say,
-                           device=config.device, dtype=config.dtype, compile=config.compile,
+                           device=resolve_device(config.device), dtype=config.dtype, compile=config.compile,
                            repetitions=config.repetitions, critic_row_stride=config.critic_row_stride,
                            baseline=config.baseline)
     show_and_write(config, record, report(record), KIND, say)
@@ -232,26 +233,14 @@ def option_problems(config: BenchConfig, explicit: Mapping[str, str]) -> list[st
     """What is wrong with the options, found before minutes are spent."""
     problems = [f'{name} is {value}, but must be at least 1' for name in ('repetitions', 'critic_row_stride')
                 if (value := getattr(config, name)) is not None and value < 1]
-    problems += [*name_problems('shapes', config.shapes, SHAPES), *name_problems('groups', config.groups, GROUPS)]
+    problems += [*name_problems('shapes', config.shapes.split(','), SHAPES),
+                 *name_problems('groups', config.groups.split(','), GROUPS), *measurement_problems(explicit, scaling=False)]
     if config.baseline and not {'training', 'sampling'} & set(config.groups.split(',')):
         problems.append(f'baseline adds rows to training and sampling, but groups is {config.groups!r}; name one of '
                         f'them or leave --baseline out')
     return problems + file_problems(config, explicit, KIND)
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> BenchRecord:
     """A record that --json wrote. UserError for anything else."""
-    record = read_json_record(path, KIND)
-    return _brought_up(record) if record['version'] == 1 else record
-
-
-def _brought_up(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of version 1, which had one rate a group and counted no bytes, as one of version 2."""
-    shapes = {}
-    for name, entry in record['shapes'].items():
-        shapes[name] = dict(entry)
-        for group in TITLES.keys() & entry.keys():
-            dtype = entry['dtype' if group == 'training' else 'sampling_dtype']
-            cases = {one: {**case, 'dtype': dtype, 'bytes': None} for one, case in entry[group]['cases'].items()}
-            shapes[name][group] = {'rates': {dtype: entry[group]['rate']}, 'cases': cases}
-    return {**record, 'version': VERSION, 'shapes': shapes}
+    return read_json_record(path, KIND)

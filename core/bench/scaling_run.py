@@ -1,12 +1,7 @@
 """Memory and step time of the sizes of core/bench/scaling.py: measured on this processor, and by formula beyond.
 
-    python bench.py --scaling                                       every size, nothing else running meanwhile
-    python bench.py --scaling --sizes=small,large                   some of them
-    python bench.py --scaling --json=docs/results/scaling.json --report=docs/performance.md
-    python bench.py --scaling --from_json=docs/results/scaling.json --report=docs/performance.md
-    python bench.py --scaling --help                                every option
-
-Training is eager, in float32, of untrained models on random tokens. docs/performance.md says what the columns mean.
+What `bench.py --scaling` does. Training is eager, in float32, of untrained models on random tokens.
+docs/performance.md says what the columns mean.
 """
 
 import json
@@ -16,19 +11,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from configurator import configure, option
 from core.batches import BatchPlan, RowShare, unmasking_batches
 from core.bench.cases import SPECIAL
 from core.bench.measuring import describe_machine
-from core.bench.records import RecordKind, file_problems, name_problems, read_json_record, show_and_write
+from core.bench.options import BenchConfig, measurement_problems
+from core.bench.records import (SCALING_FORMAT, SCALING_VERSION, RecordKind, ScalingRecord, file_problems,
+                                name_problems, read_json_record, show_and_write)
 from core.bench.report import machine_lines
 from core.bench.scaling import CHARACTERS, PLANNED, SIZES, Size, link_bytes, parameters, peak_bytes, rank_operations
 from core.bench.training_cases import TOKENS, TRAINING
@@ -43,46 +39,39 @@ from model import GPT
 
 Say = Callable[[str], None]
 
-FORMAT, VERSION = 'masked-diffusion-scaling', 1
-KIND = RecordKind('bench.py --scaling', FORMAT, (VERSION,), '<!-- bench.py --scaling writes from here -->',
+KIND = RecordKind('bench.py --scaling', ScalingRecord, '<!-- bench.py --scaling writes from here -->',
                   '<!-- bench.py --scaling writes to here -->')
 FEWEST_STEPS = 3  # moments are there from the second on; DDP's buckets, made anew behind the first, in the third
 EMPTY = Size(2, 1, 8, 8, rows=4, steps=FEWEST_STEPS, **CHARACTERS)  # shows what a process holds beside a size
 ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a peak rate, and what a step makes of it
 
 
-@dataclass
-class ScalingConfig:
-    """The options of bench.py --scaling."""
-
-    sizes: str = option(','.join(SIZES), 'which of them, with a comma between')
-    json: str | None = option(None, 'write every measured number to this file')
-    report: str | None = option(None, 'write the tables into this file, between its two marker lines')
-    from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier')
-
-
-def run_scaling(arguments: Sequence[str], say: Say) -> None:
-    """Answer `arguments`, the command line behind --scaling. UserError for what cannot be done."""
-    configuration = configure(ScalingConfig, arguments, usage=__doc__)
-    config = configuration.config
-    raise_problems(option_problems(config, configuration.explicit))
+def run_scaling(config: BenchConfig, explicit: Mapping[str, str], say: Say) -> None:
+    """Measure as `config` says, or read --from_json; print and write the report. UserError for what cannot be done."""
+    raise_problems(option_problems(config, explicit))
     record = read_json_record(Path(config.from_json), KIND) if config.from_json is not None else \
-        measure_sizes({name: SIZES[name] for name in config.sizes.split(',')}, say)
+        measure_sizes({name: SIZES[name] for name in asked_sizes(config)}, say)
     show_and_write(config, record, scaling_report(record), KIND, say)
 
 
-def option_problems(config: ScalingConfig, explicit: Mapping[str, str]) -> list[str]:
+def asked_sizes(config: BenchConfig) -> list[str]:
+    """The names in --sizes; all of them by default."""
+    return list(SIZES) if config.sizes is None else config.sizes.split(',')
+
+
+def option_problems(config: BenchConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options, found before minutes are spent."""
-    return [*name_problems('sizes', config.sizes, SIZES), *file_problems(config, explicit, KIND)]
+    return [*measurement_problems(explicit, scaling=True), *name_problems('sizes', asked_sizes(config), SIZES),
+            *file_problems(config, explicit, KIND)]
 
 
 # The measurement ----------------------------------------------------------------------------------------------------
 
-def measure_sizes(sizes: Mapping[str, Size], say: Say) -> dict[str, Any]:
+def measure_sizes(sizes: Mapping[str, Size], say: Say) -> ScalingRecord:
     """The record of `sizes`, in built-in types: of each what `measure_here` finds in a process of its own, its
     'peak_bytes' as 'process_bytes', and 'tensor_bytes', those of a second process that gives every large block back at
     once. Both are less what a process holds that trains `EMPTY` on as many ranks in the same way."""
-    record = {'format': FORMAT, 'version': VERSION, 'machine': describe_machine(), 'sizes': {}}
+    record: ScalingRecord = {'format': SCALING_FORMAT, 'version': SCALING_VERSION, 'machine': describe_machine(), 'sizes': {}}
     empty: dict[tuple[Size, bool], int] = {}
     for name, size in sizes.items():
         nothing = replace(EMPTY, ranks=size.ranks, sharded=size.sharded, optimizer=size.optimizer)
@@ -175,7 +164,7 @@ def rate_share(found: Mapping[str, Any]) -> float:
     return statistics.median(shares[1:])
 
 
-def scaling_report(record: Mapping[str, Any]) -> str:
+def scaling_report(record: ScalingRecord) -> str:
     """The measured and the extrapolated table in Markdown."""
     head = ['layers', 'channels', 'tokens', 'ids', 'rows', 'ranks', 'weights']
     measured = [[name, *_shape_cells(Size(**found['size']), found['parameters']), f'{formula_bytes(found) / 1e6:,.0f}',

@@ -57,7 +57,7 @@ def read_json(path: Path) -> object:
     """The JSON value in a file. Raises `Unfit` for what is no file, too large, no JSON or nested too deeply."""
     try:
         if not path.is_file():
-            raise Unfit('it is no regular file')
+            raise Unfit('it is no regular file' if path.exists() else 'there is no such file')
         size = path.stat().st_size
         if size > LARGEST_FILE:
             raise Unfit(f'it has {size} bytes, more than the {LARGEST_FILE} that are read')
@@ -69,7 +69,7 @@ def read_json(path: Path) -> object:
     except Unfit:
         raise
     except ValueError as error:  # of JSON, of UTF-8, of numbers with thousands of digits
-        raise Unfit(f'it is no JSON: {error}') from None
+        raise Unfit(f'it is not JSON ({error})') from None
 
 
 def _refuse_constant(name: str) -> None:

@@ -17,7 +17,8 @@ import core.bench.training_cases as benchmark_training
 from bench import main
 from core.batches import causal_batches, unmasking_batches
 from core.bench.cases import Case, Shape, base_vocabulary, model_config
-from core.bench.measuring import COPY, GROUPS, another_round, benchmark, measure_in_turns, measure_policies
+from core.bench.measuring import GROUPS, another_round, benchmark, measure_in_turns, measure_policies
+from core.bench.records import COPY
 from core.bench.report import (KIND, added_share, fastest, floors, gap, overhead, rate_share, ratio, ratios,
                                read_record, report)
 from core.bench.sampling_cases import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
@@ -401,19 +402,6 @@ def test_the_copy_rate_counts_bytes_read_and_written(monkeypatch):
     assert benchmark_module.measure_copy_rate(torch.device('cpu')) == 2 * 4096 / 0.125
 
 
-def test_a_record_of_the_first_version_is_read_as_one_of_the_second(tmp_path):
-    path = tmp_path / 'old.json'
-    case = {'seconds': [1.0], 'first_seconds': 2.0, 'operations': 6.0, 'tokens': 4}
-    path.write_text(json.dumps({'format': 'masked-diffusion-benchmark', 'version': 1, 'machine': {}, 'shapes': {'one': {
-        'dtype': 'bfloat16', 'sampling_dtype': 'float32', 'training': {'rate': [3.0], 'cases': {'causal': case}},
-        'fill': {'rate': [2.0], 'cases': {'trunk call': case}}, 'policies': {'runs': {}}}}}))
-    record = read_record(path)
-    entry = record['shapes']['one']
-    assert record['version'] == 2 and entry['policies'] == {'runs': {}}
-    assert floors(entry['training'], 'causal') == (2.0, None) and floors(entry['fill'], 'trunk call') == (3.0, None)
-    assert entry['training']['rates'] == {'bfloat16': [3.0]} and entry['fill']['rates'] == {'float32': [2.0]}
-
-
 def test_a_group_alone_is_measured_and_shown(quick, tmp_path, capsys):
     main(['--shapes=small', '--groups=policies', '--repetitions=1', '--device=cpu', f'--json={tmp_path}/record.json'])
     record = read_record(tmp_path / 'record.json')
@@ -475,7 +463,7 @@ def test_written_page_follows_the_written_record():
     (['--report=unmarked.md'], ['unmarked.md', BEGIN, END]),
     (['--from_json=unmarked.md'], ['unmarked.md', 'not JSON']),
     (['--from_json=absent.json'], ['absent.json', 'cannot read', '--json=absent.json']),
-    (['--from_json=other.json'], ['other.json', 'not a record', 'anew']),
+    (['--from_json=other.json'], ['other.json', 'not a record', 'make it with']),
     (['--from_json=other.json', '--repetitions=3'], ['repetitions', '--from_json measures nothing']),
     (['--repetition=3'], ['repetitions']),
     (['--baseline', '--groups=fill,policies'], ['baseline adds rows to training and sampling', "'fill,policies'"]),

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bench import main
-from core.bench.measuring import COPY
+from core.bench.records import COPY
 from core.common.errors import UserError
 from helpers.benchmark import TINY, group
 
@@ -33,7 +33,8 @@ def compared(tmp_path, capsys, before, after):
 
 
 def test_common_rows_of_two_records_are_compared(tmp_path, capsys):
-    run = {'seconds': [1.0, 2.0, 3.0], 'trunk_calls': 3, 'trunk_seconds': [0.75, 1.5, 2.25]}
+    run = {'tokens': 8, 'seconds': [1.0, 2.0, 3.0], 'trunk_calls': 3, 'trunk_seconds': [0.75, 1.5, 2.25],
+           'network_calls': 3, 'network_seconds': [0.75, 1.5, 2.25]}
     before = a_record(fill=group(**{'trunk call': [2.0, 4.0, 6.0], 'wavefront fill': [1.0, 1.0, 3.0]}),
                       sampling=group(**{'standard, batch 1': [1.0] * 3}),
                       policies={'bare_seconds': [0.25, 0.5, 0.75], 'runs': {'remask': run, 'gone': run}})
@@ -102,3 +103,32 @@ def test_records_without_a_common_row_are_refused_with_what_they_hold(tmp_path, 
         held, = other['shapes']
         assert 'no row in common' in str(raised.value) and f'{held}: ' in str(raised.value)
         assert 'tiny: fill' in str(raised.value) and '--shapes and --groups' in str(raised.value)
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda entry: entry['fill']['cases']['trunk call'].update(seconds=[1.0]), 'the rounds of tiny.fill differ'),
+    (lambda entry: entry['fill']['cases']['trunk call'].update(seconds=[]), 'has 0 items'),
+    (lambda entry: entry['fill']['cases']['trunk call'].update(dtype='float8'), 'tiny.fill lacks the rate of a case'),
+    (lambda entry: entry['fill']['cases']['trunk call'].update(operations='many'), "operations is 'many'"),
+    (lambda entry: entry['fill']['cases'].pop('wavefront fill'), "lacks 'wavefront fill'"),
+    (lambda entry: entry['sampling']['cases'].pop('standard, batch 1'), 'without standard, batch 1 to compare it with'),
+    (lambda entry: entry['decode']['cases'].pop('causal_decode, batch 1, float32'), 'without causal_decode, batch 1'),
+    (lambda entry: entry['policies']['bare_seconds'].append(1.0), 'the rounds of tiny.policies differ'),
+    (lambda entry: entry['shape'].update(n_layer=0), 'n_layer is 0'), (lambda entry: entry.update(fill=3), 'fill is 3'),
+    (lambda entry: entry['shape'].update(depth=2), "holds 'depth'")])
+def test_absurd_records_are_one_sentence(damage, words, tmp_path):
+    run = {'tokens': 8, 'seconds': [1.0], 'trunk_calls': 3, 'trunk_seconds': [0.75], 'network_calls': 3,
+           'network_seconds': [0.75]}
+    record = json.loads(json.dumps(a_record(
+        fill=group(**{'trunk call': [1.0] * 3, 'wavefront fill': [1.0] * 3}),
+        sampling=group(**{'diffusion, batch 1': [1.0] * 3, 'standard, batch 1': [1.0] * 3}),
+        decode=group(**{'diffusion K=4, batch 1, float32': [1.0] * 3, 'causal_decode, batch 1, float32': [1.0] * 3}),
+        policies={'bare_seconds': [0.25], 'runs': {'remask': run}})))
+    path = tmp_path / 'a.json'
+    path.write_text(json.dumps(record))
+    main([f'--from_json={path}'])
+    damage(record['shapes']['tiny'])
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match='cannot read .*a.json.*make it with bench.py') as refused:
+        main([f'--from_json={path}'])
+    assert words in str(refused.value) and '\n' not in str(refused.value)

@@ -21,10 +21,10 @@ import core.objective
 from bench import main
 from core.batches import BatchPlan, RowShare, unmasking_batches
 from core.bench.cases import SPECIAL
-from core.bench.records import read_json_record
+from core.bench.records import SCALING_FORMAT, SCALING_VERSION, read_json_record
 from core.bench.scaling import (PLANNED, SIZES, Size, iteration_operations, link_bytes, micro_step_bytes, parameters,
                                 peak_bytes, rank_operations, staying_bytes, update_bytes, update_operations)
-from core.bench.scaling_run import FORMAT, KIND, VERSION, measure_here, scaling_report
+from core.bench.scaling_run import KIND, measure_here, scaling_report
 from core.bench.training_cases import TRAINING
 from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
@@ -259,7 +259,7 @@ def a_record():
     """One size whose figures can be worked out by head."""
     size = replace(TINY, micro_steps=2, steps=3)
     operations = rank_operations(size, 80)
-    return {'format': FORMAT, 'version': VERSION, 'machine': MACHINE, 'sizes': {'one': {
+    return {'format': SCALING_FORMAT, 'version': SCALING_VERSION, 'machine': MACHINE, 'sizes': {'one': {
         'size': size.described(), 'parameters': parameters(size.config), 'tensor_bytes': 2 * peak_bytes(size, 48),
         'process_bytes': 5_000_000, 'seconds': [9.0, 0.5, 1.5], 'rates': [1.0, 4 * operations, 2 * operations],
         'positions': [[36, 36], [48, 32], [36, 44]], 'predicted': [72, 80, 80]}}}
@@ -299,9 +299,36 @@ def test_a_record_is_shown_again_and_written_between_its_own_markers(tmp_path, c
 
 
 def test_what_is_measured_is_kept_and_reads_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(scaling_run, 'measure_sizes', lambda sizes, say: {**a_record(), 'asked': list(sizes)})
+    asked = []
+    monkeypatch.setattr(scaling_run, 'measure_sizes', lambda sizes, say: asked.append(list(sizes)) or a_record())
     main(['--scaling', '--sizes=long,small', f'--json={tmp_path / "a.json"}'])
-    assert read_json_record(tmp_path / 'a.json', KIND) == {**a_record(), 'asked': ['long', 'small']}
+    main(['--scaling'])
+    assert read_json_record(tmp_path / 'a.json', KIND) == a_record() and asked == [['long', 'small'], list(SIZES)]
+
+
+def without(record, *path):
+    *parents, last = path
+    for key in parents:
+        record = record[key]
+    del record[last]
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda record: without(record, 'sizes', 'one', 'seconds'), "one lacks 'seconds'"),
+    (lambda record: without(record, 'machine', 'threads'), "machine lacks 'threads'"),
+    (lambda record: record['sizes']['one'].update(seconds=[1.0, 2.0]), 'the steps of one differ in number'),
+    (lambda record: record['sizes']['one'].update(rates=[0.0] * 3), 'must lie in'),
+    (lambda record: record['sizes']['one']['size'].update(n_layer=10 ** 400), 'n_layer'),
+    (lambda record: record['sizes']['one']['size'].update(n_head=5), 'channels for 5 heads'),
+    (lambda record: record['sizes']['one'].update(positions=3), 'positions is 3, but must be a list'),
+    (lambda record: record.update(sizes=[]), 'sizes is a list')])
+def test_absurd_records_are_one_sentence(damage, words, tmp_path):
+    record = json.loads(json.dumps(a_record()))
+    damage(record)
+    (tmp_path / 'a.json').write_text(json.dumps(record))
+    with pytest.raises(UserError, match='cannot read .*a.json.*make it with bench.py --scaling') as refused:
+        main(['--scaling', f'--from_json={tmp_path / "a.json"}'])
+    assert words in str(refused.value) and '\n' not in str(refused.value)
 
 
 @pytest.mark.parametrize('arguments, words', [
@@ -314,6 +341,6 @@ def test_bad_options_are_one_clear_sentence(arguments, words, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scaling_run, 'measure_sizes', lambda *_: pytest.fail('nothing is to be measured'))
     (tmp_path / 'bare.md').write_text('nothing here')
-    (tmp_path / 'other.json').write_text(json.dumps({'format': FORMAT, 'version': VERSION + 1}))
+    (tmp_path / 'other.json').write_text(json.dumps({'format': SCALING_FORMAT, 'version': SCALING_VERSION + 1}))
     with pytest.raises(UserError, match=words):
         main(['--scaling', *arguments])

@@ -83,8 +83,10 @@ def test_a_checksum_is_of_the_values_and_not_of_their_order(content):
 
 def test_files_that_cannot_be_read_are_said(tmp_path, monkeypatch):
     path = tmp_path / 'x.json'
-    with pytest.raises(Unfit, match='no regular file'):
+    with pytest.raises(Unfit, match='there is no such file'):
         read_json(path)
+    with pytest.raises(Unfit, match='no regular file'):
+        read_json(tmp_path)
     path.write_text('[1, 2.5]')
     assert read_json(path) == [1, 2.5]
     monkeypatch.setattr(typed_json, 'LARGEST_FILE', 7)

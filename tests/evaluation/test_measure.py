@@ -129,7 +129,7 @@ ENTRY = {'checkpoint': 'a', 'measure': 'nelbo', 'settings': {}, 'result': {}}
 
 
 @pytest.mark.parametrize('content, words', [
-    (b'{"format": 1', 'no JSON'), (b'\xff', 'no JSON'), (b'[]', 'must be an object'), (b'[' * 100_000, 'nested'),
+    (b'{"format": 1', 'not JSON'), (b'\xff', 'not JSON'), (b'[]', 'must be an object'), (b'[' * 100_000, 'nested'),
     (b'{"format": 3, "results": {}}', 'no checksum'), (b'{"format": 2, "results": {"a": {}}}', "lacks 'checkpoint'"),
     (b'{"format": 2, "results": {}, "sha256": "0"}', 'checksum is that of other values'),
     (with_checksum({'format': 1, 'results': {}}), 'format is 1'),

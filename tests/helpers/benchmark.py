@@ -1,7 +1,7 @@
 """A tiny shape and made-up rounds of measurements."""
 
 from core.bench.cases import Shape
-from core.bench.measuring import COPY
+from core.bench.records import COPY
 
 TINY = Shape(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4)
 
