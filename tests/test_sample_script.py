@@ -9,28 +9,16 @@ from pathlib import Path
 import pytest
 
 from configurator import configure
-from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
+from core.checkpoints.heads import started_heads
 from core.common.errors import UserError
-from core.data.vocabulary import Vocabulary
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
 from core.sampling.policy_options import option_problems, policy_help, remasking_levels
-from core.sampling.run import character_distribution, frequent_patterns, run_sampling, started_heads
-from model import GPT, GPTConfig
+from core.sampling.result import TextStatistics
+from helpers.sampling import VOCABULARY, sample, write_checkpoint
+from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh'))
-
-
-def write_checkpoint(path, iteration=100, kind='unmasking', **changes):
-    config = GPTConfig(**{'block_size': 16, 'vocab_size': VOCABULARY.size, 'n_layer': 1, 'n_head': 2, 'n_embd': 16,
-                          'mask_token_id': VOCABULARY.mask_token_id, **changes})
-    checkpoint = Checkpoint(kind=kind, model_config=model_config_to_dict(config), config={},
-                            vocabulary=VOCABULARY.to_meta(), vocabulary_hash=VOCABULARY.hash, data_hash='',
-                            data_sizes={}, model=GPT(config).state_dict(), iteration=iteration)
-    save_checkpoint(path, checkpoint.to_payload())
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
@@ -43,10 +31,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def sample(folder, *arguments):
-    configuration = configure(SampleConfig, [f'--out_dir={folder}', '--device=cpu', *arguments])
-    lines = []
-    return run_sampling(configuration.config, configuration.explicit, lines.append), '\n'.join(lines)
 
 
 def problems(*arguments):
@@ -212,8 +196,13 @@ def test_iterations_count_predictions():
 
 
 def test_character_statistics():
-    assert character_distribution(['aab', 'a']) == [('a', 0.75), ('b', 0.25)]
-    assert frequent_patterns(['abcabc', 'abc'], 3) == [('abc', 3)]
+    counted = TextStatistics()
+    counted.add(['aab'])
+    counted.add(['a'])
+    assert counted.characters() == [('a', 0.75), ('b', 0.25)] and counted.patterns() == []
+    counted = TextStatistics()
+    counted.add(['abcabc', 'abc'])
+    assert counted.patterns() == [('abc', 3)]
 
 
 def test_another_seed_gives_other_texts(folder):

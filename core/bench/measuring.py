@@ -27,9 +27,9 @@ from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, has_fast_bfloat16, measure_matrix_rate, start_runtime
 from core.sampling.generation import GenerationSettings, generate
+from core.sampling.loading import choose_autocast
 from core.sampling.network import Network
 from core.sampling.prompt import Layout
-from core.sampling.run import choose_autocast
 from model import GPT
 
 Say = Callable[[str], None]

@@ -283,9 +283,15 @@ def model_config_from_dict(values: Mapping[str, object], source: Path | str) -> 
 
 
 def build_model(checkpoint: Checkpoint, device: torch.device | str = 'cpu', use_ema: bool = True) -> GPT:
-    """The checkpoint's model on `device`, ready for evaluation, with averaged weights where there are any."""
+    """The checkpoint's model on `device`, ready for evaluation, with averaged weights where there are any. UserError
+    where they are not numbers."""
     model = GPT(model_config_from_dict(checkpoint.model_config, 'the checkpoint'))
-    load_weights(model, checkpoint.weights(use_ema), 'the checkpoint')
+    weights = checkpoint.weights(use_ema)
+    load_weights(model, weights, 'the checkpoint')
+    broken = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.isfinite().all()]
+    if broken:
+        raise UserError(f'the checkpoint of kind {checkpoint.kind!r} has weights that are not numbers (NaN or infinite: '
+                        f'{_shortened(broken)}); its training diverged: take an earlier checkpoint')
     return model.to(device).eval()
 
 

@@ -151,8 +151,31 @@ def say_once(text: str) -> None:
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """The words for a file that could not be written."""
-    cure = _CURES.get(error.errno, 'choose a folder you may write to')
-    return UserError(f'cannot write {path}: {error.strerror or error}; {cure}; what was saved before is unchanged')
+    return UserError(f'cannot write {path}: {_reason(error)}; what was saved before is unchanged')
+
+
+def why_unwritable(path: str) -> str | None:
+    """Why no file `path` could be written, with a cure, None where it could; what is there stays as it is."""
+    if not path:
+        return 'a file needs a name; is a variable of the shell empty? Leave the option out to write none'
+    try:
+        place = Path(path)
+        mode = _mode(place)
+        if mode is None and not place.absolute().parent.exists():
+            return f'the folder {place.parent} does not exist; create it first'
+        if mode is not None and stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if mode is None or stat.S_ISREG(mode):
+            NewFile(place).discard()
+        elif not os.access(place, os.W_OK):  # a pipe is not opened, which could wait for a reader
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        return f'it cannot be written: {_reason(error)}'
+    return None
+
+
+def _reason(error: OSError) -> str:
+    return f'{error.strerror or error}; {_CURES.get(error.errno, "choose a folder you may write to")}'
 
 
 _CURES = {

@@ -51,6 +51,7 @@ class TerminalAnimation:
         self._colour = 'NO_COLOR' not in os.environ
         self._signs = _UNICODE_SIGNS if self._encodes(''.join(_UNICODE_SIGNS)) else _ASCII_SIGNS
         self._seconds_per_frame, self._shown_at = seconds_per_frame, -seconds_per_frame
+        self._first = 0  # the sample that the first row of `protected` is
         self._lines = 0  # on the screen now
         self.seconds = 0.0
 
@@ -73,6 +74,10 @@ class TerminalAnimation:
             text = ''.join(sign for sign, _ in self._cells(step))
             self._write(f'{self._headline(step)}: {text}\n')
         self.seconds += time.perf_counter() - began
+
+    def show_rows(self, first: int, protected: Tensor) -> None:
+        """From now on the samples from number `first` on are shown, with protected bool [B, L]."""
+        self._first, self._protected = first, protected
 
     def clear(self) -> None:
         """Take the drawn lines off the screen."""
@@ -100,7 +105,7 @@ class TerminalAnimation:
 
     def _cells(self, step: TraceStep) -> list[tuple[str, str]]:
         """Sign and kind of each position of the window."""
-        protected = self._protected[int(step.rows[0]), step.start:step.start + step.tokens.size(1)]
+        protected = self._protected[int(step.rows[0]) - self._first, step.start:step.start + step.tokens.size(1)]
         cells = []
         for token, changed, fixed in zip(step.tokens[0].tolist(), step.changed[0].tolist(), protected.tolist()):
             if token == self._mask_token_id:

@@ -21,9 +21,9 @@ class SampleConfig:
     batch_size: int = option(16, 'texts generated at once; lower it when memory runs out, the texts stay the same')
     sequence_length: int | None = option(None, 'tokens per text; the block size by default, longer goes by blocks')
     max_new_tokens: int | None = option(None, 'tokens after start_text, in place of sequence_length')
-    start_text: str = option('', 'prompt, never changed', alias='seed_text')
+    start_text: str = option('', r'prompt, never changed; \n is a line break, @FILE the text of a file', alias='seed_text')
     seed_placement: Literal['prefix', 'random'] = option('prefix', 'where start_text stands in each text')
-    infill_text: str = option('', 'text whose infill_char positions are to be filled')
+    infill_text: str = option('', r'text whose infill_char positions are to be filled; \n and @FILE as above')
     infill_char: str = option('_', 'one character that marks a position to fill in infill_text')
     # how to sample
     sampling_method: Literal['diffusion', 'sampler', 'multinomial', 'standard'] = option(
@@ -34,7 +34,7 @@ class SampleConfig:
     iterations: int = option(50, 'predictions per block; more revise more', alias='diffusion_iterations')
     temperature: float = option(0.8, 'below 1 is more careful, above 1 wilder, 0 takes the most probable token')
     top_p: float = option(1.0, 'draw from the smallest set of tokens that holds this probability; 1 is off')
-    top_k: int | None = option(None, 'draw from this many most probable tokens')
+    top_k: int | None = option(None, 'draw from this many most probable tokens; 0 is off')
     repetition_penalty: float = option(1.0, 'above 1 makes tokens already in the text less likely; 1 is off')
     # remasking (sampling_policy=remask)
     start_ratio: float = option(0.95, 'share of unprotected positions remasked first')

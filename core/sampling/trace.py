@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Event = Literal['start', 'predict', 'remask']
@@ -31,6 +32,8 @@ class TraceStep(NamedTuple):
     tokens: Tensor
     changed: Tensor
     confidence: Tensor
+
+
 Watch = Callable[[TraceStep], None]
 
 
@@ -48,6 +51,15 @@ class Trace:
     def add(self, step: TraceStep) -> None:
         """Append a step; a `Watch`."""
         self.steps.append(step)
+
+    def add_rows(self, protected: Tensor) -> None:
+        """The samples of the next batch begin, with protected bool [B, L]."""
+        self.protected = torch.cat((self.protected, protected))
+
+    def cut(self, samples: int) -> None:
+        """Forget all samples but the first `samples`."""
+        self.protected = self.protected[:samples]
+        self.steps = [step for step in self.steps if int(step.rows[0]) < samples]
 
     def to_builtins(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
         """The run in built-in types for JSON; changed positions are indices into the window, confidence is in nats."""

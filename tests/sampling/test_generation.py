@@ -194,6 +194,28 @@ def test_nobody_sees_letters_of_a_network_without_numbers():
     assert [step.event for step in trace.steps] == ['start'] * 3
 
 
+@pytest.mark.parametrize('helper, words', [('critic', "critic's scores are not numbers .*checkpoint_name"),
+                                           ('model', "remasking model's scores .*remasking_checkpoint_name")])
+def test_a_critic_without_numbers_is_an_error(monkeypatch, helper, words):
+    """Even one number of one call, and though all positions are drawn anew at random afterwards."""
+    calls = []
+
+    def scores(*given):
+        calls.append(torch.full(given[-1].shape, 0.5, dtype=torch.float64))
+        calls[0][1, 3] = float('nan')
+        return calls[-1]
+
+    model = make_model()
+    monkeypatch.setattr(model, 'critic_scores', scores)
+    monkeypatch.setattr('core.sampling.network.wrong_probabilities', scores)
+    generator = keyed(9, 0, 0, 3)
+    network = Network(model, TimingAccumulator(), remasking_model=model if helper == 'model' else None)
+    chosen = settings(levels=(1.0, 1.0), randomness=1.0, use_critic=True)
+    with pytest.raises(UserError, match=words):
+        generate(network, lay_out_prompt((1,), T, MASK, generator), chosen, generator)
+    assert len(calls) == 2
+
+
 def test_a_prompt_stands_where_it_should():
     rows = keyed(1, 0, 0, 50)
     layout = lay_out_prompt((7, 8), 6, MASK, rows, 'random')

@@ -1,0 +1,151 @@
+"""What a sampling run made, batch by batch, and what is told about it at the end."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.common.timing import TimingAccumulator
+from core.sampling.loading import Loaded
+from core.sampling.options import SampleConfig
+from core.sampling.trace import Trace
+
+PATTERN_LENGTH = 3  # characters
+MOST = 10  # characters and patterns shown
+
+
+class Batch(NamedTuple):
+    """Finished samples: tokens int64 and protected bool [B, L] on the CPU; self_confidence in nats per token and the
+    judge's scores in 0..1 of each, None where not asked for."""
+
+    texts: list[str]
+    tokens: Tensor
+    protected: Tensor
+    self_confidence: list[float] | None
+    judge_scores: list[float] | None
+
+
+class TextStatistics:
+    """Characters and groups of characters of all texts."""
+
+    def __init__(self) -> None:
+        self._characters: Counter[str] = Counter()
+        self._patterns: Counter[str] = Counter()
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Count the characters of `texts`, and the patterns inside each."""
+        self._characters.update(character for text in texts for character in text)
+        self._patterns.update(text[start:start + PATTERN_LENGTH] for text in texts
+                              for start in range(len(text) - PATTERN_LENGTH + 1))
+
+    def characters(self) -> list[tuple[str, float]]:
+        """The most frequent characters and their shares of all texts."""
+        return [(character, count / self._characters.total())
+                for character, count in self._characters.most_common(MOST)]
+
+    def patterns(self) -> list[tuple[str, int]]:
+        """The most frequent patterns that occur more than once, and how often."""
+        return [(pattern, count) for pattern, count in self._patterns.most_common(MOST) if count > 1]
+
+
+@dataclass
+class SamplingResult:
+    """The finished samples of a run, counts and seconds.
+
+    batches: those that are held in memory, all or none (`keeps`); samples, new_tokens and tokens_judged: of all;
+    trace: None where nobody reads it.
+    """
+
+    keeps: bool
+    trace: Trace | None
+    batches: list[Batch] = field(default_factory=list)
+    samples: int = 0
+    new_tokens: int = 0
+    tokens_judged: int = 0
+    score_total: float = 0.0  # of the asked quality metric
+    waves: int = 0
+    trunk_calls: int = 0
+    network_calls: int = 0
+    seconds: float = 0.0
+    judge_seconds: float = 0.0
+    statistics: TextStatistics = field(default_factory=TextStatistics)
+
+    def add(self, batch: Batch) -> None:
+        """One more finished batch."""
+        if self.keeps:
+            self.batches.append(batch)
+        self.samples += len(batch.texts)
+        self.new_tokens += int((~batch.protected).sum())
+        self.tokens_judged += batch.tokens.numel() + len(batch.texts)  # with CLS
+        self.score_total += sum(batch.self_confidence or batch.judge_scores or ())
+        self.statistics.add(batch.texts)
+
+    @property
+    def texts(self) -> list[str]:
+        """Of the batches that are held."""
+        return [text for batch in self.batches for text in batch.texts]
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [samples, L] of the batches that are held."""
+        return torch.cat([batch.tokens for batch in self.batches])
+
+    @property
+    def self_confidence(self) -> list[float] | None:
+        """Nats per token of the samples that are held, None where not asked for."""
+        return _joined([batch.self_confidence for batch in self.batches])
+
+    @property
+    def judge_scores(self) -> list[float] | None:
+        """In 0..1, of the samples that are held, None where not asked for."""
+        return _joined([batch.judge_scores for batch in self.batches])
+
+    def to_builtins(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+        """The run with its trace in built-in types for JSON."""
+        assert self.trace is not None
+        return {**self.trace.to_builtins(decode), 'texts': self.texts, 'tokens': self.tokens.tolist(),
+                'self_confidence': self.self_confidence, 'judge_scores': self.judge_scores,
+                'trunk_calls': self.trunk_calls, 'network_calls': self.network_calls, 'seconds': self.seconds}
+
+
+def _joined(parts: Sequence[list[float] | None]) -> list[float] | None:
+    return None if None in parts else [score for part in parts for score in part]
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+def tell_samples(batch: Batch, first: int, say: Callable[[str], None]) -> None:
+    """The texts of a batch whose first sample has number `first`, with their scores."""
+    for index, text in enumerate(batch.texts):
+        score = ''
+        if batch.self_confidence is not None:
+            score = f' (self-confidence {batch.self_confidence[index]:.3f} nats per token)'
+        elif batch.judge_scores is not None:
+            score = f' (judge score {batch.judge_scores[index]:.3f})'
+        say(f'--- sample {first + index}{score}')
+        say(text)
+
+
+def tell_totals(config: SampleConfig, loaded: Loaded, result: SamplingResult, timer: TimingAccumulator,
+                say: Callable[[str], None]) -> None:
+    """Counts, times, mean scores, characters and patterns of all samples."""
+    say('---')
+    waves = '' if loaded.settings.head == 'none' else f', {result.waves} waves'
+    say(f'{result.new_tokens} tokens in {result.seconds:.2f} s ({result.new_tokens / result.seconds:.0f} tokens/s), '
+        f'{result.trunk_calls} trunk calls, {result.network_calls} network calls{waves}')
+    mean = result.score_total / result.samples
+    if config.quality_metric == 'self':
+        way = 'left to right' if loaded.model.config.attention_type == 'causal' else \
+            f'masked pseudo-likelihood in {config.confidence_groups} groups'
+        say(f'self-confidence {mean:.3f} nats per token ({way})')
+    elif config.quality_metric == 'judge':
+        say(f'judge score {mean:.3f} (1 - evaluation; 1 is real text), '
+            f'{result.tokens_judged / result.judge_seconds:.0f} tokens/s')
+    say('characters: ' + ', '.join(f'{character!r} {share:.1%}'
+                                   for character, share in result.statistics.characters()))
+    patterns = ', '.join(f'{pattern!r} {count}' for pattern, count in result.statistics.patterns())
+    say(f'patterns: {patterns or "none"}')
+    say(timer.summary())
