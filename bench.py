@@ -13,11 +13,10 @@
 docs/performance.md says what each figure means.
 """
 
-from functools import partial
-
 from configurator import configure
 from core.bench.options import BenchConfig
 from core.common.errors import run_script
+from core.common.printing import say
 
 
 def main(arguments: list[str]) -> None:
@@ -25,14 +24,14 @@ def main(arguments: list[str]) -> None:
     if any(argument.partition('=')[0] == '--compare' for argument in arguments):
         from core.bench.compare import run_comparison
 
-        return run_comparison(arguments, print)
+        return run_comparison(arguments, say)
     configuration = configure(BenchConfig, arguments, usage=__doc__)
     from core.bench.report import run_benchmark  # after the options, so that a typo is answered at once
     from core.bench.scaling_run import run_scaling
 
     run = run_scaling if configuration.config.scaling else run_benchmark
-    run(configuration.config, configuration.explicit, partial(print, flush=True))
+    run(configuration.config, configuration.explicit, say)
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, lower=('shapes', 'groups'))

@@ -30,6 +30,7 @@ from typing import Any, Generic, Literal, TypeVar
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import (Refused, bounded, check_expression, closest, evaluate, name_of, one_line, parse,
                                      shown, shown_name)
+from core.common.printing import say
 
 Options = TypeVar('Options')
 
@@ -58,7 +59,7 @@ def option(default: Any, help: str, *, alias: str | None = None, bare: str | Non
 
 def configure(options: type[Options], arguments: Sequence[str],
               offered: Mapping[str, object] = types.MappingProxyType({}), *,
-              resolve_device: Callable[[str], str] | None = None, usage: str = '') -> Configuration[Options]:
+              resolve_device: Callable[[str], str] | None = None, usage: str | Callable[[], str] = '') -> Configuration[Options]:
     """Read config files and `--key=value` arguments into one `options` object.
 
     `offered` are further names that config files may read. Where there is an option `device`, config files read
@@ -66,7 +67,7 @@ def configure(options: type[Options], arguments: Sequence[str],
     for. `--help` prints every option below `usage` and exits with code 0. Raises `UserError` that lists all problems.
     """
     if any(argument in ('--help', '-h') for argument in arguments):
-        print(help_text(options, usage))
+        say(help_text(options, usage if isinstance(usage, str) else usage()))
         raise SystemExit(0)
     keys = _Keys.of(options)
     problems: list[str] = []
@@ -85,7 +86,8 @@ def configure(options: type[Options], arguments: Sequence[str],
             problems.append(f'--{written}={shown(text)} on the {COMMAND_LINE}: {refused}')
     readable = dict(values) | dict(offered)
     reader = _FileReader(keys, values, readable, explicit, problems, resolve_device)
-    reader.see_device(explicit.get('device', 'default'))
+    if paths or not problems or 'device' in explicit:
+        reader.see_device(explicit.get('device', 'default'))
     for path in paths:
         reader.read(path)
     if len(problems) > MOST_PROBLEMS_SHOWN:

@@ -14,13 +14,23 @@ Results are kept in evaluation.json in the run folder, so a rerun computes only 
 from configurator import configure
 from core.common.errors import run_script
 from core.evaluation.options import EvaluateConfig
-from core.evaluation.run import measure_help, run_evaluation
-from core.study.run import write_study
+
+MEMORY = ('batch_size', 'num_samples', 'windows', 'sequence_length')  # take less of it when lowered
+
+
+def usage() -> str:
+    """The head of this file and the measures, which only --help tells."""
+    from core.evaluation.run import measure_help
+
+    return f'{__doc__}\n{measure_help()}'
 
 
 def main(arguments: list[str]) -> None:
     """Read the options and measure."""
-    configuration = configure(EvaluateConfig, arguments, usage=f'{__doc__}\n{measure_help()}')
+    configuration = configure(EvaluateConfig, arguments, usage=usage)
+    from core.evaluation.run import run_evaluation  # after the options, so that a typo is answered at once
+    from core.study.run import write_study
+
     if configuration.config.report is not None and 'measure' not in configuration.explicit:
         write_study(configuration.config)
     else:
@@ -28,4 +38,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, lower=MEMORY)

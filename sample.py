@@ -13,15 +13,24 @@ An option that is given although it does not apply to the chosen method is an er
 from configurator import configure
 from core.common.errors import run_script
 from core.sampling.options import SampleConfig
-from core.sampling.policy_options import policy_help
-from core.sampling.run import run_sampling
+
+MEMORY = ('batch_size', 'num_samples', 'sequence_length')  # take less of it when lowered
+
+
+def usage() -> str:
+    """The policies, which only --help tells."""
+    from core.sampling.policy_options import policy_help
+
+    return policy_help()
 
 
 def main(arguments: list[str]) -> None:
     """Read the options and sample."""
-    configuration = configure(SampleConfig, arguments, usage=policy_help())
+    configuration = configure(SampleConfig, arguments, usage=usage)
+    from core.sampling.run import run_sampling  # after the options, so that a typo is answered at once
+
     run_sampling(configuration.config, configuration.explicit)
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, lower=MEMORY)

@@ -10,14 +10,22 @@
 
 from configurator import configure
 from core.common.errors import run_script
-from core.common.runtime import resolve_device
 from core.options import TrainConfig
+
+MEMORY = ('batch_size', 'block_size', 'n_embd', 'n_layer')  # take less of it when lowered
+
+
+def resolve_device(name: str) -> str:
+    """The device that the option stands for; torch is imported only now, so that a typo is answered at once."""
+    from core.common.runtime import resolve_device
+
+    return resolve_device(name)
 
 
 def main(arguments: list[str]) -> None:
     """Read the options and train."""
     configuration = configure(TrainConfig, arguments, resolve_device=resolve_device, usage=__doc__)
-    from core.trainer import train  # after the options, so that a typo is answered at once
+    from core.trainer import train
 
     config = configuration.config
     config.device = resolve_device(config.device)
@@ -25,4 +33,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, lower=MEMORY)

@@ -6,15 +6,14 @@ and can never stop a run. Only rank 0 says anything.
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from core.common.files import write_whole
+from core.common.printing import optional, say_if_heard
+from core.common.progress import ProgressBar
 
 METRICS_NAME = 'metrics.jsonl'
 WANDB_FAILURES_BORNE = 5  # consecutive log calls that may fail before W&B is left for the rest of the run
@@ -53,7 +52,7 @@ class RunLogger:
     def __init__(self, folder: Path, *, wandb_log: bool, project: str, run_name: str, config: dict[str, Any],
                  start_iteration: int, total_iterations: int, enabled: bool) -> None:
         self._enabled = enabled
-        self._bar: tqdm | None = None
+        self._bar: ProgressBar | None = None
         self._wandb: _WandbRun | None = None
         self._metrics: _MetricsFile | None = None
         if not enabled:
@@ -63,9 +62,8 @@ class RunLogger:
         self._metrics = _MetricsFile(folder / METRICS_NAME, self.message)
         if wandb_log:
             self._wandb = _WandbRun(folder, project, run_name, config, self.message)
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_iterations, initial=start_iteration, unit='it', dynamic_ncols=True,
-                             smoothing=0.05)
+        self._bar = ProgressBar(total_iterations, initial=start_iteration, unit='it', dynamic_ncols=True,
+                                smoothing=0.05)
 
     def iteration(self, record: IterationRecord) -> None:
         """Print and record one training iteration; the caller chooses every how many."""
@@ -86,21 +84,18 @@ class RunLogger:
         if not self._enabled:
             return
         if self._bar is not None:
-            with tqdm.external_write_mode(file=sys.stdout):
-                _print(text)
-        else:
-            _print(text)
+            self._bar.clear()
+        say_if_heard(text)
 
     def advance(self, iteration: int) -> None:
         """Move the progress bar to `iteration` finished iterations."""
         if self._bar is not None:
-            self._bar.update(iteration - self._bar.n)
+            self._bar.move_to(iteration)
 
     def close(self) -> None:
         """Finish the progress bar, `metrics.jsonl` and W&B; may be called more than once."""
         if self._bar is not None:
             self._bar.close()
-            self._bar = None
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
@@ -110,17 +105,6 @@ class RunLogger:
             self._metrics.append({'kind': kind, 'iteration': iteration, **numbers})
         if self._wandb is not None:
             self._wandb.log(dict(numbers), iteration)
-
-
-def _print(text: str) -> None:
-    """`print` that survives a terminal without the sample's letters and one that has gone away."""
-    try:
-        print(text, flush=True)
-    except UnicodeEncodeError:
-        encoding = sys.stdout.encoding or 'ascii'
-        print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
-    except OSError:
-        pass  # a closed window or pipe does not end hours of training; metrics.jsonl goes on
 
 
 # ---- metrics.jsonl
@@ -180,53 +164,40 @@ class _MetricsFile:
 
 
 class _WandbRun:
-    """A W&B run whose failures are said in one line each and never raised."""
+    """A W&B run whose failures, SystemExit among them, are said in one line each and never raised."""
 
     def __init__(self, folder: Path, project: str, run_name: str, config: dict[str, Any],
                  say: Callable[[str], None]) -> None:
         self._say = say
-        self._run = None
         self._failures = 0
-        try:
-            import wandb
-        except Exception as error:
-            say(f'W&B is not available ({_reason(error)}), metrics go to {METRICS_NAME} only; pip install wandb')
-            return
-        try:
-            settings = wandb.Settings(init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS,
-                                      finish_timeout=WANDB_SECONDS)
-            self._run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), settings=settings)
-            say(f"W&B: run '{run_name}' of project '{project}', {self._run.settings.mode}")
-        except Exception as error:
-            say(f'W&B did not start ({_reason(error)}), metrics go to {METRICS_NAME} only; '
-                'WANDB_MODE=offline keeps them for later')
-            self._run = None
+        wandb = optional(f'W&B is not available (pip install wandb), metrics go to {METRICS_NAME} only', _import_wandb, say)
+        self._run = None if wandb is None else optional(
+            f'W&B did not start (WANDB_MODE=offline keeps numbers for later), metrics go to {METRICS_NAME} only',
+            lambda: self._start(wandb, folder, project, run_name, config), say)
+
+    def _start(self, wandb: Any, folder: Path, project: str, run_name: str, config: dict[str, Any]) -> Any:
+        settings = wandb.Settings(init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
+        run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), settings=settings)
+        self._say(f"W&B: run '{run_name}' of project '{project}', {run.settings.mode}")
+        return run
 
     def log(self, numbers: dict[str, float], iteration: int) -> None:
-        if self._run is None:
+        run = self._run
+        if run is None:
             return
-        try:
-            self._run.log(numbers, step=iteration)
-            self._failures = 0
-        except Exception as error:
-            self._failures += 1
-            if self._failures == 1:
-                self._say(f'W&B did not take a record ({_reason(error)}), training goes on')
-            if self._failures >= WANDB_FAILURES_BORNE:
-                self._say(f'W&B failed {self._failures} times in a row and is left; metrics go to {METRICS_NAME} only')
-                self.finish()
+        taken = optional('W&B did not take a record', lambda: (run.log(numbers, step=iteration),), self._say)
+        self._failures = 0 if taken else self._failures + 1
+        if self._failures >= WANDB_FAILURES_BORNE:
+            self._say(f'W&B failed {self._failures} times in a row and is left; metrics go to {METRICS_NAME} only')
+            self.finish()
 
     def finish(self) -> None:
         run, self._run = self._run, None
-        if run is None:
-            return
-        try:
-            run.finish()
-        except Exception as error:
-            self._say(f'W&B did not finish ({_reason(error)}); {METRICS_NAME} has every number')
+        if run is not None:
+            optional(f'W&B did not finish ({METRICS_NAME} has every number)', run.finish, self._say)
 
 
-def _reason(error: Exception) -> str:
-    """An error in one short line."""
-    text = ' '.join(f'{type(error).__name__}: {error}'.split())
-    return text if len(text) <= 200 else f'{text[:200]}...'
+def _import_wandb() -> Any:
+    import wandb
+
+    return wandb

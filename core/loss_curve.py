@@ -10,6 +10,7 @@ import numpy as np
 
 from core.checkpoints.heads import HEADS
 from core.common.plots import BLUE, GREEN, INK, ORANGE, PURPLE, RULE, SKY, VERMILION, save_picture, tidy
+from core.common.printing import say_if_heard
 from core.logger import read_metrics
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ VALIDATION_CURVES = (('val/nelbo', 'validation NELBO', VERMILION), ('val/loss', 
 STANDARD_ERROR = 'val/nelbo_standard_error'
 
 
-def plot_loss_curve(metrics_path: Path, picture_path: Path, say: Callable[[str], object] = print, *,
+def plot_loss_curve(metrics_path: Path, picture_path: Path, say: Callable[[str], object] = say_if_heard, *,
                     stage_borders: Mapping[str, int] = MappingProxyType({}), unit: str = 'nats per token') -> None:
     """Draw the training losses and the validation value of a `metrics.jsonl` over iterations.
 

@@ -14,6 +14,7 @@ from core.checkpoints.checkpoint import (TRAINING_FIELDS, Checkpoint, build_mode
 from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
+from core.common.printing import say
 from core.common.runtime import Runtime, resolve_device
 from core.data.folders import recorded_data_folder
 from core.data.prepare import ensure_corpus
@@ -102,7 +103,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument('--data_dir', help='folder of the corpora; where they were trained by default, if it is there')
     options = parser.parse_args(arguments)
     merge_checkpoints(options.first, options.second, options.weight,
-                      options.output or options.first.with_name('ckpt_merged.pt'), print, options.data_dir)
+                      options.output or options.first.with_name('ckpt_merged.pt'), say, options.data_dir)
 
 
 if __name__ == '__main__':

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as distributed
 
@@ -17,7 +17,8 @@ from core.checkpoints.heads import SAMPLER, heads_of
 from core.checkpoints.run_folder import LATEST, RunFolder, latest_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
-from core.common.runtime import Runtime, is_lost_rank, start_runtime, stop_runtime
+from core.common.printing import complain, optional, say_if_heard
+from core.common.runtime import Runtime, handling, is_compile_error, is_lost_rank, start_runtime, stop_runtime
 from core.data.corpus import Corpus
 from core.data.folders import data_folder
 from core.data.prepare import ensure_corpus
@@ -39,14 +40,17 @@ from model import GPT, GPTConfig, ModelMode
 TRAJECTORY = ('seed', 'loss_weighting', 'remasking_loss_type', 'remasking_corruption', 'corruption_checkpoint',
               'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters',
               'decay_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'ema_decay')
-STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit codes
+# What ends a run once it is saved, with exit code 128 + number: Ctrl-C, a scheduler's end, a closed window, Slurm's
+# warning before the time is over, Ctrl-Break. Each where the system has it.
+STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGBREAK')
+            if hasattr(signal, name)]
 
 
 def train(config: TrainConfig, notes: list[str]) -> None:
     """Train as `config` (the options of train.py) says; `notes` are lines to print first.
 
-    Raises UserError for what cannot be done, and SystemExit with 130 or 143 when a signal stopped the run after it
-    was saved.
+    Raises UserError for what cannot be done, and SystemExit with 128 + its number when a signal stopped the run after
+    it was saved.
     """
     problems = option_problems(config)
     try:
@@ -58,7 +62,7 @@ def train(config: TrainConfig, notes: list[str]) -> None:
         raise
     try:
         raise_problems(problems + world_problems(config, runtime))
-        say = print if runtime.is_writer else lambda line: None
+        say = say_if_heard if runtime.is_writer else lambda line: None
         for line in [*notes, *runtime.reasons]:
             say(line)
         corpus = ready_corpus(config, runtime, say)
@@ -127,7 +131,7 @@ class Run:
 
     def evaluate_only(self) -> None:
         """Validate the weights once and write nothing."""
-        say = print if self.runtime.is_writer else lambda line: None
+        say = say_if_heard if self.runtime.is_writer else lambda line: None
         if self.config.init_from == 'resume':
             self.resume(latest_checkpoint(self.config.out_dir, say), say)
         say(self.validate().line(f'step {self.iteration}: val {self.training.value}'))
@@ -135,7 +139,7 @@ class Run:
     def work(self) -> None:
         """Train to max_iters in the run folder."""
         config, runtime = self.config, self.runtime
-        say = print if runtime.is_writer else lambda line: None
+        say = say_if_heard if runtime.is_writer else lambda line: None
         self.folder = RunFolder(config.out_dir) if runtime.is_writer else None
         try:
             self.open_folder(say)
@@ -151,12 +155,10 @@ class Run:
                                     run_name=wandb_name(config), config=dataclasses.asdict(config),
                                     start_iteration=self.iteration, total_iterations=config.max_iters,
                                     enabled=runtime.is_writer)
-            handlers = {number: signal.signal(number, self.on_signal) for number in STOPPED}
             try:
-                self.loop()
+                with handling(STOPPING, self.on_signal):
+                    self.loop()
             finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
                 self.logger.close()
                 if self.folder is not None:
                     self.draw_curve()
@@ -185,11 +187,23 @@ class Run:
                 self.evaluate(save=self.iteration > 0)
             if self.iteration >= config.max_iters:
                 return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:
+                if self.asked_to_stop is None or not is_compile_error(error):
+                    raise
+                self.stop()  # the signal reached the compiler too; no weight has moved
             if self.stop_wanted():
-                self.save()
-                self.logger.message(f'stopped after iteration {self.iteration}; go on with --init_from=resume')
-                raise SystemExit(STOPPED[self.asked_to_stop or signal.SIGTERM])
+                self.stop()
+
+    def stop(self) -> NoReturn:
+        """Save what the last whole step has left, and end as the signal asks."""
+        if self.iteration > 0:
+            self.save()
+            self.logger.message(f'stopped after iteration {self.iteration}; go on with --init_from=resume')
+        else:
+            self.logger.message('stopped before the first iteration was done; nothing was saved')
+        raise SystemExit(128 + (self.asked_to_stop or signal.SIGTERM))
 
     def step(self) -> None:
         """One iteration, and its line where it is due."""
@@ -349,7 +363,7 @@ class Run:
         if self.asked_to_stop is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked_to_stop = signal.Signals(number)
-        print('stopping after this step, once it is saved; interrupt again to stop at once', file=sys.stderr)
+        complain('stopping after this step, once it is saved; interrupt again to stop at once')
 
     def stop_wanted(self) -> bool:
         """Whether any rank was asked to stop; all agree."""
@@ -358,8 +372,8 @@ class Run:
     def draw_curve(self) -> None:
         """The loss curve as a picture."""
         path = Path(self.config.out_dir)
-        if not read_metrics(path / 'metrics.jsonl'):
+        if not optional('there is no loss curve', lambda: read_metrics(path / 'metrics.jsonl')):
             return
         borders = {head.title: head.start(self.model_config) for head in heads_of(self.model_config)}
-        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', print, stage_borders=borders,
+        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', say_if_heard, stage_borders=borders,
                         unit=self.training.unit)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.common.printing import failed_decorations
 from core.data.corpus import load_corpus
 from core.data.folders import DATA_VARIABLE
 from core.data.learning import character_vocabulary
@@ -26,6 +27,24 @@ def whole_floats():
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def no_failed_decoration():
+    """No picture, progress bar or service may fail in a test that does not ask for it (and clears the record then)."""
+    failed_decorations.clear()
+    yield
+    failed, errors = list(failed_decorations), list(failed_decorations.values())
+    failed_decorations.clear()
+    if failed:
+        raise AssertionError(f'a boundary caught a failure that no test asked for: {failed}') from errors[0]
+
+
+@pytest.fixture
+def failing_decoration():
+    """For a test in which something fails that no work needs: the record of what was caught, by what it said."""
+    yield failed_decorations
+    failed_decorations.clear()
 
 
 @pytest.fixture

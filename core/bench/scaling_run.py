@@ -31,6 +31,7 @@ from core.bench.training_cases import TOKENS, TRAINING
 from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems, run_script
+from core.common.printing import say
 from core.common.runtime import PEAK_RATES, measure_matrix_rate, start_runtime, stop_runtime
 from core.common.tables import markdown_table
 from core.noise import Masking
@@ -198,7 +199,7 @@ def main(arguments: list[str]) -> None:
     """What `measure_apart` starts: measure the size that the only argument describes, print what is found."""
     found = measure_here(Size(**json.loads(arguments[0])))
     if found is not None:
-        print(json.dumps(found))
+        say(json.dumps(found))
 
 
 if __name__ == '__main__':

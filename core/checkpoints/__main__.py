@@ -9,6 +9,7 @@ from pathlib import Path
 
 from core.checkpoints.checkpoint import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint, verify_checkpoint
 from core.common.errors import run_script
+from core.common.printing import say
 
 
 def main(arguments: list[str]) -> None:
@@ -23,11 +24,11 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.command == 'verify':
         summary = verify_checkpoint(options.checkpoint)
-        print(f'{summary.path} is whole: {summary.kind}, iteration {summary.iteration}, '
+        say(f'{summary.path} is whole: {summary.kind}, iteration {summary.iteration}, '
               f'{summary.parameters:,} parameters, best value {summary.best_value}')
     else:
         folder = export_checkpoint(options.checkpoint, options.folder)
-        print(f'{options.checkpoint} exported to {folder}: {WEIGHTS_FILE} and {CONFIG_FILE}')
+        say(f'{options.checkpoint} exported to {folder}: {WEIGHTS_FILE} and {CONFIG_FILE}')
 
 
 if __name__ == '__main__':

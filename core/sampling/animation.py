@@ -15,6 +15,7 @@ from typing import NamedTuple, TextIO
 
 from torch import Tensor
 
+from core.common.printing import escaped, silence
 from core.sampling.trace import TraceStep
 
 SECONDS_PER_FRAME = 0.05  # the least, so that the eye can follow a fast model
@@ -118,8 +119,7 @@ class TerminalAnimation:
 
     def _printable(self, text: str) -> str:
         """No character that could move the cursor, and none that the stream cannot write."""
-        signs = ''.join(self._signs.line_break if sign == '\n' else sign if sign.isprintable() else self._signs.control
-                        for sign in text)
+        signs = escaped(text, self._signs.control).replace('\n', self._signs.line_break).replace('\t', self._signs.control)
         return signs if self._encodes(signs) else signs.encode('ascii', 'replace').decode()
 
     def _wrap(self, cells: list[tuple[str, str]], width: int) -> tuple[list[str], int]:
@@ -155,8 +155,13 @@ class TerminalAnimation:
         return True
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            silence(self._stream)  # a window that was closed does not end the sampling
 
 
 def _columns(sign: str) -> int:

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable
 
 from torch import Tensor
-from tqdm import tqdm
 
+from core.common.progress import ProgressBar
 from core.data.vocabulary import Vocabulary
 from core.sampling.animation import TerminalAnimation
 from core.sampling.options import SampleConfig
@@ -25,12 +25,12 @@ class Progress:
         self.wanted = (self.bar_wanted or trace is not None or animation is not None or config.use_verbose_logging
                        or config.log_debug)
         self.batches, self.blocks, self.batch, self.last = batches, blocks, 0, None
-        self.bar: tqdm | None = None
+        self.bar: ProgressBar | None = None
 
     def __enter__(self) -> 'Progress':
         if self.bar_wanted:
-            self.bar = tqdm(total=1.0, desc='sampling',
-                            bar_format='{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}')
+            self.bar = ProgressBar(1.0, desc='sampling',
+                                   bar_format='{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}')
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,4 +87,4 @@ class Progress:
 
     def _move(self, share: float) -> None:
         if self.bar is not None:
-            self.bar.update(max(0.0, share - self.bar.n))
+            self.bar.move_to(share)

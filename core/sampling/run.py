@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core.common.errors import UserError, raise_problems
+from core.common.printing import say
 from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator, get_global_timer
 from core.sampling.animation import TerminalAnimation
@@ -30,7 +31,7 @@ from sample_utils import judge_scores
 Say = Callable[[str], None]
 
 
-def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Say = print) -> SamplingResult:
+def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Say = say) -> SamplingResult:
     """Sample as `config` says, write the asked files, tell it through `say`; `explicit` names the options given.
 
     Whatever ends the run early is raised in the end, after what was finished is saved and told.

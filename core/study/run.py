@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from core.common.errors import raise_problems
+from core.common.printing import say
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import measured_rows, option_problems
 from core.study.pages import write_report
@@ -10,7 +11,7 @@ from core.study.remasking import SECTIONS as REMASKING_SECTIONS
 from core.study.results import SECTIONS as RESULT_SECTIONS
 
 
-def write_study(config: EvaluateConfig, say: Callable[[str], None] = print) -> None:
+def write_study(config: EvaluateConfig, say: Callable[[str], None] = say) -> None:
     """Write the page `config.report` again, from the checkpoints that are there and the kept records of the others."""
     raise_problems(option_problems(config))
     write_report(config, (*RESULT_SECTIONS, *REMASKING_SECTIONS),

@@ -175,7 +175,7 @@ def test_a_file_system_without_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, 'fsync', missing)
-    monkeypatch.setattr(room, '_said', set())
+    monkeypatch.setattr('core.common.printing._said', set())
     for text in ('one', 'two'):
         write_whole(tmp_path / 'file', text)
         assert (tmp_path / 'file').read_text() == text

@@ -30,7 +30,7 @@ def test_what_is_drawn_is_in_the_file_at_its_size(tmp_path):
 
 
 @pytest.mark.parametrize('failure', [ValueError('no such\nmarker'), MemoryError(), OSError(28, 'No space left on device')])
-def test_a_picture_that_fails_is_a_sentence_and_leaves_the_earlier_one(tmp_path, failure):
+def test_a_picture_that_fails_is_a_sentence_and_leaves_the_earlier_one(tmp_path, failing_decoration, failure):
     def draw(figure):
         raise failure
 
@@ -41,10 +41,10 @@ def test_a_picture_that_fails_is_a_sentence_and_leaves_the_earlier_one(tmp_path,
     assert path.read_bytes() == b'earlier' and os.listdir(tmp_path) == ['bar.png']
 
 
-def test_a_picture_where_nothing_can_be_written_is_a_sentence(tmp_path):
+def test_a_picture_where_nothing_can_be_written_is_a_sentence(tmp_path, failing_decoration):
     lines = []
     save_picture(tmp_path / 'no such folder' / 'bar.png', (2, 1), draw_bar, lines.append)
-    assert len(lines) == 1 and 'was not drawn: cannot write' in lines[0]
+    assert len(lines) == 1 and 'was not drawn: UserError: cannot write' in lines[0]
 
 
 @pytest.mark.parametrize('screen', ['module://matplotlib_inline.backend_inline', 'nonsense'])

@@ -20,7 +20,7 @@ from core.common.runtime import Runtime, is_lost_rank
 from core.data.learning import character_vocabulary
 from core.data.writing import write_corpus
 from core.logger import read_metrics
-from helpers.runs import ROOT, equal_runs, refused, run
+from helpers.runs import ROOT, SMALL, equal_runs, refused, run
 
 
 @pytest.fixture(autouse=True)
@@ -51,14 +51,66 @@ def during_step(monkeypatch, iteration: int, *numbers: signal.Signals) -> list[i
     return saves
 
 
-@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129),
+                                          (signal.SIGUSR1, 128 + signal.SIGUSR1)])
 def test_a_signal_finishes_the_step_saves_once_and_stops(small_corpus, monkeypatch, number, code):
-    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(one) for one in core.trainer.STOPPING]
     saves = during_step(monkeypatch, 6, number)
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == code and saves == [4, 7] and load_checkpoint('out/ckpt.pt').iteration == 7
-    assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    assert handlers == [signal.getsignal(one) for one in core.trainer.STOPPING]
+
+
+def test_a_closed_window_that_the_starter_wants_ignored_is_ignored(small_corpus, monkeypatch):
+    """As nohup does."""
+    during_step(monkeypatch, 6, signal.SIGHUP)
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert load_checkpoint('out/ckpt.pt').iteration == 12
+
+
+class CompilerGone(RuntimeError):
+    """As torch raises it where its compiler was stopped."""
+
+
+CompilerGone.__module__ = 'torch._inductor.exc'
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('iteration', [0, 6])
+def test_a_signal_that_reaches_the_compiler_too_saves_and_stops(small_corpus, monkeypatch, number, code, iteration):
+    run('--out_dir=whole')
+    step = core.trainer.training_step
+
+    def interrupted(state, at, learning_rate):
+        if at == iteration:
+            signal.raise_signal(number)
+            raise CompilerGone('CppCompileError')
+        return step(state, at, learning_rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.trainer, 'training_step', interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            run()
+    assert stopped.value.code == code
+    if iteration:
+        assert load_checkpoint('out/ckpt.pt').iteration == iteration
+        run('--init_from=resume')
+        equal_runs(Path('whole'), Path('out'))
+
+
+def test_a_compiler_that_fails_by_itself_is_an_error(small_corpus, monkeypatch):
+    def fails(*given):
+        raise CompilerGone('CppCompileError')
+
+    monkeypatch.setattr(core.trainer, 'training_step', fails)
+    with pytest.raises(CompilerGone):
+        run()
 
 
 def test_a_second_interrupt_stops_at_once(small_corpus, monkeypatch, capsys):
@@ -176,3 +228,31 @@ def test_a_reader_of_the_output_that_leaves_early_ends_the_script_quietly():
     done = subprocess.run(['bash', '-c', f'{shlex.quote(sys.executable)} -c {shlex.quote(script)} | head -n 1; '
                            'echo ${PIPESTATUS[0]}'], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.splitlines()[-1] == '141' and done.stderr == ''
+
+
+# ---------------------------------------------------------------- terminals and decoration
+
+@pytest.mark.parametrize('streams', ['>&- 2>&- <&-', '>/dev/full 2>/dev/full', '| head -n 1; exit ${PIPESTATUS[0]}'])
+def test_a_run_without_a_terminal_trains_saves_and_ends_well(small_corpus, streams):
+    command = shlex.join([sys.executable, str(ROOT / 'train.py'), *SMALL, '--log_interval=1'])
+    strange = {'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'COLUMNS': 'many', 'HOME': '/dev/null',
+               'PYTHONIOENCODING': 'ascii'}
+    done = subprocess.run(['bash', '-c', f'{command} {streams}'], env={**os.environ, **strange}, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
+    assert load_checkpoint('out/ckpt.pt').iteration == 12 and Path('out/loss.png').stat().st_size > 1000
+    assert len(read_metrics(Path('out/metrics.jsonl'))) == 12 + 4
+
+
+def test_a_picture_that_cannot_be_written_changes_no_exit_code(small_corpus, tmp_path, monkeypatch, capsys,
+                                                               failing_decoration):
+    monkeypatch.undo()  # with the picture
+    monkeypatch.chdir(tmp_path)
+    for folder in ('out', 'stopped'):
+        Path(folder, 'loss.png').mkdir(parents=True)
+    run('--max_iters=4')
+    assert 'out/loss.png was not drawn: ' in capsys.readouterr().out
+    during_step(monkeypatch, 2, signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        run('--out_dir=stopped')
+    assert stopped.value.code == 130 and load_checkpoint('stopped/ckpt.pt').iteration == 3

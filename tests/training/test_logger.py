@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+import tqdm
 
 from core.logger import WANDB_FAILURES_BORNE, IterationRecord, RunLogger, read_metrics, rewind_metrics
 
@@ -109,44 +110,62 @@ def test_other_ranks_say_and_write_nothing(tmp_path, capsys):
     assert printed.out == printed.err == '' and not (tmp_path / 'out').exists()
 
 
-def test_a_terminal_without_the_letters_does_not_stop_the_run(tmp_path, monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, encoding='ascii'))
-    run = logger(tmp_path)
-    run.sample('é')
-    assert raw.getvalue() == b'  | \\xe9\n'
+def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
 
-    def gone(_):
-        raise BrokenPipeError
-    monkeypatch.setattr(sys.stdout, 'write', gone)
-    run.message('plain')
+    monkeypatch.setattr(sys, 'stdout', Gone())
+    run = logger(tmp_path)
+    run.sample('plain')
+    run.iteration(record(3))
+    assert [one['iteration'] for one in read_metrics(tmp_path / 'metrics.jsonl')] == [3]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def test_the_progress_bar_is_on_terminals_only_and_lines_stay_whole(tmp_path, monkeypatch, capsys):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, 'stderr', terminal)
+    monkeypatch.setattr(sys, 'stderr', Terminal())
     run = logger(tmp_path, start_iteration=4, total_iterations=10)
-    assert run._bar.n == 4
     run.advance(6)
     run.message('a line')
-    assert run._bar.n == 6
+    run.advance(7)
     run.close()
     run.close()
-    assert capsys.readouterr().out == 'a line\n' and '/10' in terminal.getvalue()
+    assert capsys.readouterr().out == 'a line\n' and '7/10' in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize('call', ['__init__', 'update', 'clear', 'close'])
+def test_a_progress_bar_that_fails_is_one_line(tmp_path, monkeypatch, failing_decoration, call):
+    def fails(*given, **named):
+        raise ValueError('no columns')
+
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    monkeypatch.setattr(tqdm.tqdm, call, fails)
+    run = logger(tmp_path, total_iterations=10)
+    for iteration in range(3):
+        run.iteration(record(iteration))
+        run.advance(iteration + 1)
+    run.close()
+    assert len(read_metrics(tmp_path / 'metrics.jsonl')) == 3
+    assert sys.stderr.getvalue().count('there is no progress bar: ValueError: no columns') == 1
 
 
 class FakeWandb(types.ModuleType):
     """W&B as far as the logger uses it; the named call raises."""
 
-    def __init__(self, fails=''):
+    def __init__(self, fails='', error=RuntimeError):
         super().__init__('wandb')
+        self.error = error
         self.fails, self.logged, self.finished, self.settings = fails, [], 0, types.SimpleNamespace(mode='offline')
         self.Settings = dict
 
     def step(self, name):
         if self.fails == name:
-            raise RuntimeError(f'{name}\nbroke')
+            raise self.error(f'{name}\nbroke')
 
     def init(self, **given):
         self.given = given
@@ -180,14 +199,32 @@ def test_wandb_takes_the_same_numbers(tmp_path, monkeypatch, capsys):
     assert "W&B: run 'r' of project 'p', offline" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('fails, said', [('init', 'did not start'), ('finish', 'did not finish')])
-def test_wandb_that_fails_is_one_line(tmp_path, monkeypatch, capsys, fails, said):
-    train_with(monkeypatch, tmp_path, FakeWandb(fails))
+class Panic(BaseException):
+    """What a library in Rust raises."""
+
+
+@pytest.mark.parametrize('error', [RuntimeError, SystemExit, Panic])
+@pytest.mark.parametrize('fails, said', [('init', 'did not start'), ('log', 'did not take'), ('finish', 'did not finish')])
+def test_wandb_that_fails_is_one_line(tmp_path, monkeypatch, capsys, failing_decoration, fails, said, error):
+    train_with(monkeypatch, tmp_path, FakeWandb(fails, error))
     lines = [line for line in capsys.readouterr().out.splitlines() if said in line]
-    assert len(lines) == 1 and f'RuntimeError: {fails} broke' in lines[0]
+    assert len(lines) == 1 and f'{error.__name__}: {fails} broke' in lines[0]
 
 
-def test_wandb_that_keeps_failing_at_log_is_left(tmp_path, monkeypatch, capsys):
+def test_an_interrupt_within_wandb_is_an_interrupt(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        train_with(monkeypatch, tmp_path, FakeWandb('init', KeyboardInterrupt))
+
+
+def test_what_wandb_says_cannot_move_the_cursor(tmp_path, monkeypatch, capsys, failing_decoration):
+    module = FakeWandb('init')
+    monkeypatch.setattr(module, 'step', lambda name: (_ for _ in ()).throw(ValueError('\x1b]0;title\x07\x9b2J')))
+    train_with(monkeypatch, tmp_path, module)
+    said = capsys.readouterr().out
+    assert '\\x1b]0;title\\x07\\x9b2J' in said and not set('\x1b\x07\x9b') & set(said)
+
+
+def test_wandb_that_keeps_failing_at_log_is_left(tmp_path, monkeypatch, capsys, failing_decoration):
     module = FakeWandb('log')
     calls = []
     monkeypatch.setattr(module, 'step', lambda name: (calls.append(name), FakeWandb.step(module, name)))
@@ -197,7 +234,7 @@ def test_wandb_that_keeps_failing_at_log_is_left(tmp_path, monkeypatch, capsys):
     assert out.count('did not take a record') == 1 and out.count('is left') == 1
 
 
-def test_wandb_that_fails_now_and_then_is_kept(tmp_path, monkeypatch):
+def test_wandb_that_fails_now_and_then_is_kept(tmp_path, monkeypatch, failing_decoration):
     module = FakeWandb()
     attempts = []
 
@@ -210,7 +247,7 @@ def test_wandb_that_fails_now_and_then_is_kept(tmp_path, monkeypatch):
     assert len(module.logged) == 2 * WANDB_FAILURES_BORNE
 
 
-def test_wandb_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
+def test_wandb_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys, failing_decoration):
     train_with(monkeypatch, tmp_path, None)  # None in sys.modules makes the import fail
     assert capsys.readouterr().out.count('W&B is not available') == 1
 
