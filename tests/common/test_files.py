@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.common import files as room
 from core.common.errors import UserError
 from core.common.files import TEMPORARY_SUFFIX, atomic_files, atomic_writer, write_whole
 
