@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from core.common.errors import raise_problems
 from core.common.expressions import closest, shown_name
+from core.common.printing import say
 from core.data.corpus import Corpus
 
 
@@ -27,7 +28,7 @@ def read_arguments(arguments: Sequence[str], defaults: Mapping[str, str | None],
     `--help` prints `usage` and exits with code 0. UserError lists what is unknown, missing, empty or too much.
     """
     if any(argument in ('--help', '-h') for argument in arguments):
-        print(usage.strip())
+        say(usage.strip())
         raise SystemExit(0)
     found, options, problems, named = [], dict(defaults), [], set()
     remaining = list(arguments)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.common import files
 from core.common.errors import UserError
 from core.data import corpus as reading, writing
 from core.data.corpus import Corpus, load_corpus
@@ -121,7 +120,7 @@ def test_where_folders_cannot_be_synced_the_corpus_is_replaced_all_the_same(fold
         real(descriptor)
 
     monkeypatch.setattr(os, 'fsync', no_folders)
-    monkeypatch.setattr(files, '_said', set())
+    monkeypatch.setattr('core.common.printing._said', set())
     prepare(folder, OTHER)
     assert read(folder) == OTHER
 
