@@ -122,6 +122,7 @@ class _Type:
     kind: Any  # int, float, bool, str, list or Literal
     optional: bool
     choices: tuple = ()
+    item: type = float  # of a list
 
     @classmethod
     def of(cls, annotation: Any) -> '_Type':
@@ -133,22 +134,23 @@ class _Type:
         if typing.get_origin(annotation) is Literal:
             plain = tuple(choice for choice in members if choice is not None)
             return cls(Literal, len(plain) < len(members), plain)
-        if annotation == list[float]:
-            return cls(list, False)
+        if annotation in (list[float], list[int]):
+            return cls(list, False, item=typing.get_args(annotation)[0])
         assert annotation in (int, float, bool, str), f'an option cannot have the type {annotation}'
         return cls(annotation, False)
 
     @property
     def short(self) -> str:
         """For the help text: 'int', 'floats', 'linear|cosine', 'int|None'."""
-        name = '|'.join(map(str, self.choices)) or {list: 'floats'}.get(self.kind) or self.kind.__name__
+        name = '|'.join(map(str, self.choices)) or {list: f'{self.item.__name__}s'}.get(self.kind) or self.kind.__name__
         return f'{name}|None' if self.optional else name
 
     @property
     def words(self) -> str:
         """For messages."""
         words = {int: 'a whole number such as 64', float: 'a finite number such as 0.5 or 3e-4', bool: 'True or False',
-                 str: 'text', list: 'a list of finite numbers such as [0.9, 0.5, 0.1]'}.get(self.kind) or (
+                 str: 'text', list: 'a list of finite numbers such as [0.9, 0.5, 0.1]' if self.item is float else
+                 'a whole number such as 8, or a list such as [1, 8]'}.get(self.kind) or (
                      'one of ' + ', '.join(map(repr, self.choices)))
         return f'{words}, or None' if self.optional else words
 
@@ -202,9 +204,11 @@ def _from_value(value: Any, kind: _Type) -> Any:
         raise Refused(f"it must be {kind.words}" + (f"; did you mean '{nearest}'?" if nearest else ''))
     if kind.kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if kind.kind is list and isinstance(value, list) and all(
-            type(item) in (int, float) and math.isfinite(item) for item in value):
-        return [float(item) for item in value]
+    if kind.kind is list:
+        items = [value] if kind.item is int and type(value) is int else value
+        allowed = (int, float) if kind.item is float else (int,)
+        if isinstance(items, list) and all(type(item) in allowed and math.isfinite(item) for item in items):
+            return [kind.item(item) for item in items]
     if kind.kind is str and isinstance(value, str) and not _is_storable(value):
         raise Refused('it must be text without null characters and broken UTF-8')
     if type(value) is kind.kind and kind.kind in (int, bool, str):

@@ -110,9 +110,7 @@ class GPTConfig:
     @property
     def sampler_window(self) -> 'SamplerWindow':
         """How many neighbours the sampler head sees on each side."""
-        left, right = self.sampler_context_left, self.sampler_context_right
-        return SamplerWindow(self.sampler_context if left is None else left,
-                             self.sampler_context if right is None else right)
+        return SamplerWindow.of(self.sampler_context, self.sampler_context_left, self.sampler_context_right)
 
     def _block_problems(self) -> list[str]:
         if self.attention_type != 'block':
@@ -179,6 +177,11 @@ class SamplerWindow(NamedTuple):
 
     left: int
     right: int
+
+    @classmethod
+    def of(cls, context: int, left: int | None, right: int | None) -> 'SamplerWindow':
+        """`context` neighbours on each side where left or right say nothing else."""
+        return cls(context if left is None else left, context if right is None else right)
 
     @property
     def size(self) -> int:

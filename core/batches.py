@@ -2,7 +2,7 @@
 
 Every number comes from (seed, iteration, global row), so a row is the same whichever micro-step or rank holds it.
 
-Letters: B rows of a micro-step, G rows of the global batch, T sequence length, C sampler_context, N predicted
+Letters: B rows of a micro-step, G rows of the global batch, T sequence length, C neighbours, N predicted
 positions.
 """
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.block_noise import block_probabilities, row_block_lengths
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.data.corpus import gather_windows
 from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, draw_mask, judged_text,
@@ -32,7 +33,9 @@ class Batch(NamedTuple):
     positions: Tensor     # int64 [N]
     main_weights: Tensor  # float32 [N], weight of each position in the main loss; [B], of each row, for a judge
     mean_weights: Tensor  # float32 [N], 1 / number of predicted positions in the global batch
-    neighbours: Tensor    # int64 [N, 2C], tokens that the sampler head is shown, -1 for none
+    neighbours: Tensor    # int64 [N, C], tokens that the sampler head is shown, -1 for none
+    new: Tensor           # int64 [N], how many of these are masked in `inputs`
+    block_length: Tensor  # int64 [B], of each row of a block model; [0] for all others
     rows: Tensor          # int64 [B], global row indices
     critic_share: Tensor  # float32 scalar, 1 / number of positions that the critic is trained on in the global batch
 
@@ -87,27 +90,50 @@ def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
     `total` adds a count over all ranks. Weights for 'elbo': 1 / t over G * T (Sahoo et al. 2024, eq. 11, with the
     linear schedule); for 'masked_mean': 1 / number of masked positions of the global batch.
     """
-    T, masking, drawn = plan.block_size, plan.noise, []
-    for generator in micro_steps(plan, iteration):
-        times = low_discrepancy_times(generator, plan.rows.global_batch)  # [B]
-        drawn.append((generator, draw_windows(plan, generator, T), times, draw_mask(generator, times, T)))
-    masked = total(sum(int(mask.sum()) for *_, mask in drawn))
+    T, masking = plan.block_size, plan.noise
+    drawn = [(generator, draw_windows(plan, generator, T), draw_masked(plan, iteration, generator))
+             for generator in micro_steps(plan, iteration)]
+    masked = total(sum(int(one.mask.sum()) for *_, one in drawn))
     stride = masking.critic_row_stride
-    judged = total(sum(int(mask[::stride].sum()) if masking.critic_scope == 'masked_only' else mask[::stride].numel()
-                       for *_, mask in drawn))
+    judged = total(sum(int(one.mask[::stride].sum()) if masking.critic_scope == 'masked_only' else
+                       one.mask[::stride].numel() for *_, one in drawn))
     batches = []
-    for generator, targets, times, mask in drawn:
+    for generator, targets, (mask, weights, block_length) in drawn:
         positions = mask.flatten().nonzero().squeeze(1)  # [N]
         mean = torch.full((len(positions),), 1 / max(1, masked))
         main = mean if masking.loss_weighting == 'masked_mean' else \
-            (1 / times / (plan.rows.global_batch * T)).float()[positions // T]
-        neighbours = neighbours_shown(generator, targets, mask, masking.sampler_context).flatten(0, 1)[positions]
+            (weights / (plan.rows.global_batch * T)).float().expand_as(mask).flatten()[positions]
+        block = torch.arange(T) // block_length[:, None] if len(block_length) else None  # [B, T]
+        neighbours, new = neighbours_shown(generator, targets, mask, masking.neighbours, block)
         capacity = next(size for size in (int(B_T * targets.numel()) for B_T in CAPACITIES) if size >= len(positions))
         padding = (0, capacity - len(positions))
-        batches.append(Batch(apply_mask(targets, mask, masking.mask_token_id), targets, F.pad(positions, padding),
-                             F.pad(main, padding), F.pad(mean, padding), F.pad(neighbours, (0, 0, *padding), value=-1),
-                             generator.rows, torch.tensor(1 / max(1, judged))))
+        batches.append(Batch(
+            apply_mask(targets, mask, masking.mask_token_id), targets, F.pad(positions, padding),
+            F.pad(main, padding), F.pad(mean, padding),
+            F.pad(neighbours.flatten(0, 1)[positions], (0, 0, *padding), value=-1),
+            F.pad(new.flatten()[positions], padding), block_length, generator.rows, torch.tensor(1 / max(1, judged))))
     return batches
+
+
+class Masked(NamedTuple):
+    """mask bool [B, T]; weights: of each position in the NELBO, float64 [B, 1], or [B, T] where blocks have times of
+    their own; block_length int64 [B], [0] without blocks."""
+
+    mask: Tensor
+    weights: Tensor
+    block_length: Tensor
+
+
+def draw_masked(plan: BatchPlan, iteration: int, generator: RowRandom) -> Masked:
+    """What is masked in the rows of `generator`: by row, or by block (core/block_noise.py)."""
+    T, G, masking = plan.block_size, plan.rows.global_batch, plan.noise
+    if masking.blocks is None:
+        times = low_discrepancy_times(generator, G)  # [B]
+        return Masked(draw_mask(generator, times, T), 1 / times[:, None], generator.rows[:0])
+    lengths = masking.blocks.lengths_at(iteration)
+    probability = block_probabilities(generator, lengths, T, G, masking.blocks)  # [B, T]
+    return Masked(generator.uniform(Purpose.MASK, T) < probability, 1 / probability,
+                  row_block_lengths(generator, generator.rows, lengths))
 
 
 def causal_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
@@ -162,4 +188,5 @@ def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) 
 def _whole_batch(generator: RowRandom, inputs: Tensor, targets: Tensor, weights: Tensor) -> Batch:
     """A batch whose every position is read; no sampler head and no critic trains on it."""
     return Batch(inputs, targets, torch.arange(targets.numel()), weights, weights,
-                 targets.new_empty(targets.numel(), 0), generator.rows, torch.tensor(0.0))
+                 targets.new_empty(targets.numel(), 0), targets.new_zeros(targets.numel()), generator.rows[:0],
+                 generator.rows, torch.tensor(0.0))

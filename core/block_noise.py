@@ -1,8 +1,8 @@
-"""Noise of block models: the block length of each row, one time for each block, and the mask that follows.
+"""Noise of block models: the block length of each row, one probability of a mask for each block.
 
 A block model (Arriola et al. 2025, BD3-LM, arXiv 2503.09573) factors a text into blocks and runs masked diffusion inside
 each of them, given the clean text before it. Its bound is the sum of the bounds of its blocks, so every block draws a
-time of its own. All numbers depend on (seed, iteration, global row) alone.
+probability of its own. All numbers depend on (seed, iteration, global row) alone.
 
 Letters: B rows held here, G rows of the global batch, T sequence length, M blocks of the global batch.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.common.randomness import Purpose, RowRandom
-from core.noise import MINIMUM_TIME
+from core.noise import MINIMUM_TIME, BlockNoise
 
 
 def every_row(generator: RowRandom, global_batch: int) -> RowRandom:
@@ -29,13 +29,15 @@ def row_block_lengths(generator: RowRandom, rows: Tensor, block_lengths: Sequenc
     return torch.tensor(block_lengths, device=rows.device)[(first + rows) % len(block_lengths)]
 
 
-def block_times(generator: RowRandom, block_lengths: Sequence[int], length: int, global_batch: int, *,
-                whole_share: float = 0.0) -> Tensor:
-    """The time of the block of every position, float64 [B, T].
+def block_probabilities(generator: RowRandom, block_lengths: Sequence[int], length: int, global_batch: int,
+                        noise: BlockNoise) -> Tensor:
+    """The probability with which each position is masked, float64 [B, T], one for all positions of a block.
 
-    The times of the M blocks of a global batch fall one into each of M equal cells of [eps, 1), as
-    `low_discrepancy_times` has it for rows; which block gets which cell is a random order. A share `whole_share` of the
-    rows has time 1 in every block, so all of it is masked: generation meets whole blocks at the first call of each.
+    The probabilities of the M blocks of a global batch fall one into each of M equal cells of [eps, 1), as the times of
+    `low_discrepancy_times` do for rows; which block gets which cell is a random order. `noise.shares` [a, b) other than
+    [0, 1) stretches them to that range (clipped schedules, Arriola et al. 2025, section 5.2); 'elbo' is a bound no more
+    then. A share `noise.whole_share` of the rows has probability 1 in every block: generation meets whole blocks at the
+    first call of each.
     """
     everyone = every_row(generator, global_batch)
     lengths = row_block_lengths(generator, everyone.rows, block_lengths)  # [G]
@@ -47,16 +49,12 @@ def block_times(generator: RowRandom, block_lengths: Sequence[int], length: int,
     shared = RowRandom(generator.seed, generator.iteration, torch.zeros_like(generator.rows[:1]))
     offset = shared.uniform(Purpose.TIME, 2)  # [1, 2]
     phase = (offset[:, :1] + cells.double() / counts.sum()) % 1.0  # [B, most]
-    times = MINIMUM_TIME + (1 - MINIMUM_TIME) * phase
-    whole = (offset[0, 1] + generator.rows.double() * _GOLDEN) % 1.0 < whole_share  # [B], spread evenly over the rows
-    times = torch.where(whole[:, None], 1.0, times)
-    block = torch.arange(length, device=times.device) // lengths[generator.rows][:, None]  # [B, T]
-    return times.gather(1, block)
+    low, high = max(MINIMUM_TIME, noise.shares[0]), noise.shares[1]
+    probability = low + (high - low) * phase
+    whole = (offset[0, 1] + generator.rows.double() * _GOLDEN) % 1.0 < noise.whole_share  # [B], spread evenly
+    probability = torch.where(whole[:, None], 1.0, probability)
+    block = torch.arange(length, device=phase.device) // lengths[generator.rows][:, None]  # [B, T]
+    return probability.gather(1, block)
 
 
 _GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly (Weyl), whichever rows a micro-step holds
-
-
-def draw_block_mask(generator: RowRandom, times: Tensor) -> Tensor:
-    """bool [B, T], True where masked: each position independently with its block's probability `times` [B, T]."""
-    return generator.uniform(Purpose.MASK, times.size(1)) < times

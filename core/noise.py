@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.common.randomness import Purpose, RowRandom
+from model import SamplerWindow
 
 MINIMUM_TIME = 1e-3  # epsilon: times below it are never drawn, so 1 / t stays bounded
 
@@ -69,36 +70,83 @@ def draw_exact_mask(generator: RowRandom, counts: Tensor, length: int) -> Tensor
     return ranks < counts[:, None]
 
 
-def shown_neighbours(generator: RowRandom, mask: Tensor, context: int, probability: float = 0.5) -> Tensor:
-    """Which neighbours the sampler head sees in training: bool [B, T, 2C], slots left_C .. left_1, right_1 .. right_C.
+class SeenNeighbours(NamedTuple):
+    """What the sampler head sees. window: how far; order: in which a fill runs."""
 
-    At inference a neighbour has been filled just before or not yet, side by side with neighbours that were revealed
-    all along. So each masked position shows each of its two sides with `probability`, independently: left only, right
-    only, both and none all occur, as the waves produce them. A side that is not shown still shows its revealed tokens.
-    Positions beyond the sequence are never shown.
+    window: SamplerWindow
+    order: Literal['wave', 'left_to_right'] = 'wave'
+
+
+def seen_neighbours(config: object) -> SeenNeighbours | None:
+    """What the sampler head of a model of this shape sees, None without one; config: a `GPTConfig`, or options with its
+    fields."""
+    asked = vars(config)
+    if not asked['add_sampler_head']:
+        return None
+    return SeenNeighbours(SamplerWindow.of(asked['sampler_context'], asked['sampler_context_left'],
+                                           asked['sampler_context_right']), asked['sampler_order'])
+
+
+class BlockNoise(NamedTuple):
+    """Blocks that are masked apart (core/block_noise.py). lengths: that a row may have; begins: the iteration from
+    which each of them is drawn; whole_share: of the rows, masked entirely; shares: smallest and largest probability of
+    a mask in the other rows."""
+
+    lengths: tuple[int, ...]
+    begins: tuple[int, ...] = ()
+    whole_share: float = 0.0
+    shares: tuple[float, float] = (0.0, 1.0)
+
+    def lengths_at(self, iteration: int) -> tuple[int, ...]:
+        """The lengths that rows have at `iteration`: the first, and of the others those that have begun."""
+        begins = self.begins or (0,) * len(self.lengths)
+        return self.lengths[:1] + tuple(length for length, begin in zip(self.lengths[1:], begins[1:])
+                                        if iteration >= begin)
+
+
+def shown_neighbours(generator: RowRandom, mask: Tensor, seen: SeenNeighbours, block: Tensor | None = None,
+                     probability: float = 0.5) -> Tensor:
+    """Which neighbours the sampler head sees in training: bool [B, T, C], slots left_L .. left_1, right_1 .. right_R.
+
+    At inference a neighbour has been filled just before or not yet, next to neighbours that were revealed all along.
+    In the order 'wave' each masked position shows each of its two sides with `probability`, independently: left only,
+    right only, both and none all occur, as the waves produce them. In the order 'left_to_right' the left side is always
+    shown and the right side never: a fill has passed there, and has not come here. A side that is not shown still shows
+    its revealed tokens. Positions beyond the sequence are never shown.
+
+    block int64 [B, T]: the number of each position's block in a block model, whose earlier blocks are all known and
+    whose later ones are not written yet.
     """
-    rows, length = mask.shape
-    side_shown = generator.uniform(Purpose.NEIGHBOUR, 2 * length).view(rows, length, 2) < probability  # [B, T, 2]
-    offsets = torch.tensor([*range(-context, 0), *range(1, context + 1)], device=mask.device)  # [2C]
-    neighbours = torch.arange(length, device=mask.device)[:, None] + offsets  # [T, 2C]
+    (rows, length), (left, right) = mask.shape, seen.window
+    if seen.order == 'left_to_right':
+        side_shown = torch.tensor([True, False], device=mask.device).expand(rows, length, 2)
+    else:
+        side_shown = generator.uniform(Purpose.NEIGHBOUR, 2 * length).view(rows, length, 2) < probability  # [B, T, 2]
+    neighbours = torch.arange(length, device=mask.device)[:, None] + seen.window.offsets(mask.device)  # [T, C]
     inside = (neighbours >= 0) & (neighbours < length)
-    revealed = ~mask[:, neighbours.clamp(0, length - 1)]  # [B, T, 2C]
-    return (side_shown.repeat_interleave(context, dim=2) | revealed) & inside
+    neighbours = neighbours.clamp(0, length - 1)
+    revealed = ~mask[:, neighbours]  # [B, T, C]
+    if block is not None:
+        own = block[..., None]
+        revealed, inside = revealed | (block[:, neighbours] < own), inside & (block[:, neighbours] <= own)
+    side_of_slot = torch.tensor([0] * left + [1] * right, device=mask.device)  # [C]
+    return (side_shown[..., side_of_slot] | revealed) & inside
 
 
 class Masking(NamedTuple):
     """How masked diffusion hides text, and what a batch of it holds.
 
-    loss_weighting: of the main loss (docs/training.md); sampler_context: neighbours that the sampler head sees on each
-    side, 0 without one; critic_row_stride: every n-th row is the critic's; critic_scope: whether it judges the masked
-    positions or all.
+    loss_weighting: of the main loss (docs/training.md); neighbours: what the sampler head sees, None without one;
+    critic_row_stride: every n-th row is the critic's; critic_scope: whether it judges the masked positions or all;
+    blocks: of a block model.
     """
 
     mask_token_id: int
     loss_weighting: Literal['elbo', 'masked_mean'] = 'masked_mean'
-    sampler_context: int = 0
+    neighbours: SeenNeighbours | None = None
     critic_row_stride: int = 1
     critic_scope: Literal['masked_only', 'masked_and_ignore'] = 'masked_only'
+    blocks: BlockNoise | None = None
 
 
 class Corruption(NamedTuple):
@@ -114,13 +162,17 @@ class Corruption(NamedTuple):
     fill: Callable[[Tensor, Tensor, RowRandom], Tensor] | None = None
 
 
-def neighbours_shown(generator: RowRandom, targets: Tensor, mask: Tensor, context: int) -> Tensor:
-    """int64 [B, T, 2C]: the true token of each neighbour that the sampler head is shown, -1 of the others."""
-    if context == 0:
-        return targets.new_empty(*targets.shape, 0)
-    offsets = torch.tensor([*range(-context, 0), *range(1, context + 1)])
-    places = (torch.arange(targets.size(1))[:, None] + offsets).clamp(0, targets.size(1) - 1)  # [T, 2C]
-    return torch.where(shown_neighbours(generator, mask, context), targets[:, places], -1)
+def neighbours_shown(generator: RowRandom, targets: Tensor, mask: Tensor, seen: SeenNeighbours | None,
+                     block: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """int64 [B, T, C]: the true token of each neighbour that the sampler head is shown, -1 of the others; and int64
+    [B, T]: how many of those shown the trunk does not know; block: see `shown_neighbours`."""
+    if seen is None:
+        return targets.new_empty(*targets.shape, 0), torch.zeros_like(targets)
+    places = torch.arange(targets.size(1), device=mask.device)[:, None] + seen.window.offsets(mask.device)
+    places = places.clamp(0, targets.size(1) - 1)  # [T, C]
+    shown = shown_neighbours(generator, mask, seen, block)
+    unknown = mask[:, places] if block is None else mask[:, places] & (block[:, places] == block[..., None])
+    return torch.where(shown, targets[:, places], -1), (shown & unknown).sum(2)
 
 
 def corrupt(corruption: Corruption, generator: RowRandom, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ One trunk call serves all of them, the critic's filled-in text apart. Losses are
 weights are shares of the global batch, so the losses of micro-steps and ranks add up, and so do those of chunks of
 positions: with a large vocabulary the logits of one chunk at a time exist.
 
-Letters: B rows, T sequence length, V vocabulary, D width, N predicted positions, C sampler_context.
+Letters: B rows, T sequence length, V vocabulary, D width, N predicted positions, C neighbours.
 """
 
 import math
@@ -144,7 +144,6 @@ class Objective(nn.Module):
     def __init__(self, model: GPT, allowed: Tensor, whole_loss: WholeLoss | None = None) -> None:
         super().__init__()
         self.model, self.whole_loss = model, whole_loss
-        self.predicts_all = model.config.attention_type == 'causal'  # every position, in order
         self.register_buffer('allowed', allowed, persistent=False)
         self.trunk_and_sampler_losses = self._trunk_and_sampler_losses
         self.critic_loss = self._critic_loss
@@ -185,11 +184,10 @@ class Objective(nn.Module):
 
     def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """(main loss, sampler loss or None, hidden states [N, D] of the predicted positions) from one trunk call."""
-        hidden = self.model.encode(batch.inputs).flatten(0, 1) if self.predicts_all else \
-            self.model.encode(batch.inputs, positions=batch.positions)  # [N, D]
+        hidden = self._hidden_states(batch)  # [N, D]
         targets = batch.targets.flatten().index_select(0, batch.positions)  # [N]
         embedding = self.model.neighbour_embedding().detach() if with_sampler else None  # [V, D]
-        parts = hidden, targets, batch.main_weights, batch.mean_weights, batch.neighbours
+        parts = hidden, targets, batch.main_weights, batch.mean_weights, batch.neighbours, batch.new
         chunks = math.ceil(len(hidden) / max(1, MOST_LOGITS // len(self.allowed)))
         if chunks <= 1:
             return *self._position_losses(*parts, embedding), hidden
@@ -198,18 +196,33 @@ class Objective(nn.Module):
         main, sampler = zip(*found)
         return sum(main), sum(sampler) if with_sampler else None, hidden
 
+    def _hidden_states(self, batch: Batch) -> Tensor:
+        """[N, D]: of the predicted positions, from one trunk call."""
+        config = self.model.config
+        if config.attention_type == 'causal':  # every position predicts, in order
+            return self.model.encode(batch.inputs).flatten(0, 1)
+        if config.attention_type == 'block':
+            one_length = len(config.block_length) == 1
+            return self.model.encode_streams(batch.inputs, batch.targets, config.block_length[0] if one_length else
+                                             batch.block_length, batch.positions)
+        return self.model.encode(batch.inputs, positions=batch.positions)
+
     def _position_losses(self, hidden: Tensor, targets: Tensor, main_weights: Tensor, mean_weights: Tensor,
-                         neighbours: Tensor, embedding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+                         neighbours: Tensor, new: Tensor, embedding: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(main loss, sampler loss) of N positions; the latter None without embedding [V, D], the neighbours'.
 
-        hidden [N, D]; the others are fields of `Batch` at these positions. The head's logits add to the trunk's.
+        hidden [N, D]; the others are fields of `Batch` at these positions. The head's own loss stops before the trunk
+        unless sampler_gradient is 'trunk'; the matrix that it may share, and the embeddings, it never moves.
         """
         logits = self.model.lm_head(hidden)  # [N, V]
         main = weighted_cross_entropy(logits, targets, main_weights, self.allowed)
         if embedding is None:
             return main, None
-        sampler_input = prepare_sampler_inputs(hidden.detach(), neighbours, embedding)
-        logits = self.model.sampler_head(sampler_input, logits.detach(), self.model.lm_head.weight.detach())  # [N, V]
+        head = self.model.sampler_head
+        if self.model.config.sampler_gradient == 'head':
+            hidden, logits = hidden.detach(), logits.detach()
+        sampler_input = prepare_sampler_inputs(hidden, neighbours, embedding, head.window.left)
+        logits = head(sampler_input, logits, self.model.lm_head.weight.detach(), new)  # [N, V]
         return main, weighted_cross_entropy(logits, targets, mean_weights, self.allowed)
 
     def _critic_loss(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -41,11 +41,18 @@ class TrainConfig:
     n_embd: int = option(384, 'channels')
     dropout: float = option(0.0, 'above 0 once the model sees the corpus many times')
     bias: bool = option(False, 'biases in the trunk; they cost time and gain nothing')
-    attention_type: Literal['bidirectional', 'causal'] = option('bidirectional', 'causal trains left to right')
+    attention_type: Literal['bidirectional', 'causal', 'block'] = option(
+        'bidirectional', 'causal trains left to right, block by blocks from left to right (docs/blocks.md)')
+    block_length: list[int] = option(
+        [], 'of attention_type=block: one length, or several that rows take in turn; 1 is causal, block_size a window')
     position_encoding: Literal['rotary', 'absolute'] = option('rotary', 'absolute learns one vector a position')
     # objective
     loss_weighting: Literal['masked_mean', 'elbo'] = option(
         'masked_mean', 'weighs all masked positions alike and learns faster (docs/LOG.md); elbo weighs them by 1 / t')
+    block_length_from: list[int] = option(
+        [], 'iteration from which each of several block lengths is drawn; 0 by default')
+    whole_block_share: float = option(0.5, 'share of the rows whose blocks are masked whole, as generation meets them')
+    block_mask_shares: list[float] = option([0.0, 1.0], 'smallest and largest share of masks in the other rows')
     # remasking models and judges (docs/remasking.md)
     training_type: Literal['unmasking', 'remasking', 'judge'] = option(
         'unmasking', 'remasking learns which tokens are wrong, judge which share of a text is')
@@ -60,6 +67,12 @@ class TrainConfig:
     add_sampler_head: bool = option(False, 'a small head that fills masks in waves')
     start_sampler_iteration: int = option(0, 'its training begins here')
     sampler_context: int = option(1, 'neighbours it sees on each side')
+    sampler_context_left: int | None = option(None, 'neighbours on the left; sampler_context by default')
+    sampler_context_right: int | None = option(None, 'neighbours on the right; sampler_context by default')
+    sampler_order: Literal['wave', 'left_to_right'] = option(
+        'wave', 'order of a fill, and so what it is shown: left_to_right always sees all on its left')
+    sampler_gate: bool = option(False, "learn which share of the trunk's logits it adds, instead of all of them")
+    sampler_gradient: Literal['head', 'trunk'] = option('head', "trunk lets its loss train the trunk too")
     sampler_output: Literal['own', 'shared_detached'] = option('own', 'shared_detached for a large vocabulary')
     sampler_residual: bool = option(True, "add its output to the trunk's logits")
     sampler_n_embd: int | None = option(None, 'its width; n_embd by default')

@@ -14,10 +14,10 @@ from core.checkpoints.helpers import load_generator, one_shot_fill, require_bloc
 from core.checkpoints.kinds import CheckpointKind
 from core.common.runtime import Runtime
 from core.data.vocabulary import Vocabulary
-from core.noise import Corruption, Masking
+from core.noise import BlockNoise, Corruption, Masking, seen_neighbours
 from core.objective import WholeLoss, judge_loss, remasking_loss
 from core.options import TrainConfig
-from core.validation import HeldOut, Validation, validate_generator, validate_judge, validate_remasking
+from core.validation import HeldOut, Validation, validate_blocks, validate_generator, validate_judge, validate_remasking
 from model import GPT
 
 Noise = Masking | Corruption | None
@@ -45,9 +45,14 @@ class TrainingKind:
 
 
 def _masking(config: TrainConfig, vocabulary: Vocabulary, runtime: Runtime) -> Masking:
-    return Masking(vocabulary.mask_token_id, config.loss_weighting,
-                   config.sampler_context if config.add_sampler_head else 0, config.critic_row_stride,
+    return Masking(vocabulary.mask_token_id, config.loss_weighting, seen_neighbours(config), config.critic_row_stride,
                    config.critic_target_scope)
+
+
+def _masking_of_blocks(config: TrainConfig, vocabulary: Vocabulary, runtime: Runtime) -> Masking:
+    low, high = config.block_mask_shares
+    return _masking(config, vocabulary, runtime)._replace(blocks=BlockNoise(
+        tuple(config.block_length), tuple(config.block_length_from), config.whole_block_share, (low, high)))
 
 
 def _no_noise(config: TrainConfig, vocabulary: Vocabulary, runtime: Runtime) -> None:
@@ -76,6 +81,24 @@ def _corruption(config: TrainConfig, checkpoint: str | None, length: int, vocabu
 
 def _no_problems(config: TrainConfig) -> list[str]:
     return []
+
+
+def _block_problems(config: TrainConfig) -> list[str]:
+    """Options of block models that no type shows; what concerns the shape is in `GPTConfig`."""
+    problems, shares = [], config.block_mask_shares
+    if config.block_length_from and len(config.block_length_from) != len(config.block_length):
+        problems.append(f'block_length_from is {config.block_length_from}, but block_length is {config.block_length}; '
+                        f'give one iteration for each length, or leave it out')
+    if not 0 <= config.whole_block_share <= 1:
+        problems.append(f'whole_block_share is {config.whole_block_share}, but must lie in [0, 1]')
+    if len(shares) != 2 or not 0 <= shares[0] < shares[1] <= 1:
+        problems.append(f'block_mask_shares is {shares}, but must be two rising numbers in [0, 1]')
+    elif shares != [0.0, 1.0] and config.loss_weighting == 'elbo':
+        problems.append(f'block_mask_shares is {shares}, but loss_weighting=elbo is a bound over [0, 1] alone; take '
+                        f'loss_weighting=masked_mean or leave block_mask_shares out')
+    if config.add_critic_head:
+        problems.append('add_critic_head is True, but the critic of a block model is not trained; leave it out')
+    return problems
 
 
 def _reader_problems(config: TrainConfig) -> list[str]:
@@ -112,6 +135,9 @@ TRAINING: dict[CheckpointKind, TrainingKind] = {
     CheckpointKind.UNMASKING: TrainingKind(
         {'training_type': 'unmasking', 'attention_type': 'bidirectional'}, _masking, unmasking_batches, None,
         validate_generator, _no_problems, value='nelbo'),
+    CheckpointKind.BLOCK: TrainingKind(
+        {'training_type': 'unmasking', 'attention_type': 'block'}, _masking_of_blocks, unmasking_batches, None,
+        validate_blocks, _block_problems, value='nelbo'),
     CheckpointKind.CAUSAL: TrainingKind(
         {'training_type': 'unmasking', 'attention_type': 'causal'}, _no_noise, causal_batches, None,
         validate_generator, _no_problems),

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.batches import position_weights
-from core.common.randomness import RowRandom, keyed
+from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.runtime import Runtime
 from core.data.corpus import Corpus, gather_windows
 from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, draw_exact_mask, judged_text,
-                        replace_tokens, stratified_mask_counts)
+                        neighbours_shown, replace_tokens, seen_neighbours, stratified_mask_counts)
 from core.objective import PositionSums, position_metrics, position_sums, remasking_terms, wrong_shares
 from model import GPT, ModelMode
+from sample_utils import prepare_sampler_inputs
 
 VALIDATION_SEED = 20_240_607  # one for all runs, so that their figures compare
 RANDOM_SHARE, FILLED_SHARE = 0.1, 0.3  # of the texts that a judge must rank below the true ones
@@ -45,8 +46,10 @@ class Validation:
         """One line for the console."""
         error, spent = f'(s.e. {self.standard_error:.4f})', f'{self.windows} windows, {self.seconds:.1f}s'
         if self.bits_per is not None:
-            return (f'{name} {self.value:.4f} nats/token {error}, {self.further["bits"]:.4f} bits/{self.bits_per}, '
-                    f'{spent}')
+            more = ''.join(f', {key.replace("_", " ")} {value:.4f}' for key, value in self.further.items()
+                           if key != 'bits')
+            return (f'{name} {self.value:.4f} nats/token {error}, {self.further["bits"]:.4f} bits/{self.bits_per}'
+                    f'{more}, {spent}')
         further = ''.join(f', {key.replace("_", " ")} {value:.4f}' for key, value in self.further.items())
         return f'{name} {self.value:.4f} {error}{further}, {spent}'
 
@@ -121,6 +124,63 @@ def validate_generator(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Ma
     bits, unit = bits_of(value, held_out.corpus, held_out.split)
     error = (terms.std() / math.sqrt(held_out.windows)).item() if held_out.windows > 1 else math.nan
     return Validation(value, error, {'bits': bits}, held_out.windows, time.perf_counter() - start, unit)
+
+
+def block_terms(model: GPT, windows: Tensor, block_length: int, generator: RowRandom, allowed: Tensor) -> Tensor:
+    """float64 [B]: a block model's NELBO per token of windows int64 [B, T], the any-order form inside each block: n
+    positions of it masked, n uniform in 1 .. b and stratified over a row's blocks, and the mean cross-entropy at them,
+    given the clean text before the block (Arriola et al. 2025, eq. 8, with the times integrated out)."""
+    (rows, T), b = windows.shape, block_length
+    cells = generator.uniform(Purpose.VALIDATION, T // b, stream=1).argsort(1)  # [B, T / b], one for each block
+    offset = generator.uniform(Purpose.VALIDATION, 1, stream=2)  # [B, 1]
+    counts = (((offset + cells.double() / (T // b)) % 1.0) * b).long().clamp(max=b - 1) + 1  # [B, T / b]
+    order = generator.uniform(Purpose.VALIDATION, T).view(rows, T // b, b).argsort(2).argsort(2)  # [B, T / b, b]
+    mask = (order < counts[..., None]).view(rows, T).to(windows.device)
+    weights = (1.0 / counts).repeat_interleave(b, dim=1).to(windows.device) / (T // b)  # [B, T]
+    positions = mask.flatten().nonzero().squeeze(1)  # [N]
+    hidden = model.encode_streams(apply_mask(windows, mask, model.config.mask_token_id), windows, b, positions)  # [N, D]
+    logits = model.lm_head(hidden).float().masked_fill(~allowed, -torch.inf)  # [N, V]
+    losses = F.cross_entropy(logits, windows.flatten()[positions], reduction='none').double()  # [N]
+    terms = torch.zeros(rows, dtype=torch.float64, device=losses.device)
+    return terms.index_add(0, positions // T, losses * weights.flatten()[positions])
+
+
+def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tensor) -> Tensor:
+    """float64 [B]: exact nats per token of windows int64 [B, T] where each block of a block model is written from one
+    trunk call, from left to right through a sampler head of that order."""
+    (rows, T), head = windows.shape, model.sampler_head
+    masked = torch.ones_like(windows, dtype=torch.bool)
+    hidden = model.encode_streams(torch.full_like(windows, model.config.mask_token_id), windows, block_length)
+    embedding, seen = model.neighbour_embedding(), seen_neighbours(model.config)
+    block = (torch.arange(T, device=windows.device) // block_length).expand(rows, T)
+    left, new = neighbours_shown(keyed(0, 0, 0, rows, windows.device), windows, masked, seen, block)
+    inputs = prepare_sampler_inputs(hidden.flatten(0, 1), left.flatten(0, 1), embedding, head.window.left)
+    logits = head(inputs, model.lm_head(hidden).flatten(0, 1), model.lm_head.weight, new.flatten())  # [B T, V]
+    logits = logits.float().masked_fill(~allowed, -torch.inf)
+    return F.cross_entropy(logits, windows.flatten(), reduction='none').double().view(rows, T).mean(1)
+
+
+@torch.no_grad()
+def validate_blocks(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Masking | None = None) -> Validation:
+    """Validate a block model in evaluation mode: its NELBO at the first of its block lengths, and further at each of
+    them (`nelbo_of_8`), with the exact nats at one call a block where it has a head that writes from left to right."""
+    start, T, runtime, config = time.perf_counter(), model.config.block_size, held_out.runtime, model.config
+    ordered = config.add_sampler_head and config.sampler_order == 'left_to_right'
+    names = [f'{name}_of_{b}' for b in config.block_length for name in ('nelbo', *(['one_call'] if ordered else []))]
+    terms = held_out.zeros(len(names))
+    for place, rows in held_out.batches(T):
+        generator, rows = keyed(VALIDATION_SEED, 0, place.start, len(rows)), rows.to(runtime.device)
+        with runtime.autocast():
+            found = [values for b in config.block_length for values in (
+                block_terms(model, rows, b, generator, allowed),
+                *([one_call_terms(model, rows, b, allowed)] if ordered else []))]
+        terms[place] = torch.stack(found, dim=1)
+    terms = runtime.total(terms)
+    means, value = terms.mean(0).tolist(), terms[:, 0].mean().item()
+    bits, unit = bits_of(value, held_out.corpus, held_out.split)
+    error = (terms[:, 0].std() / math.sqrt(held_out.windows)).item() if held_out.windows > 1 else math.nan
+    further = {'bits': bits} | dict(zip(names[1:], means[1:]))
+    return Validation(value, error, further, held_out.windows, time.perf_counter() - start, unit)
 
 
 def bits_of(nats: float, corpus: Corpus, split: str) -> tuple[float, str]:

@@ -103,7 +103,7 @@ def parameters(config: GPTConfig) -> int:
     count = V * D + D + layer_parameters(config) * L + (config.block_size * D if _is_absolute(config) else 0)
     if config.add_sampler_head:
         W = _head_width(config)
-        count += (2 * config.sampler_context + 1) * D * W + W * W + 6 * W
+        count += (config.sampler_window.size + 1) * D * W + W * W + 6 * W
         count += V * W if config.sampler_output == 'own' else 0
     return count + (D + 1 if config.add_critic_head else 0)
 
@@ -119,7 +119,7 @@ def matrices(config: GPTConfig) -> Iterator[tuple[int, int, int]]:
     L, D = config.n_layer, config.n_embd
     yield from ((L, 3 * D, D), (L, D, D), (L, 4 * D, D), (L, 4 * D, D))
     if config.add_sampler_head:
-        W, inputs = _head_width(config), (2 * config.sampler_context + 1) * D
+        W, inputs = _head_width(config), (config.sampler_window.size + 1) * D
         yield from ((1, max(W, inputs), min(W, inputs)), (1, W, W))
 
 
@@ -170,7 +170,7 @@ def micro_step_bytes(size: Size, positions: int) -> int:
     head, copies = 0, 3  # a position's bytes in the sampler head; copies of a chunk's logits
     if config.add_sampler_head:
         W = _head_width(config)
-        head, copies = FLOAT * (6 * W + (2 * config.sampler_context + 1) * D), 4
+        head, copies = FLOAT * (6 * W + (config.sampler_window.size + 1) * D), 4
     chunk = chunk_positions(positions, V)
     tables = config.add_sampler_head + (chunk < positions)  # normalised embeddings; a gradient that chunks add up
     trunk = kept_bytes(size, tokens, positions)
@@ -242,7 +242,7 @@ def iteration_operations(size: Size, positions: float) -> float:
     if size.recompute:  # once more, but for the last product of a layer, which nothing on the way back reads
         found += tokens * ((layer - 8 * D * D) * (L - 1) + 6 * D * D + 4 * T * D) + positions * 10 * D * D
     found += p * 2 * V * D * positions
-    W, neighbours = _head_width(config), 2 * config.sampler_context
+    W, neighbours = _head_width(config), config.sampler_window.size
     if config.add_sampler_head:  # its input takes back no gradient, nor does a matrix that is the trunk's
         found += 2 * positions * ((p - 1) * (neighbours + 1) * D * W + p * W * W +
                                   (p if size.sampler == 'own' else p - 1) * V * W)

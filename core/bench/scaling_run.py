@@ -34,7 +34,7 @@ from core.common.errors import UserError, raise_problems, run_script
 from core.common.printing import say
 from core.common.runtime import PEAK_RATES, measure_matrix_rate, start_runtime, stop_runtime
 from core.common.tables import markdown_table
-from core.noise import Masking
+from core.noise import Masking, seen_neighbours
 from core.training_step import TrainingState, training_step
 from model import GPT
 
@@ -117,7 +117,7 @@ def measure_here(size: Size) -> dict[str, Any] | None:
     runtime = start_runtime('cpu', 'float32', False, width=size.n_embd, iterations=size.steps)
     config, base = size.config, size.vocab_size - SPECIAL
     try:
-        masking = Masking(base, 'masked_mean', config.sampler_context if size.sampler else 0, config.critic_row_stride,
+        masking = Masking(base, 'masked_mean', seen_neighbours(config), config.critic_row_stride,
                           config.critic_target_scope)
         plan = BatchPlan(np.random.default_rng(0).integers(0, base, TOKENS, dtype=np.uint16), 1, size.block_size,
                          RowShare(size.rows, size.micro_steps, runtime.rank, runtime.world_size), masking)

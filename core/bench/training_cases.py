@@ -2,7 +2,7 @@
 
 The model is untrained and the corpus is random: time depends on shapes only.
 
-Letters: B rows, T sequence length, V vocabulary, D width, C sampler_context, W width of the sampler head.
+Letters: B rows, T sequence length, V vocabulary, D width, C neighbours, W width of the sampler head.
 """
 
 import math
@@ -17,7 +17,7 @@ from core.bench.sampling_cases import fill_operations
 from core.bench.yardstick import Baseline, BaselineTraining
 from core.checkpoints.kinds import CheckpointKind
 from core.common.runtime import Runtime
-from core.noise import Masking
+from core.noise import Masking, seen_neighbours
 from core.optimizer import is_matrix
 from core.training_step import StepSettings, TrainingState, training_step
 from model import GPT, GPTConfig
@@ -41,7 +41,7 @@ def training_cases(shape: Shape, runtime: Runtime, critic_row_stride: int) -> di
 
 def _training_run(config: GPTConfig, shape: Shape, runtime: Runtime) -> Callable[[int], object]:
     kind = CheckpointKind.CAUSAL if config.attention_type == 'causal' else CheckpointKind.UNMASKING
-    masking = Masking(shape.base_size, 'elbo', config.sampler_context if config.add_sampler_head else 0,
+    masking = Masking(shape.base_size, 'elbo', seen_neighbours(config),
                       config.critic_row_stride, config.critic_target_scope)
     plan = BatchPlan(_corpus(shape), 1, shape.block_size, RowShare(shape.batch_size), masking)
     model = GPT(config).to(runtime.device)
@@ -74,7 +74,7 @@ def step_operations(config: GPTConfig, shape: Shape) -> float:
     D, V, masked = config.n_embd, config.vocab_size, shape.tokens / 2
     operations = 3.0 * trunk * shape.tokens
     if config.add_sampler_head:  # its input is detached, so the first matrix has one product less to take back
-        first = (2 * config.sampler_context + 1) * D * D
+        first = (config.sampler_window.size + 1) * D * D
         operations += masked * 2 * (2 * first + 3 * D * D + (3 if config.sampler_output == 'own' else 2) * D * V)
     if config.add_critic_head:  # the filled-in text is read by the trunk once more, on a share of the rows
         share = math.ceil(shape.batch_size / config.critic_row_stride) / shape.batch_size
@@ -111,7 +111,7 @@ def step_bytes(config: GPTConfig, shape: Shape, dtype: torch.dtype) -> float:
     predicted = shape.tokens if config.attention_type == 'causal' else shape.tokens / 2
     values = trunk + predicted * LOSS * V
     if config.add_sampler_head:  # its input is gathered: read and written once
-        values += predicted * (2 * (2 * config.sampler_context + 1) * D + HEAD * W + LOSS * V)
+        values += predicted * (2 * (config.sampler_window.size + 1) * D + HEAD * W + LOSS * V)
     if config.add_critic_head:
         values += math.ceil(shape.batch_size / config.critic_row_stride) / shape.batch_size * trunk
     with torch.device('meta'):

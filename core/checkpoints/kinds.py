@@ -21,6 +21,8 @@ class CheckpointKind(StrEnum):
     # a diffusion model that reveals masked tokens
     UNMASKING = ('unmasking', ModelMode.LANGUAGE_MODEL, True, 'python train.py config/train_char_diffusion_sampler.py',
                  '--checkpoint_name')
+    # masked diffusion inside blocks, which come from left to right
+    BLOCK = ('block', ModelMode.LANGUAGE_MODEL, True, 'python train.py config/train_char_block.py', '--checkpoint_name')
     # logits over base vocabulary and the wrong id
     REMASKING = ('remasking', ModelMode.LANGUAGE_MODEL, False, 'python train.py config/train_char_remasking.py',
                  '--remasking_checkpoint_name')

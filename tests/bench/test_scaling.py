@@ -30,7 +30,7 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
 from core.common.runtime import Runtime
-from core.noise import Masking
+from core.noise import Masking, seen_neighbours
 from core.training_step import TrainingState, training_step
 from model import GPT, GPTConfig
 
@@ -43,7 +43,7 @@ HEADS = {'sampler': 'own', 'sampler_n_embd': 96, 'critic': True}
 def a_state(size):
     """A training state of `size` on this processor, and its plan."""
     base, config = size.vocab_size - SPECIAL, size.config
-    masking = Masking(base, 'masked_mean', config.sampler_context if size.sampler else 0, config.critic_row_stride,
+    masking = Masking(base, 'masked_mean', seen_neighbours(config), config.critic_row_stride,
                       config.critic_target_scope)
     plan = BatchPlan(np.random.default_rng(0).integers(0, base, 5000, dtype=np.uint16), 1, size.block_size,
                      RowShare(size.rows, size.micro_steps), masking)

@@ -10,9 +10,9 @@ from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_c
 from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
-from core.noise import Masking
+from core.noise import Masking, SeenNeighbours
 from core.training_step import StepSettings, TrainingState
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, SamplerWindow
 
 
 CPU = Runtime(torch.device('cpu'), torch.float32, False)
@@ -38,7 +38,9 @@ def awake(model: GPT, seed: int = 5) -> GPT:
 def toy_plan(**changes) -> BatchPlan:
     """Batches of the toy; `changes` to the fields of `BatchPlan`, `RowShare` and `Masking`, or corruption=..."""
     rows = {'batch_size': 4, **{name: changes.pop(name) for name in RowShare._fields if name in changes}}
-    masking = {'mask_token_id': V0, 'loss_weighting': 'elbo',
+    context = changes.pop('sampler_context', 0)
+    neighbours = SeenNeighbours(SamplerWindow(context, context)) if context else None
+    masking = {'mask_token_id': V0, 'loss_weighting': 'elbo', 'neighbours': neighbours,
                **{name: changes.pop(name) for name in Masking._fields if name in changes}}
     noise = changes.pop('corruption', None) or Masking(**masking)
     tokens = np.random.default_rng(0).integers(0, V0, 400).astype(np.uint16)

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from core.common.randomness import keyed
-from core.noise import (MINIMUM_TIME, apply_mask, draw_exact_mask, draw_mask, low_discrepancy_times, shown_neighbours,
-                        stratified_mask_counts)
+from core.noise import (MINIMUM_TIME, SeenNeighbours, apply_mask, draw_exact_mask, draw_mask, low_discrepancy_times,
+                        neighbours_shown, shown_neighbours, stratified_mask_counts)
+from model import SamplerWindow
 
 
 @settings(max_examples=50, deadline=None)
@@ -58,7 +59,7 @@ def test_validation_counts_cover_every_number_equally():
 def test_neighbours_are_shown_in_all_four_patterns():
     """Fully masked rows, one neighbour a side: left only, right only, both and none, a quarter each."""
     mask = torch.ones(2000, 6, dtype=torch.bool)
-    shown = shown_neighbours(keyed(4, 0, 0, 2000), mask, 1)
+    shown = shown_neighbours(keyed(4, 0, 0, 2000), mask, SeenNeighbours(SamplerWindow(1, 1)))
     assert not shown[:, 0, 0].any() and not shown[:, -1, 1].any()  # nothing lies beyond the sequence
     inner = shown[:, 1:-1].reshape(-1, 2)
     patterns = torch.bincount(inner[:, 0] * 2 + inner[:, 1], minlength=4).double() / len(inner)
@@ -67,7 +68,28 @@ def test_neighbours_are_shown_in_all_four_patterns():
 
 def test_revealed_neighbours_are_always_shown():
     mask = torch.tensor([[True, False, True, True, False]]).expand(500, -1)
-    shown = shown_neighbours(keyed(4, 0, 0, 500), mask, 2)  # slots left 2, left 1, right 1, right 2
+    shown = shown_neighbours(keyed(4, 0, 0, 500), mask, SeenNeighbours(SamplerWindow(2, 2)))  # slots left 2, left 1, right 1, right 2
     assert shown[:, 0, 2].all() and shown[:, 2, 1].all() and shown[:, 3, 2].all() and shown[:, 2, 3].all()
     assert 0.4 < shown[:, 3, 1].double().mean() < 0.6 and 0.4 < shown[:, 0, 3].double().mean() < 0.6
     assert not shown[:, 4, 2:].any()
+
+
+def test_from_left_to_right_all_on_the_left_is_shown_and_of_the_right_what_is_revealed():
+    mask = torch.tensor([[True, True, False, True, False]])
+    seen = SeenNeighbours(SamplerWindow(2, 1), 'left_to_right')
+    shown, new = neighbours_shown(keyed(1, 0, 0, 1), torch.tensor([[10, 11, 12, 13, 14]]), mask, seen)
+    assert shown.tolist() == [[[-1, -1, -1], [-1, 10, 12], [10, 11, -1], [11, 12, 14], [12, 13, -1]]]
+    assert new.tolist() == [[0, 1, 2, 1, 1]]
+
+
+def test_blocks_before_are_known_and_blocks_after_are_not_written():
+    mask, block = torch.tensor([[True, True, True, True, False, False]]), torch.tensor([[0, 0, 1, 1, 2, 2]])
+    text = torch.arange(10, 16)[None]
+    shown, new = neighbours_shown(keyed(1, 0, 0, 1), text, mask, SeenNeighbours(SamplerWindow(2, 2), 'left_to_right'),
+                                  block)
+    assert shown.tolist() == [[[-1, -1, -1, -1], [-1, 10, -1, -1], [10, 11, -1, -1], [11, 12, -1, -1],
+                               [12, 13, 15, -1], [13, 14, -1, -1]]]
+    assert new.tolist() == [[0, 1, 0, 1, 0, 0]]
+    for seed in range(20):  # waves show a side by lot, but what is known always
+        shown, _ = neighbours_shown(keyed(seed, 0, 0, 1), text, mask, SeenNeighbours(SamplerWindow(1, 1)), block)
+        assert shown[0, 2, 0] == 11 and shown[0, 1, 1] == -1 and shown[0, 4, 0] == 13
