@@ -3,9 +3,11 @@
 The models are small, over the letters of the prompts, with blocks of 256: 512 tokens go by blocks.
 """
 
+import math
 import re
 import shlex
 import string
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,17 @@ def calls_of(out: str) -> tuple[int, int]:
     return tuple(map(int, re.search(r'(\d+) trunk calls, (\d+) network calls', out).groups()))
 
 
+def confidence_of(out: str) -> float:
+    """Nats per token."""
+    return float(re.search(r'self-confidence (-\d+\.\d+) nats per token', out)[1])
+
+
+def entropy_of(out: str) -> float:
+    """Of the characters of all texts, in nats."""
+    counts = Counter(''.join(texts_of(out))).values()
+    return -sum(count / sum(counts) * math.log(count / sum(counts)) for count in counts)
+
+
 def test_basic_diffusion_sampling_goes_by_blocks(run):
     """512 tokens in blocks of 256 with half a block of context: three windows of 50 predictions, 49 by the critic."""
     out = run('python sample.py --sampling_method=diffusion --num_samples=4 --sequence_length=512')
@@ -90,7 +103,10 @@ def test_standard_sampling_continues_the_prompt(run):
 def test_iterations_and_temperature(run):
     out = run('python sample.py --sampling_method=diffusion --iterations=32 --temperature=0.7')
     assert calls_of(out) == (32, 63) and [len(text) for text in texts_of(out)] == [BLOCK] * 4
-    assert texts_of(out) != texts_of(run('python sample.py --sampling_method=diffusion --iterations=32'))
+    usual = run('python sample.py --sampling_method=diffusion --iterations=32')
+    assert texts_of(usual) == texts_of(run('python sample.py --sampling_method=diffusion --iterations=32 '
+                                           '--temperature=0.8'))
+    assert confidence_of(out) > confidence_of(usual) and entropy_of(out) < entropy_of(usual)
 
 
 def test_a_remasking_model_changes_the_text(run):
@@ -121,12 +137,17 @@ def test_debug_mode_shows_shares_and_previews(run):
 def test_high_quality_generation(run):
     out = run('python sample.py --diffusion_iterations=100 --temperature=0.6 --intelligent_remasking=True')
     assert calls_of(out) == (100, 199)
+    usual = run('python sample.py --diffusion_iterations=100 --intelligent_remasking=True')
+    assert confidence_of(out) > confidence_of(usual) and entropy_of(out) < entropy_of(usual)
 
 
 def test_shakespeare_generation(run):
     out = run('python sample.py --checkpoint_name=optimal2_3400.pt --sampling_method=diffusion --sequence_length=256 '
               '--diffusion_iterations=25 --temperature=0.7 --num_samples=3')
     assert re.search(r'49 network calls, \d{3,} waves', out)  # through the sampler head
+    assert entropy_of(out) < entropy_of(run(
+        'python sample.py --checkpoint_name=optimal2_3400.pt --sampling_method=diffusion --sequence_length=256 '
+        '--diffusion_iterations=25 --num_samples=3 --temperature=1.2'))
     assert calls_of(out) == (25, 49) and [len(text) for text in texts_of(out)] == [256] * 3
     assert re.search(r'self-confidence -\d+\.\d+ nats per token \(masked pseudo-likelihood in 8 groups\)', out)
     assert re.search(r"\ncharacters: '.' \d+\.\d%", out) and re.search(r'\npatterns: ', out)
@@ -136,6 +157,12 @@ def test_creative_writing(run):
     out = run('python sample.py --sampling_method=diffusion --sequence_length=512 --temperature=1.0 --top_p=0.9 '
               '--intelligent_remasking=True --diffusion_iterations=50')
     assert calls_of(out) == (150, 297) and [len(text) for text in texts_of(out)] == [512] * 4
+    whole = run('python sample.py --sampling_method=diffusion --sequence_length=512 --temperature=1.0 '
+                '--intelligent_remasking=True --diffusion_iterations=50')
+    narrow = run('python sample.py --sampling_method=diffusion --sequence_length=512 --temperature=1.0 --top_p=0.3 '
+                 '--intelligent_remasking=True --diffusion_iterations=50')
+    assert confidence_of(narrow) > confidence_of(out) > confidence_of(whole)
+    assert entropy_of(narrow) < entropy_of(out) < entropy_of(whole)
 
 
 def test_the_judge_scores_samples(run):
