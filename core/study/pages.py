@@ -1,4 +1,4 @@
-"""The study behind docs/results.md: which checkpoints it measures, and how a page of it is written anew.
+"""The study behind docs/results.md: which checkpoints it measures, and how a page of it is written again.
 
 `python evaluate.py --report` goes through `SECTIONS` (core/study/results.py). An experiment whose checkpoint is there
 is measured, through the cache beside the checkpoint, so that only what is new takes time; of one that is not there the
@@ -20,15 +20,15 @@ from core.common.tables import markdown_table, split_at_markers, write_between
 from core.evaluation.measure import Result
 from core.evaluation.options import RESULTS_PAGE, EvaluateConfig
 from core.evaluation.quality_tables import CURVE_COLUMNS, command_of, markers, rounded
+from core.study.records import Record, read_records
 
 TOTAL = 'total'  # name of the markers around `total_text`
 METRICS_NAME = 'metrics.jsonl'
 DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal', 'elapsed')  # of rows but of curves
 
-Record = dict[str, Any]  # an experiment's result, built-in types only
 Records = Mapping[str, Record]
 Say = Callable[[str], object]  # where lines for the user go
-Evaluate = Callable[[Any, Mapping[str, str]], list[Result]]  # rows, from evaluate.py's options and those given
+Evaluate = Callable[[EvaluateConfig, Mapping[str, str]], list[Result]]  # rows, from evaluate.py's options and those given
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: 
     folder.mkdir(exist_ok=True)
     start, missing = time.perf_counter(), []
     for section in sections:
-        kept, records = read_records(folder / f'{section.name}.json'), {}
+        kept, records = kept_records(folder, section), {}
         for experiment in section.experiments:
             if Path(experiment.checkpoint).exists():
                 records[experiment.name] = measure(experiment, config, evaluate)
@@ -87,12 +87,17 @@ def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: 
             if section.draw is not None:
                 section.draw(records, folder, say)
             say(f'{section.name}: {len(records)} of {len(section.experiments)} experiments')
-    kept = {section.name: read_records(folder / f'{section.name}.json') for section in sections}
+    kept = {section.name: kept_records(folder, section) for section in sections}
     if any(kept.values()):
         write_between(page, *markers(TOTAL), total_text(kept), page.name)
     for line in missing:
         say(line)
     say(f'{page} written after {time.perf_counter() - start:.0f} s')
+
+
+def kept_records(folder: Path, section: Section) -> dict[str, Record]:
+    """What an earlier report kept of a section, by experiment."""
+    return read_records(folder / f'{section.name}.json', {one.name: one.measure for one in section.experiments})
 
 
 def measure(experiment: Experiment, config: EvaluateConfig, evaluate: Evaluate) -> Record:
@@ -136,7 +141,7 @@ def is_kept(measure: str, column: str) -> bool:
     return column in CURVE_COLUMNS if measure == 'curves' else column not in DROPPED
 
 
-def training_facts(run_folder: Path) -> Record:
+def training_facts(run_folder: Path) -> dict[str, Any]:
     """What metrics.jsonl says of a training: iterations, seconds without validations, milliseconds of a step (median
     of the logged ones but the first), the validations; nothing where the file is not there."""
     path = run_folder / METRICS_NAME
@@ -152,17 +157,3 @@ def training_facts(run_folder: Path) -> Record:
             'losses': {name: rounded(value) for name, value in steps[-1].items() if name.startswith('train/')},
             'validations': [{name.removeprefix('val/'): rounded(value) for name, value in line.items()
                              if name == 'iteration' or name.startswith('val/')} for line in validations]}
-
-
-def read_records(path: Path) -> dict[str, Record]:
-    """The kept records of a section, none where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        records = json.loads(path.read_text(encoding='utf-8'))
-        if not isinstance(records, dict) or not all(isinstance(record, dict) and 'training' in record
-                                                    for record in records.values()):
-            raise ValueError('it holds no records of experiments')
-    except ValueError as error:
-        raise UserError(f'{path} is damaged ({error}); take it from the repository again') from None
-    return records

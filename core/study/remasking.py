@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from core.common.tables import markdown_table
 from core.evaluation.error_detection import SHOWN_SHARE
 from core.evaluation.quality_tables import at_equal_entropy
-from core.study.pages import Experiment, Record, Records, Section
+from core.study.pages import Experiment, Records, Section
+from core.study.records import Record
 from core.study.results import MAIN
 from core.study.words import SEEDS, calls_at, commands, spread
 

@@ -14,7 +14,8 @@ from core.evaluation.error_detection import DETECTORS, SHOWN_SHARE, arranged as 
 from core.evaluation.error_plots import plot_errors
 from core.evaluation.likelihood import draw as draw_likelihood
 from core.evaluation.quality_tables import REAL, Equal, at_equal_entropy, curves_text, draw_curves
-from core.study.pages import Experiment, Record, Records, Say, Section
+from core.study.pages import Experiment, Records, Say, Section
+from core.study.records import Record
 from core.study.words import SEEDS, Row, calls_at, commands, difference, figure, signed, spread
 
 TRAIN = 'python train.py config/train_char_diffusion.py'

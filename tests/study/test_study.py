@@ -11,12 +11,17 @@ from core.common.errors import UserError
 from core.common.tables import split_at_markers
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality_tables import markers
-from core.study.pages import Experiment, Section, read_records, total_text, training_facts, write_report
+from core.study.pages import Experiment, Section, kept_records, total_text, training_facts, write_report
+from core.study.records import read_records
 from core.study.remasking import SECTIONS as REMASKING_SECTIONS
 from core.study.results import SECTIONS as RESULT_SECTIONS, calls_without, windows_text
 from core.study.words import commands, difference
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+ROW = {'dataset': 'd', 'split': 'val', 'kind': 'unmasking', 'standard_error': 0.1, 'bits': 2.0, 'unit': 'character',
+       'seconds': 3.0}
 
 
 def make_page(folder, names):
@@ -34,7 +39,7 @@ def run(page, sections, nats=1.5):
 
     def evaluate(config, explicit):
         asked.append((config.measure, config.out_dir, config.checkpoint_name, config.report, set(explicit)))
-        return [{'nats': nats, 'data_hash': 'x', 'windows': config.windows, 'elapsed': 0.7}]
+        return [{**ROW, 'nats': nats, 'data_hash': 'x', 'windows': config.windows, 'elapsed': 0.7}]
 
     write_report(dataclasses.replace(EvaluateConfig(), report=str(page)), sections, evaluate, said.append)
     return said, asked
@@ -54,7 +59,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_read_or_named(tmp_path):
     assert f'a: 1.5, python evaluate.py --measure=nelbo --out_dir={there.parent} --windows=7' in text
     assert text.startswith('before') and text.endswith('after\n')
     kept = json.loads((tmp_path / 'results' / 'study.json').read_text())
-    assert kept['a']['rows'] == [{'nats': 1.5, 'windows': 7}] and 'b' not in kept
+    assert kept['a']['rows'] == [{**ROW, 'nats': 1.5, 'windows': 7}] and 'b' not in kept
     assert kept['a']['evaluation_seconds'] == 0.7 and '| together |         0 |' in text
     there.unlink()
     said, asked = run(page, sections, nats=9.0)  # from the record
@@ -83,12 +88,21 @@ def test_another_page_is_refused_with_the_names_of_those_there_are(tmp_path):
 
 
 def test_a_damaged_record_is_refused(tmp_path):
-    path = tmp_path / 'study.json'
-    assert read_records(path) == {}
-    for content in ('{', '[]', '{"a": 1}', '{"a": {}}'):
+    path, good = tmp_path / 'study.json', {**ROW, 'nats': 1.5, 'windows': 7}
+    assert read_records(path, {'a': 'nelbo'}) == {}
+    path.write_text(json.dumps({'a': {'training': 'x', 'rows': [good]}}))
+    assert read_records(path, {'a': 'nelbo'})['a']['rows'] == [good]
+    for content in ('{', '[]', '{"a": 1}', '{"a": {}}', '{"a": {"training": 3}}', '{"a": {"training": "x"}}',
+                    *(json.dumps({'a': {'training': 'x', 'rows': rows}}) for rows in (
+                        [], [{}], 3, [{**good, 'nats': 'x'}], [{**good, 'nats': None}], [{**good, 'more': 1}],
+                        [{**good, 'windows': -1}])), '{"a": {"training": "x", "seconds": 1e999, "rows": []}}'):
         path.write_text(content)
-        with pytest.raises(UserError, match='damaged'):
-            read_records(path)
+        with pytest.raises(UserError, match='damaged.*take it from the repository again') as refused:
+            read_records(path, {'a': 'nelbo'})
+        assert '\n' not in str(refused.value)
+    path.write_text(json.dumps({'a': {'training': 'x', 'rows': [good]}}))
+    with pytest.raises(UserError, match='a holds rows'):
+        read_records(path, {'a': None})
 
 
 def test_what_metrics_say_of_a_training(tmp_path):
@@ -170,7 +184,7 @@ def shown_on(page, name):
 
 @pytest.mark.parametrize('sections', (RESULT_SECTIONS, REMASKING_SECTIONS), ids=('results', 'remasking'))
 def test_the_totals_are_those_of_the_records(sections):
-    records = {section.name: read_records(ROOT / 'docs' / 'results' / f'{section.name}.json') for section in sections}
+    records = {section.name: kept_records(ROOT / 'docs' / 'results', section) for section in sections}
     assert shown_on(sections[0].page, 'total') == (total_text(records) if any(records.values()) else '')
 
 
@@ -178,7 +192,7 @@ def test_the_totals_are_those_of_the_records(sections):
 def test_the_page_says_what_its_records_say(section):
     """No figure typed by hand: the text between the markers is made of the kept records, byte for byte; nothing stands
     there without them."""
-    records = read_records(ROOT / 'docs' / 'results' / f'{section.name}.json')
+    records = kept_records(ROOT / 'docs' / 'results', section)
     assert shown_on(section.page, section.name) == (section.text(records).strip('\n') if records else '')
     names = [experiment.name for experiment in section.experiments]
     assert len(set(names)) == len(names) and set(records) <= set(names)
