@@ -21,7 +21,8 @@ from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, dr
                         low_discrepancy_times, neighbours_shown)
 
 # N is padded to one of these shares of B * T, so that compiled steps see the same shape again and again: the number of
-# masked positions of a batch with low-discrepancy times stays within a few per cent of one half.
+# masked positions of a batch with low-discrepancy times stays within a few per cent of the schedule's mean (one half of
+# the linear one).
 CAPACITIES = (0.5625, 0.75, 1.0)
 
 
@@ -87,8 +88,8 @@ def draw_windows(plan: BatchPlan, generator: RowRandom, length: int) -> Tensor:
 def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
     """The micro-steps of one iteration of masked diffusion.
 
-    `total` adds a count over all ranks. Weights for 'elbo': 1 / t over G * T (Sahoo et al. 2024, eq. 11, with the
-    linear schedule); for 'masked_mean': 1 / number of masked positions of the global batch.
+    `total` adds a count over all ranks. Weights for 'elbo': the schedule's over G * T (Sahoo et al. 2024, eq. 11);
+    for 'masked_mean': 1 / number of masked positions of the global batch.
     """
     T, masking = plan.block_size, plan.noise
     drawn = [(generator, draw_windows(plan, generator, T), draw_masked(plan, iteration, generator))
@@ -129,7 +130,8 @@ def draw_masked(plan: BatchPlan, iteration: int, generator: RowRandom) -> Masked
     T, G, masking = plan.block_size, plan.rows.global_batch, plan.noise
     if masking.blocks is None:
         times = low_discrepancy_times(generator, G)  # [B]
-        return Masked(draw_mask(generator, times, T), 1 / times[:, None], generator.rows[:0])
+        mask = draw_mask(generator, masking.schedule.mask_probability(times), T)
+        return Masked(mask, masking.schedule.elbo_weight(times)[:, None], generator.rows[:0])
     lengths = masking.blocks.lengths_at(iteration)
     probability = block_probabilities(generator, lengths, T, G, masking.blocks)  # [B, T]
     return Masked(generator.uniform(Purpose.MASK, T) < probability, 1 / probability,

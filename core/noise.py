@@ -1,12 +1,14 @@
-"""Corruption: times, masks and replaced tokens, as pure functions of a `RowRandom` generator.
+"""Noise: schedules, times, masks and replaced tokens, as pure functions of a `RowRandom` generator.
 
-Absorbing-state diffusion with the linear schedule: at time t each position is masked independently with probability t
+Absorbing-state diffusion: at time t each position is masked independently with the probability that the schedule gives
 (Sahoo et al. 2024, MDLM; Shi et al. 2024, MD4). Rows are numbered over the whole global batch of an iteration.
 
 Letters: B rows held here, G rows of the global batch, T sequence length.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +18,52 @@ from torch import Tensor
 from core.common.randomness import Purpose, RowRandom
 from model import SamplerWindow
 
-MINIMUM_TIME = 1e-3  # epsilon: times below it are never drawn, so 1 / t stays bounded
+MINIMUM_TIME = 1e-3  # epsilon: times below it are never drawn, so the weight 1 / t of the linear schedule stays bounded
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How much is masked at time t in [0, 1] (Shi et al. 2024, MD4, section 4; Lou et al. 2024, SEDD). All functions map
+    float64 tensors to float64 tensors of the same shape.
+
+    mask_probability: 1 - alpha(t), it rises from about 0 to about 1; time_of: its reverse; elbo_weight:
+    -alpha'(t) / (1 - alpha(t)), the weight of the cross-entropy at masked positions in the NELBO (Sahoo et al. 2024,
+    eq. 11). The NELBO does not depend on the schedule, only its estimator does.
+    """
+
+    mask_probability: Callable[[Tensor], Tensor]
+    time_of: Callable[[Tensor], Tensor]
+    elbo_weight: Callable[[Tensor], Tensor]
+
+    def alpha(self, times: Tensor) -> Tensor:
+        """The probability that a position is not masked at `times`."""
+        return 1 - self.mask_probability(times)
+
+    def inverse(self, alpha: Tensor) -> Tensor:
+        """The times at which a position is not masked with probability `alpha`."""
+        return self.time_of(1 - alpha)
+
+
+_GEOMETRIC = 1e-5, 20.0  # the total noise at t = 0 and t = 1, as in MD4 and SEDD: between them e^-1e-5 and e^-20 of 1
+_GROWTH = math.log(_GEOMETRIC[1] / _GEOMETRIC[0])
+
+
+def _total_noise(times: Tensor) -> Tensor:
+    """The total noise of the geometric schedule, smallest^(1 - t) largest^t; alpha(t) = exp(-total noise)."""
+    return _GEOMETRIC[0] * torch.exp(_GROWTH * times)
+
+
+SCHEDULES = {
+    'linear': NoiseSchedule(lambda t: t, lambda masked: masked, lambda t: 1 / t),  # alpha(t) = 1 - t
+    'cosine': NoiseSchedule(  # alpha(t) = 1 - cos(pi / 2 (1 - t)); few positions are masked for long
+        lambda t: torch.sin(math.pi / 2 * t), lambda masked: 2 / math.pi * torch.asin(masked),
+        lambda t: math.pi / 2 / torch.tan(math.pi / 2 * t)),
+    'geometric': NoiseSchedule(
+        lambda t: -torch.expm1(-_total_noise(t)),
+        lambda masked: torch.log(-torch.log1p(-masked) / _GEOMETRIC[0]) / _GROWTH,
+        lambda t: _GROWTH * _total_noise(t) / torch.expm1(_total_noise(t))),
+}  # by the value of --noise_schedule
+LINEAR = SCHEDULES['linear']
 
 
 def low_discrepancy_times(generator: RowRandom, global_batch: int) -> Tensor:
@@ -24,7 +71,8 @@ def low_discrepancy_times(generator: RowRandom, global_batch: int) -> Tensor:
 
     Each t is uniform on [eps, 1), and the G times of a batch fall one into each of G equal cells (Kingma et al. 2021,
     variational diffusion models, appendix I.1). Leaving out t < eps changes the mean of the 1 / t loss by
-    eps * (m1 - m0), where m1 is that mean and m0 the integrand at t = 0: about a thousandth of the loss at most.
+    eps * (m1 - m0), where m1 is that mean and m0 the integrand at t = 0: about a thousandth of the loss at most. The
+    same holds under every schedule.
     """
     shared = RowRandom(generator.seed, generator.iteration, torch.zeros_like(generator.rows[:1]))
     offset = shared.uniform(Purpose.TIME, 1)[:, 0]  # [1]
@@ -32,9 +80,9 @@ def low_discrepancy_times(generator: RowRandom, global_batch: int) -> Tensor:
     return MINIMUM_TIME + (1 - MINIMUM_TIME) * phase
 
 
-def draw_mask(generator: RowRandom, times: Tensor, length: int) -> Tensor:
-    """bool [B, T], True where masked: each position independently with its row's probability `times` [B]."""
-    return generator.uniform(Purpose.MASK, length) < times[:, None]
+def draw_mask(generator: RowRandom, probability: Tensor, length: int) -> Tensor:
+    """bool [B, T], True where masked: each position independently with its row's `probability` [B]."""
+    return generator.uniform(Purpose.MASK, length) < probability[:, None]
 
 
 def apply_mask(tokens: Tensor, mask: Tensor, mask_token_id: int) -> Tensor:
@@ -138,7 +186,7 @@ class Masking(NamedTuple):
 
     loss_weighting: of the main loss (docs/training.md); neighbours: what the sampler head sees, None without one;
     critic_row_stride: every n-th row is the critic's; critic_scope: whether it judges the masked positions or all;
-    blocks: of a block model.
+    blocks: of a block model; schedule: which share is masked when, of others.
     """
 
     mask_token_id: int
@@ -147,6 +195,7 @@ class Masking(NamedTuple):
     critic_row_stride: int = 1
     critic_scope: Literal['masked_only', 'masked_and_ignore'] = 'masked_only'
     blocks: BlockNoise | None = None
+    schedule: NoiseSchedule = LINEAR
 
 
 class Corruption(NamedTuple):

@@ -53,6 +53,8 @@ class TrainConfig:
         [], 'iteration from which each of several block lengths is drawn; 0 by default')
     whole_block_share: float = option(0.5, 'share of the rows whose blocks are masked whole, as generation meets them')
     block_mask_shares: list[float] = option([0.0, 1.0], 'smallest and largest share of masks in the other rows')
+    noise_schedule: Literal['linear', 'cosine', 'geometric'] = option(
+        'linear', 'share of masked positions over time; the bound is the same, its estimate and the samplers follow it')
     # remasking models and judges (docs/remasking.md)
     training_type: Literal['unmasking', 'remasking', 'judge'] = option(
         'unmasking', 'remasking learns which tokens are wrong, judge which share of a text is')

@@ -14,7 +14,7 @@ from core.checkpoints.helpers import load_generator, one_shot_fill, require_bloc
 from core.checkpoints.kinds import CheckpointKind
 from core.common.runtime import Runtime
 from core.data.vocabulary import Vocabulary
-from core.noise import BlockNoise, Corruption, Masking, seen_neighbours
+from core.noise import SCHEDULES, BlockNoise, Corruption, Masking, seen_neighbours
 from core.objective import WholeLoss, judge_loss, remasking_loss
 from core.options import TrainConfig
 from core.validation import HeldOut, Validation, validate_blocks, validate_generator, validate_judge, validate_remasking
@@ -46,7 +46,7 @@ class TrainingKind:
 
 def _masking(config: TrainConfig, vocabulary: Vocabulary, runtime: Runtime) -> Masking:
     return Masking(vocabulary.mask_token_id, config.loss_weighting, seen_neighbours(config), config.critic_row_stride,
-                   config.critic_target_scope)
+                   config.critic_target_scope, schedule=SCHEDULES[config.noise_schedule])
 
 
 def _masking_of_blocks(config: TrainConfig, vocabulary: Vocabulary, runtime: Runtime) -> Masking:

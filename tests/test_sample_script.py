@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from configurator import configure
+from core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from core.checkpoints.heads import started_heads
 from core.common.errors import UserError
+from core.noise import SCHEDULES
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
 from core.sampling.policy_options import option_problems, policy_help, remasking_levels
@@ -81,6 +83,20 @@ def test_each_policy_runs_by_its_name_and_ignores_the_batch_size(folder, name):
     first, said = sample(folder, *arguments)
     assert sample(folder, *arguments, '--batch_size=2')[0].texts == first.texts and 'trunk calls' in said
     assert all(text.startswith('ab') and '_' not in text for text in first.texts)
+
+
+def test_policies_in_time_follow_the_schedule_that_the_checkpoint_names(folder, monkeypatch):
+    seen = []
+    row = POLICIES['mdlm']
+    monkeypatch.setitem(POLICIES, 'mdlm', row._replace(make=lambda **given: seen.append(given['schedule']) or
+                                                       row.make(**given)))
+    for name in ('ckpt_best.pt', 'cosine.pt'):
+        if name == 'cosine.pt':
+            checkpoint = load_checkpoint(folder / 'ckpt_best.pt')
+            checkpoint.config['noise_schedule'] = 'cosine'
+            save_checkpoint(folder / name, checkpoint.to_payload())
+        sample(folder, '--sampling_policy=mdlm', '--iterations=3', f'--checkpoint_name={name}', '--num_samples=1')
+    assert seen == [SCHEDULES['linear'], SCHEDULES['cosine']]
 
 
 def test_help_lists_every_policy_in_one_line():

@@ -27,6 +27,7 @@ from core.common.errors import UserError, raise_problems
 from core.common.expressions import excerpt, shown, shown_name
 from core.common.files import atomic_files, atomic_writer, unwritable
 from core.data.corpus import file_hash
+from core.noise import SCHEDULES, NoiseSchedule
 from model import GPT, GPTConfig
 
 FORMAT_VERSION = 1
@@ -90,6 +91,15 @@ class Checkpoint:
     def weights(self, use_ema: bool = True) -> dict[str, Tensor]:
         """The averaged weights where there are any and they are wanted, else the last ones."""
         return self.ema if use_ema and self.ema is not None else self.model
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """The one that the model was trained with; linear where the run had no such option. UserError for one that this
+        program does not know."""
+        name = self.config.get('noise_schedule', 'linear')
+        if not isinstance(name, str) or name not in SCHEDULES:
+            raise UserError(f'the checkpoint was trained with noise_schedule={shown(name)}, but this program knows '
+                            f'{", ".join(SCHEDULES)}; update this program')
+        return SCHEDULES[name]
 
 
 _FIELD_TYPES = {'kind': (str,), 'model_config': (dict,), 'config': (dict,), 'vocabulary': (dict,),

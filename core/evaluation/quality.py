@@ -77,7 +77,8 @@ class Study:
         self.writer = Writer(evaluation.model, evaluation.vocabulary, evaluation.runtime, evaluation.allowed,
                              evaluation.sampler_head and config.use_sampler_head, critic, config.num_samples,
                              config.sequence_length or evaluation.model.config.block_size,
-                             min(config.batch_size, config.num_samples), config.seed)
+                             min(config.batch_size, config.num_samples), config.seed,
+                             schedule=checkpoint.noise_schedule())
         self.reference_path = self._optional('reference_checkpoint', 'no figure of reference bits', REFERENCE_CURE)
         self.causal_path = self._optional('causal_checkpoint', 'no causal control', CAUSAL_CURE)
         self.guidance = self._guidance(critic)

@@ -30,6 +30,7 @@ from core.common.timing import TimingAccumulator
 from core.data.corpus import Corpus
 from core.data.vocabulary import Vocabulary
 from core.evaluation.text_metrics import Reference
+from core.noise import LINEAR, NoiseSchedule
 from core.sampling.generation import GenerationSettings, generate, score_confidence
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
@@ -53,7 +54,7 @@ DIALS: dict[str, tuple[str, Callable[[float], float]]] = {  # an adaptive policy
 class Writer:
     """A model and what all its settings have in common. sampler_head and critic: whether they serve; allowed bool [V];
     samples texts of `length` tokens in batches of at most batch_size; the text with index i depends on seed and i;
-    remasking_model: serves as the critic in place of the model's own head."""
+    remasking_model: serves as the critic in place of the model's own head; schedule: the model's."""
 
     model: GPT
     vocabulary: Vocabulary
@@ -66,6 +67,7 @@ class Writer:
     batch_size: int
     seed: int
     remasking_model: GPT | None = None
+    schedule: NoiseSchedule = LINEAR
 
 
 class Written(NamedTuple):
@@ -148,12 +150,12 @@ class Budget:
         """Write at `calls` trunk calls where the policy has `iterations` or a dial; None: as it stands."""
         if name not in DIALS or calls is None:
             options = {} if calls is None else {'iterations': calls}
-            return Budgeted(options, write(self.writer, make_policy(name, **self.options, **options), temperature))
+            return Budgeted(options, write(self.writer, make_policy(name, self.writer.schedule, **self.options, **options), temperature))
         option, value = DIALS[name]
         trials = self._trials.setdefault((name, temperature), {})
 
         def try_out(x: float) -> float:
-            trials[x] = write(self.writer, make_policy(name, **self.options, **{option: value(x)}), temperature)
+            trials[x] = write(self.writer, make_policy(name, self.writer.schedule, **self.options, **{option: value(x)}), temperature)
             return trials[x].trunk_calls
 
         x = nearest_setting(try_out, calls, self.writer.length, {x: one.trunk_calls for x, one in trials.items()})

@@ -112,8 +112,8 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
         calibration, line = find_calibration(path)
         said.append(line)
         calibrate = None if calibration is None else calibration.to(device).error_rate
-    settings = GenerationSettings(config.sampling_method, rule, build_policy(config, calibrate) if diffusing else None,
-                                  config.iterations,
+    policy = build_policy(config, calibrate, checkpoint.noise_schedule()) if diffusing else None
+    settings = GenerationSettings(config.sampling_method, rule, policy, config.iterations,
                                   'wave' if diffusing and sampler and config.use_sampler_head else 'none',
                                   diffusing and (critic or remasking_model is not None), start_token(vocabulary),
                                   config.block_length)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from core.checkpoints.kinds import CheckpointKind
 from core.common.expressions import closest
+from core.noise import LINEAR, NoiseSchedule
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES, REMASKING, Policy
 from model import GPTConfig
@@ -207,18 +208,21 @@ def reads_thresholds(config: SampleConfig) -> bool:
     return config.sampling_policy == 'remask' and config.schedule_mode == 'threshold'
 
 
-def build_policy(config: SampleConfig, calibrate: Callable[[Tensor], Tensor] | None = None) -> Policy:
-    """The chosen policy with its options; calibrate: what thresholds put the critic's wrongness through."""
+def build_policy(config: SampleConfig, calibrate: Callable[[Tensor], Tensor] | None = None,
+                 schedule: NoiseSchedule = LINEAR) -> Policy:
+    """The chosen policy with its options; calibrate: what thresholds put the critic's wrongness through; schedule: of
+    the checkpoint."""
     row = POLICIES[config.sampling_policy]
     if config.sampling_policy == 'remask':
         return row.make(remasking_levels(config), config.schedule_mode, config.randomness_strength,
                         config.intelligent_remasking, calibrate)
-    return row.make(**{name: getattr(config, name) for name in row.options})
+    timed = {'schedule': schedule} if row.timed else {}
+    return row.make(**{name: getattr(config, name) for name in row.options}, **timed)
 
 
-def make_policy(name: str, **options: Any) -> Policy:
-    """A policy with the defaults of sample.py, `SampleConfig`, but for `options`."""
-    return build_policy(SampleConfig(sampling_policy=name, **options))
+def make_policy(name: str, schedule: NoiseSchedule = LINEAR, **options: Any) -> Policy:
+    """A policy with the defaults of sample.py, `SampleConfig`, but for `options`; schedule: of the checkpoint."""
+    return build_policy(SampleConfig(sampling_policy=name, **options), schedule=schedule)
 
 
 def policy_help() -> str:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import RowRandom, keyed
 from core.common.timing import TimingAccumulator
+from core.noise import LINEAR, SCHEDULES
 from core.sampling.generation import Block, Generation, GenerationSettings, WindowRun, generate, run_block, windows
 from core.sampling.network import Network, Soundness
 from core.sampling.options import SampleConfig
@@ -129,6 +130,33 @@ def test_the_sampled_law_is_the_enumerated_one(name):
     assert p_value(made.tokens, law(name)) > ALARM
     assert_each_step_follows(trace, step_laws(name))
     assert network.trunk_calls <= steps
+
+
+def cosine(t):
+    """alpha(t) of MD4's cosine schedule."""
+    return 1 - math.cos(math.pi / 2 * (1 - t))
+
+
+def cosine_loop(t, on=0.7, off=0.4, held=0.6):
+    """The cosine schedule run until it has revealed `held`, stopped between on and off, and run to its end."""
+    stopped = 1 - math.acos(1 - held) * 2 / math.pi
+    return cosine(1 - (1 - t) * (1 - stopped) / (1 - on)) if t > on else held if t >= off else cosine(stopped * t / off)
+
+
+@pytest.mark.parametrize('name, options, steps, step_of', [
+    ('mdlm', {}, 3, lambda: laws.remdm(3, cosine, lambda state, mine, t, largest: {None: 0.0})),
+    ('remdm_cap', {}, 3, lambda: laws.remdm(3, cosine, lambda state, mine, t, largest: {None: min(0.4, largest)})),
+    ('remdm_loop', {'iterations': 5}, 5, lambda: laws.remdm(5, cosine_loop, lambda state, mine, t, largest: {
+        None: min(0.4, largest) if 0.4 < t <= 0.7 else 0.0}))])
+def test_policies_in_time_follow_the_schedule_of_the_model(name, options, steps, step_of):
+    values = {option: {**VALUES, **options}[option] for option in POLICIES[name].options}
+    trace = Trace({}, torch.zeros(1))
+    run(POLICIES[name].make(**values, schedule=SCHEDULES['cosine']), watch=trace.add)
+    assert_each_step_follows(trace, laws.laws_of(step_of(), steps))
+    first, linear = (tokens_of(one[0], V0 + 1) for one in (laws.laws_of(step_of(), steps), step_laws(name)))
+    assert (first - linear).abs().sum() > 0.2  # so that the linear schedule cannot stand for it
+    assert {name for name, row in POLICIES.items() if row.timed} == {
+        'mdlm', 'remdm_cap', 'remdm_rescale', 'remdm_conf', 'remdm_loop'}
 
 
 @pytest.mark.parametrize('levels, mode, randomness, guidance', [
@@ -569,7 +597,8 @@ def test_a_policy_made_by_name_has_the_defaults_of_sample_py(monkeypatch):
     offered = {one.name: one.default for one in dataclasses.fields(SampleConfig)}
     levels, *rest = seen.pop('remask')
     assert levels == pytest.approx([0.95 - 0.9 * step / 48 for step in range(49)]) and rest[:3] == ['ratio', 0.4, True]
-    assert seen == {name: {option: offered[option] for option in row.options} for name, row in POLICIES.items()
-                    if name != 'remask'}
+    timed = {True: {'schedule': LINEAR}, False: {}}
+    assert seen == {name: {option: offered[option] for option in row.options} | timed[row.timed]
+                    for name, row in POLICIES.items() if name != 'remask'}
     make_policy('maskgit', iterations=7)
     assert seen['maskgit'] == {'iterations': 7, 'choice_temperature': 4.5}

@@ -1,12 +1,58 @@
 """Times, masks and shown neighbours."""
 
+import itertools
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from core.common.randomness import keyed
-from core.noise import (MINIMUM_TIME, SeenNeighbours, apply_mask, draw_exact_mask, draw_mask, low_discrepancy_times,
-                        neighbours_shown, shown_neighbours, stratified_mask_counts)
+from core.noise import (MINIMUM_TIME, SCHEDULES, SeenNeighbours, apply_mask, draw_exact_mask, draw_mask,
+                        low_discrepancy_times, neighbours_shown, shown_neighbours, stratified_mask_counts)
 from model import SamplerWindow
+
+
+def closed_form(name: str, t: float) -> float:
+    """alpha(t) as MD4's table has it, written a second time."""
+    return {'linear': 1 - t, 'cosine': 1 - math.cos(math.pi / 2 * (1 - t)),
+            'geometric': math.exp(-(1e-5 ** (1 - t)) * 20 ** t)}[name]
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_a_schedule_falls_from_one_to_zero_as_its_formula_says_and_can_be_reversed(name):
+    schedule, times = SCHEDULES[name], torch.linspace(0, 1, 1001, dtype=torch.float64)
+    alpha = schedule.alpha(times)
+    assert alpha.tolist() == pytest.approx([closed_form(name, t) for t in times.tolist()], abs=1e-12)
+    assert alpha[0] > 1 - 2e-5 and alpha[-1] < 1e-8 and (alpha.diff() < 0).all()
+    inside = times[1:-1]
+    torch.testing.assert_close(schedule.time_of(schedule.mask_probability(inside)), inside, rtol=1e-9, atol=1e-9)
+    steep = inside[(alpha[1:-1] > 1e-4) & (alpha[1:-1] < 1 - 1e-6)]  # where alpha still tells times apart
+    torch.testing.assert_close(schedule.inverse(schedule.alpha(steep)), steep, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_the_weight_of_the_bound_is_the_slope_over_the_masked_share(name):
+    schedule, times, h = SCHEDULES[name], torch.linspace(0.01, 0.99, 99, dtype=torch.float64), 1e-6
+    slope = (schedule.mask_probability(times + h) - schedule.mask_probability(times - h)) / (2 * h)
+    expected = slope / schedule.mask_probability(times)
+    torch.testing.assert_close(schedule.elbo_weight(times), expected, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_the_bound_does_not_depend_on_the_schedule(name):
+    """For any cost of every mask: the integral over time of weight times expected cost, in float64, is the any-order
+    sum over the numbers of masked positions, which knows no schedule."""
+    T, generator = 4, torch.Generator().manual_seed(2)
+    masks = torch.tensor(list(itertools.product([False, True], repeat=T)))[1:]
+    costs = torch.rand(len(masks), T, generator=generator, dtype=torch.float64)
+    cost, counts = (costs * masks).sum(1), masks.sum(1)  # [15]
+    order = sum(c / n / (T * math.comb(T, n)) for c, n in zip(cost.tolist(), counts.tolist()))
+    times = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    share = SCHEDULES[name].mask_probability(times)[:, None]  # [.., 1]
+    chance = share ** counts * (1 - share) ** (T - counts)  # [.., 15]
+    integral = (SCHEDULES[name].elbo_weight(times) * (chance * cost).sum(1)).mean().item() / T
+    assert integral == pytest.approx(order, rel=1e-4 if name == 'geometric' else 1e-8)  # geometric begins at 1e-5
 
 
 @settings(max_examples=50, deadline=None)

@@ -15,7 +15,9 @@ import model
 import train as script
 from configurator import configure
 from core.checkpoints.checkpoint import load_checkpoint
+from core.common.errors import UserError
 from core.logger import read_metrics
+from core.noise import SCHEDULES
 from helpers.runs import ROOT, SMALL, equal_runs, refused, run
 
 def test_a_run_leaves_everything_in_its_folder(small_corpus, capsys):
@@ -130,6 +132,26 @@ def test_a_diverged_run_is_not_saved(small_corpus, monkeypatch):
     monkeypatch.setattr(core.trainer.Run, 'validate', lambda run: dataclasses.replace(real(run), value=next(values)))
     assert 'training diverged' in refused('--max_iters=12')
     assert load_checkpoint('out/ckpt.pt').iteration == 4 and load_checkpoint('out/ckpt_best.pt').iteration == 4
+
+
+def test_a_run_is_trained_by_its_noise_schedule_and_the_checkpoint_says_so(small_corpus, capsys):
+    found = {}
+    for name in ('linear', 'cosine'):
+        run(f'--out_dir={name}', f'--noise_schedule={name}', '--max_iters=4')
+        assert load_checkpoint(f'{name}/ckpt.pt').noise_schedule() is SCHEDULES[name]
+        found[name] = read_metrics(Path(name) / 'metrics.jsonl')
+    losses, bounds = ([[record[key] for record in found[name] if key in record] for name in found]
+                      for key in ('train/loss_main', 'val/nelbo'))
+    assert losses[0] != losses[1] and bounds[0][0] == bounds[1][0]  # validation of the same weights knows no schedule
+    older = load_checkpoint('cosine/ckpt.pt')
+    del older.config['noise_schedule']
+    assert older.noise_schedule() is SCHEDULES['linear']
+    older.config['noise_schedule'] = ['cosine']
+    with pytest.raises(UserError, match='knows linear, cosine, geometric'):
+        older.noise_schedule()
+    capsys.readouterr()
+    run('--out_dir=cosine', '--noise_schedule=linear', '--max_iters=5', '--init_from=resume')
+    assert 'noise_schedule was cosine and is now linear' in capsys.readouterr().out
 
 
 def test_a_resumed_run_takes_changed_options_and_says_so(small_corpus, capsys):

@@ -23,7 +23,8 @@ class PolicyRow(NamedTuple):
     """make: builds the policy from its options by name ('remask' alone from levels); options: of sample.py; calls: the
     trunk calls per block of n masked positions; summary: one line; needs_critic: it cannot do without; deterministic:
     it chooses positions from revealed tokens and probabilities only (a random order by keys that know no token), never
-    masks again and takes `iterations` trunk calls, so a text has an exact likelihood under it."""
+    masks again and takes `iterations` trunk calls, so a text has an exact likelihood under it; timed: it follows the
+    noise schedule that the model was trained with."""
 
     make: Callable[..., Policy]
     options: tuple[str, ...]
@@ -31,6 +32,7 @@ class PolicyRow(NamedTuple):
     summary: str
     needs_critic: bool = False
     deterministic: bool = False
+    timed: bool = False
 
 
 _REMDM = ('iterations', 'idle_cache')
@@ -38,7 +40,7 @@ POLICIES: dict[str, PolicyRow] = {
     'remask': PolicyRow(remask_policy, ('iterations', *REMASKING), 'at most iterations',
                         'fill all, remask by schedule: critic, self-confidence or random'),
     'mdlm': PolicyRow(ancestral.mdlm, ('iterations', 'idle_cache'), 'at most iterations',
-                      'ancestral: each position by chance, as time says (Sahoo et al. 2024)'),
+                      'ancestral: each position by chance, as time says (Sahoo et al. 2024)', timed=True),
     'first_hitting': PolicyRow(ancestral.first_hitting, (), 'n',
                                'one random position per call, exact in continuous time (Zheng et al. 2024)'),
     'random': PolicyRow(ordered.random, ('iterations',), 'min(iterations, n)', 'equal shares in random order',
@@ -55,13 +57,13 @@ POLICIES: dict[str, PolicyRow] = {
     'maskgit': PolicyRow(ordered.maskgit, ('iterations', 'choice_temperature'), 'min(iterations, n)',
                          'cosine shares, most probable draws first, annealed noise (Chang et al. 2022)'),
     'remdm_cap': PolicyRow(ancestral.remdm_cap, (*_REMDM, 'remdm_eta'), 'at most iterations',
-                           'ancestral with remasking, capped rate (Wang et al. 2025)'),
+                           'ancestral with remasking, capped rate (Wang et al. 2025)', timed=True),
     'remdm_rescale': PolicyRow(ancestral.remdm_rescale, (*_REMDM, 'remdm_eta'), 'at most iterations',
-                               'ancestral with remasking, a share of the largest rate (Wang et al. 2025)'),
+                               'ancestral with remasking, a share of the largest rate (Wang et al. 2025)', timed=True),
     'remdm_conf': PolicyRow(ancestral.remdm_conf, _REMDM, 'at most iterations',
-                            'ancestral with remasking of what was improbable when drawn (Wang et al. 2025)'),
+                            'ancestral with remasking of what was improbable when drawn (Wang et al. 2025)', timed=True),
     'remdm_loop': PolicyRow(ancestral.remdm_loop, (*_REMDM, 'remdm_eta', 'loop_on', 'loop_off', 'loop_alpha'),
-                            'at most iterations', 'ancestral, with a loop of renewal in between (Wang et al. 2025)'),
+                            'at most iterations', 'ancestral, with a loop of renewal in between (Wang et al. 2025)', timed=True),
     'p2_self': PolicyRow(revising.p2_self, ('iterations', 'planner_eta'), 'iterations',
                          'path planning: the best tokens stay, by the denoiser (Peng et al. 2025)'),
     'p2_critic': PolicyRow(revising.p2_critic, ('iterations', 'planner_eta'), 'iterations',
