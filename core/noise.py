@@ -23,8 +23,8 @@ MINIMUM_TIME = 1e-3  # epsilon: times below it are never drawn, so the weight 1 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much is masked at time t in [0, 1] (Shi et al. 2024, MD4, section 4; Lou et al. 2024, SEDD). All functions map
-    float64 tensors to float64 tensors of the same shape.
+    """How much is masked at time t in [0, 1] (Shi et al. 2024, MD4, section 4; Lou et al. 2024, SEDD). All functions
+    map float64 tensors to float64 tensors of the same shape.
 
     mask_probability: 1 - alpha(t), it rises from about 0 to about 1; time_of: its reverse; elbo_weight:
     -alpha'(t) / (1 - alpha(t)), the weight of the cross-entropy at masked positions in the NELBO (Sahoo et al. 2024,

@@ -38,8 +38,8 @@ from core.validation import HeldOut, Validation
 from model import GPT, GPTConfig, ModelMode
 
 TRAJECTORY = ('seed', 'loss_weighting', 'noise_schedule', 'remasking_loss_type', 'remasking_corruption',
-              'corruption_checkpoint', 'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters',
-              'decay_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'ema_decay')
+              'corruption_checkpoint', 'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr',
+              'warmup_iters', 'lr_decay_iters', 'decay_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'ema_decay')
 # What ends a run once it is saved, with exit code 128 + number: Ctrl-C, a scheduler's end, a closed window, Slurm's
 # warning before the time is over, Ctrl-Break. Each where the system has it.
 STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGBREAK')

@@ -98,6 +98,9 @@ def _block_problems(config: TrainConfig) -> list[str]:
                         f'loss_weighting=masked_mean or leave block_mask_shares out')
     if config.add_critic_head:
         problems.append('add_critic_head is True, but the critic of a block model is not trained; leave it out')
+    if config.noise_schedule != 'linear':
+        problems.append(f'noise_schedule is {config.noise_schedule}, but each block of a block model is masked by '
+                        f'block_mask_shares; leave it out')
     return problems
 
 

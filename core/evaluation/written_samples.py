@@ -150,16 +150,19 @@ class Budget:
         """Write at `calls` trunk calls where the policy has `iterations` or a dial; None: as it stands."""
         if name not in DIALS or calls is None:
             options = {} if calls is None else {'iterations': calls}
-            return Budgeted(options, write(self.writer, make_policy(name, self.writer.schedule, **self.options, **options), temperature))
+            return Budgeted(options, write(self.writer, self._policy(name, **options), temperature))
         option, value = DIALS[name]
         trials = self._trials.setdefault((name, temperature), {})
 
         def try_out(x: float) -> float:
-            trials[x] = write(self.writer, make_policy(name, self.writer.schedule, **self.options, **{option: value(x)}), temperature)
+            trials[x] = write(self.writer, self._policy(name, **{option: value(x)}), temperature)
             return trials[x].trunk_calls
 
         x = nearest_setting(try_out, calls, self.writer.length, {x: one.trunk_calls for x, one in trials.items()})
         return Budgeted({option: value(x)}, trials[x])
+
+    def _policy(self, name: str, **options: float) -> Policy:
+        return make_policy(name, self.writer.schedule, **self.options, **options)
 
 
 def budgets_of(name: str, trunk_calls: Sequence[int]) -> list[int | None]:

@@ -15,8 +15,8 @@ from core.sampling.policies.interface import Policy, PolicyView
 
 
 class _Step(NamedTuple):
-    """One of K steps: its time, alpha there and at the next time, which is 1 after the last step, and the largest chance
-    that a revealed position may have to be masked again, sigma_max = min(1, (1 - alpha_s) / alpha_t)."""
+    """One of K steps: its time, alpha there and at the next time, which is 1 after the last step, and the largest
+    chance that a revealed position may have to be masked again, sigma_max = min(1, (1 - alpha_s) / alpha_t)."""
 
     t: float
     alpha_t: float
