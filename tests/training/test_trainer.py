@@ -239,7 +239,7 @@ def test_every_model_option_of_train_is_one_of_the_model():
     model = {field.name: field for field in dataclasses.fields(GPTConfig)}
     options = {field.name for field in dataclasses.fields(script.TrainConfig)}
     decided_by_the_corpus = {'vocab_size', 'mask_token_id', 'wrong_token_id', 'pad_token_id', 'cls_token_id'}
-    later = {'mode', 'num_token_classes', 'ignore_index', 'block_length'}
+    later = {'mode', 'num_token_classes', 'ignore_index'}
     assert set(model) - options == decided_by_the_corpus | later
 
 
