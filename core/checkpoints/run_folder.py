@@ -2,64 +2,101 @@
 
 ckpt.pt is the latest checkpoint, ckpt_previous.pt the one before, ckpt_best.pt the one with the lowest validation
 value, ckpt_<label>_<iteration>.pt the last snapshots; environment.json and config.json say what made them.
+
+A run owns the files of OWN in a folder that bears its marker, run.json, and no other file. A run from scratch in the
+folder of an earlier one moves nothing before its own first checkpoint is on the disk; then the earlier run's files go
+into a new folder earlier_run_<date>_<time>, which the program never touches again.
 """
 
-import fcntl
 import json
 import os
-import platform
 import re
-import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-import torch
+from filelock import lock_descriptor
 
-from core.checkpoints.checkpoint import HOW_TO_TRAIN, Checkpoint, CheckpointSummary, save_checkpoint, verify_checkpoint
+from core.checkpoints.checkpoint import (HOW_TO_TRAIN, WEIGHTS_FILE, Checkpoint, CheckpointSummary, save_checkpoint,
+                                         verify_checkpoint)
+from core.checkpoints.environment import environment
+from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError
-from core.common.files import TEMPORARY_SUFFIX, unwritable, write_whole
+from core.common.expressions import excerpt, shown_name
+from core.common.files import (NOT_OFFERED, TEMPORARY_SUFFIX, say_once, sync_folder, temporary_name, unwritable,
+                               write_whole)
 
 LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_previous.pt', 'ckpt_best.pt'
+CONFIG, ENVIRONMENT, METRICS, PICTURE = 'config.json', 'environment.json', 'metrics.jsonl', 'loss.png'
 LOCK_FILE = 'run.lock'
-EARLIER_RUN = 'earlier_run'  # where a run that is started anew puts the one it replaces
-RECORDED_PACKAGES = ('torch', 'numpy', 'safetensors', 'tiktoken', 'wandb')
+MARKER, PROGRAM, FOLDER_FORMAT = 'run.json', 'masked-diffusion-gpt', 1
+EARLIER_RUN = 'earlier_run'  # begins the name of the folder that a replaced run is moved to
+SHOWN_FILES = 4  # of a folder that is refused
+
+_SNAPSHOT = rf'ckpt_(?:{"|".join(CheckpointKind)})[a-z_]*_\d+\.pt'
+_CHECKPOINT = re.compile(rf'ckpt(_previous|_best)?\.pt|{_SNAPSHOT}')
+OWN = re.compile(rf'(?:{_CHECKPOINT.pattern})(\.damaged\d*)?|config\.json|environment\.json|metrics\.jsonl|loss\.png')
+_TEMPORARY = re.compile(rf'(?:{OWN.pattern}|run\.json)(\.\w+{re.escape(TEMPORARY_SUFFIX)})+')
 
 
 class RunFolder:
     """The folder at `path`, made if need be, and held by this process until `close` or its end, however it ends.
 
-    UserError where another process holds it or it is not writable. Of several ranks only the writing one opens it.
+    UserError where another process holds it, it is not writable, or it holds other files than a run's. With `resume`
+    it must hold a run. Of several ranks only the writing one opens it. Call `begin`, or `latest` and
+    `write_description`, before anything is saved.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, resume: bool = False) -> None:
         self.path = Path(path)
+        self._earlier: list[str] = []        # files of a run that this one will replace
+        self._waiting: dict[str, Path] = {}  # this run's files that have no place yet, by name
+        _require_run(self.path, resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise unwritable(self.path, error) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(self._lock, 32, 0).decode(errors='replace').strip() or 'unknown'
-            os.close(self._lock)
-            raise UserError(f'{self.path} is in use by another run (process {holder}); wait for it, or choose another '
-                            f'folder with --out_dir=...') from error
-        try:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f'{os.getpid()}\n'.encode(), 0)
-            for stale in self.path.glob(f'*{TEMPORARY_SUFFIX}'):
-                stale.unlink()
+            self._hold()
+            moves = (_read_marker(self.path) or {}).get('moves', [])
+            if moves:
+                self._make(moves)
+            for stale in self.path.iterdir():
+                if _TEMPORARY.fullmatch(stale.name):
+                    stale.unlink()
         except OSError as error:
             self.close()
             raise unwritable(self.path, error) from error
+        except UserError:
+            self.close()
+            raise
+
+    def _hold(self) -> None:
+        """Keep other runs out, and leave word of who does; UserError where one holds the folder already."""
+        try:
+            free = lock_descriptor(self._lock, blocking=False)
+        except OSError as error:
+            if error.errno not in NOT_OFFERED:
+                raise
+            say_once(f'the file system of {self.path} has no locks: nothing keeps a second run out of it')
+            return
+        if not free:
+            with suppress(OSError):  # Windows lets nobody read what is locked
+                holder = os.read(self._lock, 32).decode(errors='replace').strip()
+            raise UserError(f'{self.path} is in use by another run (process {holder or "unknown"}); wait for it, or '
+                            f'choose another folder with --out_dir=...')
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f'{os.getpid()}\n'.encode())
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Let another run have the folder; a run that never saved leaves an earlier one as it was."""
+        for path in self._waiting.values():
+            with suppress(OSError):
+                path.unlink()
+        self._waiting = {}
         os.close(self._lock)
 
     def __enter__(self) -> 'RunFolder':
@@ -69,34 +106,117 @@ class RunFolder:
                  traceback: TracebackType | None) -> None:
         self.close()
 
-    def save_latest(self, checkpoint: Checkpoint) -> Path:
-        """Save as ckpt.pt; the one that was there becomes ckpt_previous.pt, once the new one has verified."""
-        path, arriving = self.path / LATEST, self.path / f'{LATEST}.new{TEMPORARY_SUFFIX}'
-        save_checkpoint(arriving, checkpoint.to_payload())
+    # ---- beginning and going on
+
+    def begin(self, config: Mapping[str, object], overwrite: bool = False) -> None:
+        """Before a run from scratch with the options `config`. UserError where an earlier one has saved something,
+        unless `overwrite`; what it has recorded is moved aside when this run first saves."""
+        files = sorted(one.name for one in self.path.iterdir() if OWN.fullmatch(one.name))
+        saved = [name for name in files if _CHECKPOINT.fullmatch(name)]
+        if saved and not overwrite:
+            raise UserError(f'{self.path} holds an earlier run ({_shortened(saved)}); go on with it '
+                            f'(--init_from=resume), choose another folder (--out_dir=...), or start again here and '
+                            f'keep it under a dated name (--overwrite=True)')
+        metrics = self.path / METRICS
+        if saved or metrics.exists() and metrics.stat().st_size:
+            self._earlier = files
+        self.write_description(config)
+
+    def latest(self, say: Callable[[str], None]) -> Path:
+        """As `latest_checkpoint`; a damaged file is renamed to <name>.damaged, so that no save keeps it."""
+        summary, damaged = _newest(self.path, say)
+        with suppress(UserError):
+            if (self.path / BEST).exists():
+                damaged += [] if _is_whole(self.path / BEST, say) else [self.path / BEST]
+        for path in damaged:
+            os.replace(path, _free(path.with_name(f'{path.name}.damaged')))
+        return summary.path
+
+    def write_description(self, config: Mapping[str, object]) -> None:
+        """Write config.json (`config`, the run's options), environment.json (of `environment`) and the marker."""
+        if not self._earlier:
+            self._write_marker()
+        for name, values in ((CONFIG, config), (ENVIRONMENT, environment())):
+            write_whole(self.place(name), json.dumps(values, indent=2, ensure_ascii=False) + '\n')
+
+    def place(self, name: str) -> Path:
+        """Where this run writes its file `name` now: until its first save beside an earlier run's."""
+        if not self._earlier:
+            return self.path / name
+        return self._waiting.setdefault(name, temporary_name(self.path / name))
+
+    @property
+    def replaces(self) -> bool:
+        """Whether an earlier run's files still have their places."""
+        return bool(self._earlier)
+
+    # ---- saving
+
+    def save(self, latest: Checkpoint, best: Checkpoint | None = None, snapshot: Checkpoint | None = None,
+             label: str = '', keep: int = 1) -> None:
+        """Save `best` as ckpt_best.pt, `snapshot` as ckpt_<label>_<iteration>.pt, and last `latest` as ckpt.pt.
+
+        The ckpt.pt that was there becomes ckpt_previous.pt, once the new one has verified. Of the label's snapshots
+        the last `keep` (at least 1) stay.
+        """
+        assert keep >= 1 and re.fullmatch(r'\w*', label)
+        names = {BEST: best, f'ckpt_{label}_{latest.iteration}.pt': snapshot}
+        for name, checkpoint in names.items():
+            if checkpoint is not None:
+                save_checkpoint(self.place(name), checkpoint.to_payload())
+        if self._earlier:
+            save_checkpoint(self.place(LATEST), latest.to_payload())
+            self._replace_earlier()
+        else:
+            self._rotate(latest)
+        if snapshot is not None:
+            older = [one for one in self.snapshots(label) if one.name not in names]
+            for one in older[:max(0, len(older) - (keep - 1))]:
+                one.unlink(missing_ok=True)
+
+    def _rotate(self, latest: Checkpoint) -> None:
+        path, arriving = self.path / LATEST, temporary_name(self.path / LATEST)
         try:
+            save_checkpoint(arriving, latest.to_payload())
             if path.exists():
                 os.replace(path, self.path / PREVIOUS)
             os.replace(arriving, path)
+            sync_folder(self.path)
         except OSError as error:
+            with suppress(OSError):
+                arriving.unlink(missing_ok=True)
             raise unwritable(path, error) from error
-        self._sync()
-        return path
 
-    def save_best(self, checkpoint: Checkpoint) -> Path:
-        """Save as ckpt_best.pt in place of the one before."""
-        path = self.path / BEST
-        save_checkpoint(path, checkpoint.to_payload())
-        return path
+    def _replace_earlier(self) -> None:
+        """Move the earlier run's files aside and this run's to their places.
 
-    def save_snapshot(self, checkpoint: Checkpoint, label: str, keep: int) -> Path:
-        """Save as ckpt_<label>_<iteration>.pt, then remove all but the last `keep` (at least 1) of that label."""
-        assert keep >= 1 and re.fullmatch(r'\w+', label)
-        path = self.path / f'ckpt_{label}_{checkpoint.iteration}.pt'
-        save_checkpoint(path, checkpoint.to_payload())
-        older = [one for one in self.snapshots(label) if one != path]
-        for one in older[:max(0, len(older) - (keep - 1))]:
-            one.unlink(missing_ok=True)
-        return path
+        All moves are written down first, and whoever opens the folder next makes those that a kill left out.
+        """
+        aside = _free(self.path / f'{EARLIER_RUN}_{time.strftime("%Y-%m-%d_%H%M%S")}')
+        try:
+            aside.mkdir()
+            moves = [[name, f'{aside.name}/{name}'] for name in self._earlier]
+            moves += [[path.name, name] for name, path in self._waiting.items() if path.exists()]
+            self._write_marker(moves)
+            self._make(moves)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        self._earlier, self._waiting = [], {}
+
+    def _make(self, moves: list[list[str]]) -> None:
+        """Make those of the moves that are not made yet. The first ones fill a new folder, the others empty names that
+        only this run has, so that each shows whether it was made."""
+        for source, target in moves:
+            made = (self.path / target).exists() if '/' in target else not (self.path / source).exists()
+            if not made and os.path.lexists(self.path / source):
+                os.replace(self.path / source, self.path / target)
+        for folder in {(self.path / target).parent for _, target in moves}:
+            sync_folder(folder)
+        self._write_marker()
+
+    def _write_marker(self, moves: list[list[str]] | None = None) -> None:
+        marker = {'program': PROGRAM, 'format': FOLDER_FORMAT, **({'moves': moves} if moves else {})}
+        write_whole(self.path / MARKER, json.dumps(marker, indent=1) + '\n')
 
     def snapshots(self, label: str) -> list[Path]:
         """The snapshots of `label`, by iteration."""
@@ -104,40 +224,129 @@ class RunFolder:
                     if (match := re.fullmatch(rf'ckpt_{label}_(\d+)\.pt', one.name))]
         return [one for _, one in sorted(numbered)]
 
-    def latest(self, say: Callable[[str], None]) -> Path:
-        """As `latest_checkpoint`; a damaged file is renamed to <name>.damaged, so that no save keeps it."""
-        summary, damaged = _newest(self.path, say)
-        for path in damaged:
-            os.replace(path, path.with_name(f'{path.name}.damaged'))
-        return summary.path
 
-    def set_aside_earlier_run(self, say: Callable[[str], None]) -> None:
-        """Before a run from scratch: move an earlier run's files to earlier_run/ (in place of what is there).
+# ---- whose folder it is
 
-        Without this a checkpoint of the earlier run could pass for the newest of the new one.
-        """
-        files = [one for one in self.path.iterdir() if one.is_file() and one.name != LOCK_FILE]
-        if not any(re.fullmatch(r'ckpt.*\.pt', one.name) for one in files):
-            return
-        aside = self.path / EARLIER_RUN
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(exist_ok=True)
-            for one in files:
-                os.replace(one, aside / one.name)
-        except OSError as error:
-            raise unwritable(aside, error) from error
-        say(f'{self.path} held an earlier run; its files are now in {aside}')
+def _require_run(path: Path, resume: bool) -> None:
+    """UserError unless `path` holds a run, or (unless `resume`) nothing."""
+    if not path.exists():
+        if resume:
+            raise UserError(f'there is no run folder {path} to resume from; name another one with --out_dir=..., or '
+                            f'start a run with: {HOW_TO_TRAIN}')
+        return
+    if not path.is_dir():
+        raise UserError(f'cannot write into {path}: it is a file; choose another folder with --out_dir=...')
+    if _read_marker(path) is not None:
+        return
+    names = sorted(one.name for one in path.iterdir() if one.name != LOCK_FILE and not _TEMPORARY.fullmatch(one.name))
+    foreign = _foreign_descriptions(path)
+    described = not foreign and (path / CONFIG).exists() and (path / ENVIRONMENT).exists()
+    if described or (not names and not resume):
+        return
+    whole = any(_is_whole(path / name) for name in (LATEST, PREVIOUS, BEST))
+    if whole and not foreign:
+        return
+    if resume and not whole:
+        _newest(path, lambda line: None)  # says what is wrong
+    raise UserError(f'{path} holds files that no run of this program wrote ({_shortened(foreign or names)}), so it is '
+                    f'left alone; choose a new or an empty folder with --out_dir=...')
 
-    def write_description(self, config: Mapping[str, object]) -> None:
-        """Write config.json (`config`, the run's options) and environment.json (of `environment`)."""
-        for name, values in (('config.json', config), ('environment.json', environment())):
-            write_whole(self.path / name, json.dumps(values, indent=2, ensure_ascii=False) + '\n')
 
-    def _sync(self) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def _read_marker(path: Path) -> dict[str, object] | None:
+    """What run.json in `path` says, None where there is none; UserError where another program wrote it."""
+    marker = path / MARKER
+    if not marker.exists():
+        return None
+    try:
+        values = json.loads(marker.read_bytes())
+        if values['program'] != PROGRAM or type(values['format']) is not int:
+            raise ValueError('it names another program')
+        moves = values.get('moves', [])
+        if not all(type(name) is str and '..' not in name for source, target in moves for name in (source, target)):
+            raise ValueError('its moves are no names')
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(f'{marker} is damaged or of another program ({excerpt(str(error))}), so {path} is left alone; '
+                        f'choose another folder with --out_dir=..., or move {marker} away if the folder is a run\'s'
+                        ) from error
+    if values['format'] > FOLDER_FORMAT:
+        raise UserError(f'{path} is a run folder of format {values["format"]}, but this program knows format '
+                        f'{FOLDER_FORMAT}; update it, or choose another folder with --out_dir=...')
+    return values
+
+
+def _foreign_descriptions(path: Path) -> list[str]:
+    """Files in `path` that have a run's names and not its contents, as far as those can be told."""
+    foreign = [name for name, keys in ((CONFIG, {'out_dir', 'dataset', 'n_layer'}),
+                                       (ENVIRONMENT, {'versions', 'command_line'}))
+               if (path / name).exists() and not keys <= set(read_json(path / name) or ())]
+    metrics = path / METRICS
+    if metrics.exists():
+        with suppress(OSError):
+            first = metrics.read_bytes().split(b'\n', 1)[0]
+            foreign += [METRICS] if first and b'"iteration"' not in first else []
+    elif (path / PICTURE).exists():
+        foreign.append(PICTURE)
+    return foreign
+
+
+def read_json(path: Path) -> dict[str, object] | None:
+    """The object that the JSON file at `path` holds; None where it holds none."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _is_whole(path: Path, say: Callable[[str], None] = lambda line: None) -> bool:
+    try:
+        return verify_checkpoint(path) is not None
+    except UserError as error:
+        say(str(error).splitlines()[0])
+        return False
+
+
+def _free(path: Path) -> Path:
+    """`path`, or where it is taken the first of path2, path3 ... that is not."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f'{path.name}{"_" if path.name.startswith(EARLIER_RUN) else ""}{number}')
+    return free
+
+
+def _shortened(names: list[str]) -> str:
+    more = len(names) - SHOWN_FILES
+    return ', '.join(map(shown_name, names[:SHOWN_FILES])) + (f' and {more} more' if more > 0 else '')
+
+
+# ---- finding checkpoints
+
+def find_checkpoint(out_dir: Path | str, name: str, given: bool) -> tuple[Path, list[str]]:
+    """The checkpoint that out_dir and checkpoint_name mean, and lines to say about it; `given`: the user named it.
+
+    It is a file or an exported folder in out_dir, or a path of its own. Where nothing was named, an exported folder
+    serves as out_dir, and the latest checkpoint of a run that has no best one yet. UserError where there is none.
+    """
+    folder = Path(out_dir)
+    path = folder / name
+    if path.exists():
+        return path, []
+    if not given and (folder / WEIGHTS_FILE).is_file():
+        return folder, []
+    if not given and (folder / LATEST).is_file():
+        return folder / LATEST, [f'there is no {path}, so the latest checkpoint, {folder / LATEST}, is taken']
+    if given and Path(name).exists():
+        return Path(name), []
+    if folder.is_file():
+        raise UserError(f'out_dir is {folder}, a file; give its folder and its name apart: --out_dir={folder.parent} '
+                        f'--checkpoint_name={folder.name}')
+    there = sorted(one.name for one in folder.glob('*.pt')) if folder.is_dir() else []
+    if there:
+        raise UserError(f'there is no checkpoint {path}; {folder} has {_shortened(there)}: name one with '
+                        f'--checkpoint_name={LATEST if LATEST in there else there[0]}')
+    raise UserError(f'there is no checkpoint {path}; name its folder with --out_dir=..., or make one with: '
+                    f'{HOW_TO_TRAIN}, or with the config that writes into {folder}')
 
 
 def latest_checkpoint(folder: Path | str, say: Callable[[str], None]) -> Path:
@@ -161,32 +370,25 @@ def _newest(folder: Path, say: Callable[[str], None]) -> tuple[CheckpointSummary
             damaged.append(path)
             problems.append(str(error))
     if not usable:
-        raise UserError('\n'.join(problems) or f'there is no checkpoint in {folder} to resume from; make one with: '
-                                               f'{HOW_TO_TRAIN}')
-    newest = max(usable, key=lambda summary: summary.iteration)  # the first, ckpt.pt, among equals
+        raise UserError('\n'.join(problems) or _nothing_to_resume(folder))
+    resumable = [summary for summary in usable if summary.resumable]
+    if usable[0] not in resumable:
+        path, other = usable[0].path, next(iter(resumable), None)
+        raise UserError(f'{path} holds weights to sample from, and no state of a run (it was a best checkpoint, a '
+                        f'snapshot or a merged model): a run cannot go on from it; start one from its weights with '
+                        f'--init_from_checkpoint={path} --out_dir=...'
+                        + (f', or move it away to go on from {other.path} (iteration {other.iteration})' if other else ''))
+    newest = max(resumable, key=lambda summary: summary.iteration)  # the first, ckpt.pt, among equals
     for problem in problems:
         say(f'{problem.splitlines()[0]}; going on from {newest.path} (iteration {newest.iteration})')
     return newest, damaged
 
 
-def environment() -> dict[str, object]:
-    """Where a run happens: versions, git revision, command line, machine. Built-in types only."""
-    versions = {'python': platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {'versions': versions, 'git_revision': git_revision(), 'command_line': sys.argv,
-            'platform': platform.platform(), 'processors': os.cpu_count(), 'threads': torch.get_num_threads(),
-            'devices': [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]}
-
-
-def git_revision() -> str | None:
-    """The program's commit, with ' (changed)' where tracked files differ from it; None outside a repository."""
-    command = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--abbrev=40', '--exclude=*',
-               '--dirty= (changed)']
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _nothing_to_resume(folder: Path) -> str:
+    if (folder / WEIGHTS_FILE).exists():
+        return (f'{folder} is an exported model, which has no state of a run; start a run from its weights with '
+                f'--init_from_checkpoint={folder} --out_dir=...')
+    if (folder / BEST).exists():
+        return (f'there is no {LATEST} in {folder} to resume from, and {BEST} holds weights alone; start a run from '
+                f'them with --init_from_checkpoint={folder / BEST} --out_dir=...')
+    return f'there is no checkpoint in {folder} to resume from; make one with: {HOW_TO_TRAIN}'
