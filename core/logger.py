@@ -47,10 +47,10 @@ class IterationRecord:
 
 
 class RunLogger:
-    """Says and records everything of one training run; with `enabled=False` (ranks above 0) it does nothing."""
+    """Says and records everything of one training run, in `metrics` (`folder`/metrics.jsonl by default); with `enabled=False` (ranks above 0) it does nothing."""
 
     def __init__(self, folder: Path, *, wandb_log: bool, project: str, run_name: str, config: dict[str, Any],
-                 start_iteration: int, total_iterations: int, enabled: bool) -> None:
+                 start_iteration: int, total_iterations: int, enabled: bool, metrics: Path | None = None) -> None:
         self._enabled = enabled
         self._bar: ProgressBar | None = None
         self._wandb: _WandbRun | None = None
@@ -58,8 +58,9 @@ class RunLogger:
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        rewind_metrics(folder / METRICS_NAME, start_iteration)
-        self._metrics = _MetricsFile(folder / METRICS_NAME, self.message)
+        metrics = metrics or folder / METRICS_NAME
+        rewind_metrics(metrics, start_iteration)
+        self._metrics = _MetricsFile(metrics, self.message)
         if wandb_log:
             self._wandb = _WandbRun(folder, project, run_name, config, self.message)
         self._bar = ProgressBar(total_iterations, initial=start_iteration, unit='it', dynamic_ncols=True,
@@ -91,6 +92,11 @@ class RunLogger:
         """Move the progress bar to `iteration` finished iterations."""
         if self._bar is not None:
             self._bar.move_to(iteration)
+
+    def record_in(self, path: Path) -> None:
+        """The metrics file is `path` from now on."""
+        if self._metrics is not None:
+            self._metrics.path = path
 
     def close(self) -> None:
         """Finish the progress bar, `metrics.jsonl` and W&B; may be called more than once."""
@@ -143,7 +149,7 @@ class _MetricsFile:
     """Appends records to a file; a full disk is said once and does not stop the run."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self._path, self._say = path, say
+        self.path, self._say = path, say
         self._failed = False
 
     def append(self, record: dict[str, Any]) -> None:
@@ -151,12 +157,12 @@ class _MetricsFile:
                  for key, value in record.items()}  # JSON has no NaN
         line = json.dumps(plain, allow_nan=False).encode() + b'\n'
         try:
-            with self._path.open('ab') as file:
+            with self.path.open('ab') as file:
                 file.write(b'\n' + line if self._failed else line)  # what failed may have left half a line
             self._failed = False
         except OSError as error:
             if not self._failed:
-                self._say(f'{self._path} cannot be written ({error.strerror}); training goes on without it')
+                self._say(f'{self.path} cannot be written ({error.strerror}); training goes on without it')
             self._failed = True
 
 

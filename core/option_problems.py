@@ -11,6 +11,8 @@ def option_problems(config: TrainConfig) -> list[str]:
     problems = [f'{name} is {getattr(config, name)}, but must be at least 1'
                 for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'eval_iters',
                              'max_iters', 'keep_snapshots') if getattr(config, name) < 1]
+    if not config.out_dir.strip():
+        problems.append('out_dir is empty; name a folder with --out_dir=..., or leave it out for the usual one')
     problems += [f'{name} is {getattr(config, name)}, but must not be negative'
                  for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
                               'start_sampler_iteration', 'start_critic_iteration', 'unfreeze_lr_multiplier',

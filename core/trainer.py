@@ -14,7 +14,7 @@ from core.batches import BatchPlan, RowShare
 from core.checkpoints.checkpoint import (Checkpoint, check_resume, initialise_from, load_checkpoint, load_weights,
                                          model_config_to_dict)
 from core.checkpoints.heads import SAMPLER, heads_of
-from core.checkpoints.run_folder import LATEST, RunFolder, latest_checkpoint
+from core.checkpoints.run_folder import LATEST, METRICS, RunFolder, latest_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.printing import complain, optional, say_if_heard
@@ -127,6 +127,7 @@ class Run:
         self.iteration, self.best_value, self.best_is_final, self.seconds = 0, None, False, 0.0
         self.unprinted: list[float] = []  # seconds of the iterations since the last line
         self.skips_told = 0
+        self.has_saved = False  # whether there is a checkpoint of this run
         self.asked_to_stop: signal.Signals | None = None
 
     def evaluate_only(self) -> None:
@@ -140,9 +141,10 @@ class Run:
         """Train to max_iters in the run folder."""
         config, runtime = self.config, self.runtime
         say = say_if_heard if runtime.is_writer else lambda line: None
-        self.folder = RunFolder(config.out_dir) if runtime.is_writer else None
+        self.folder = RunFolder(config.out_dir, config.init_from == 'resume') if runtime.is_writer else None
         try:
-            self.open_folder(say)
+            if not self.open_folder(say):
+                return
             rate, words = runtime.matrix_rate() if runtime.is_writer else (1.0, '')
             self.matrix_rate = rate
             say(f'model: {self.state.model.parameter_count():,} parameters; {self.state.plan.rows.global_batch} rows '
@@ -154,30 +156,44 @@ class Run:
             self.logger = RunLogger(Path(config.out_dir), wandb_log=config.wandb_log, project=config.wandb_project,
                                     run_name=wandb_name(config), config=dataclasses.asdict(config),
                                     start_iteration=self.iteration, total_iterations=config.max_iters,
-                                    enabled=runtime.is_writer)
+                                    enabled=runtime.is_writer,
+                                    metrics=None if self.folder is None else self.folder.place(METRICS))
             try:
                 with handling(STOPPING, self.on_signal):
                     self.loop()
             finally:
                 self.logger.close()
-                if self.folder is not None:
+                if self.folder is not None and not self.folder.replaces:
                     self.draw_curve()
         finally:
             self.state.leave_ranks()
             if self.folder is not None:
                 self.folder.close()
 
-    def open_folder(self, say: Callable[[str], None]) -> None:
-        """Take up the run that the folder holds, or put it aside, as init_from says."""
-        if self.config.init_from == 'resume':
+    def open_folder(self, say: Callable[[str], None]) -> bool:
+        """Take up the run that the folder holds, or begin one, as init_from says; whether there is something to do."""
+        config, options = self.config, dataclasses.asdict(self.config)
+        if config.init_from == 'resume':
             path = self.folder.latest(say) if self.folder is not None else None
             if self.runtime.world_size > 1:
                 distributed.barrier()  # a damaged file has been put aside
-            self.resume(path or latest_checkpoint(self.config.out_dir, say), say)
+            self.resume(path or latest_checkpoint(config.out_dir, say), say)
+            if self.is_finished():
+                say(f'the run in {config.out_dir} is finished: it has done {self.iteration} iterations and max_iters is '
+                    f'{config.max_iters}; raise it to go on (--max_iters={2 * self.iteration})')
+                return False
+            if self.folder is not None:
+                self.folder.write_description(options)
         elif self.folder is not None:
-            self.folder.set_aside_earlier_run(say)
-        if self.folder is not None:
-            self.folder.write_description(dataclasses.asdict(self.config))
+            self.folder.begin(options, config.overwrite)
+        return True
+
+    def is_finished(self) -> bool:
+        """Whether the resumed run has done all iterations and validated the last; all ranks agree."""
+        finished = self.folder is not None and self.iteration >= self.config.max_iters and any(
+            record.get('kind') == 'evaluation' and record['iteration'] == self.iteration
+            for record in read_metrics(self.folder.place(METRICS)))
+        return self.runtime.total_count(int(finished)) > 0
 
     def loop(self) -> None:
         """Evaluate at every eval_interval and at the end; take a step in between; stop when asked to, once saved."""
@@ -243,8 +259,8 @@ class Run:
             self.skips_told = skipped.total
         if skipped.in_a_row < MOST_IN_A_ROW:
             return
-        saved = Path(config.out_dir) / LATEST
-        cure = f'go on from {saved} with --init_from=resume' if saved.exists() else 'start again, as nothing was saved'
+        cure = f'go on from {Path(config.out_dir) / LATEST} with --init_from=resume' if self.has_saved else \
+            'start again, as nothing was saved'
         raise UserError(f'the last {skipped.in_a_row} steps until iteration {self.iteration} were skipped (at most '
                         f'{MOST_IN_A_ROW - 1} in a row are borne): training diverged; lower learning_rate '
                         f'({config.learning_rate}) or grad_clip ({config.grad_clip}) and {cure}')
@@ -267,7 +283,8 @@ class Run:
         if not math.isfinite(found.value):
             raise UserError(f'validation at iteration {self.iteration} gives {found.value}: training diverged and was '
                             f'not saved; lower learning_rate ({config.learning_rate}) or grad_clip '
-                            f'({config.grad_clip}) and start again, or go on from what {config.out_dir} holds')
+                            f'({config.grad_clip}) and start again'
+                            + (f', or go on from what {config.out_dir} holds' if self.has_saved else ''))
         if self.iteration > 0 and config.sample_length > 0 and self.kind.writes_text:
             trained = stage_at(self.model_config, self.iteration - 1)
             with gathered(state.averaged):
@@ -276,31 +293,29 @@ class Run:
                                                SAMPLER.name in trained.heads,
                                                min(config.sample_length, config.block_size), config.seed))
         if save:
-            self.save_best(found)
-            self.save()
+            self.save(is_best=self.improves(found))
 
-    def save_best(self, found: Validation) -> None:
-        """Keep the best checkpoint, chosen among those in which every configured head has had its schedule as soon as
-        there is one."""
+    def improves(self, found: Validation) -> bool:
+        """Whether this is to be the best checkpoint, chosen among those in which every configured head has had its
+        schedule as soon as there is one. A value whose checkpoint is missing counts for nothing."""
         is_final = self.iteration >= all_heads_trained_from(self.model_config)
-        better = self.best_value is None or found.value < self.best_value
+        missing = self.runtime.total_count(int(self.folder is not None and not self.folder.has_best())) > 0
+        better = missing or self.best_value is None or found.value < self.best_value
         if better or (is_final and not self.best_is_final):
             self.best_value, self.best_is_final = found.value, is_final
-        elif not self.config.always_save_checkpoint:
-            return
-        best = self.checkpoint(with_optimizers=False)
-        if self.folder is not None:
-            self.folder.save_best(best)
+            return True
+        return self.config.always_save_checkpoint
 
-    def save(self) -> None:
-        """Save the latest state, and a snapshot where one is due."""
+    def save(self, is_best: bool = False) -> None:
+        """Save the latest state, the best one too where it is, and a snapshot where one is due."""
+        config, due = self.config, self.iteration % self.config.eval_interval == 0
+        weights = self.checkpoint(with_optimizers=False) if is_best or due else None
         latest = self.checkpoint(with_optimizers=True)
         if self.folder is not None:
-            self.folder.save_latest(latest)
-        if self.iteration % self.config.eval_interval == 0:
-            snapshot = self.checkpoint(with_optimizers=False)
-            if self.folder is not None:
-                self.folder.save_snapshot(snapshot, run_label(self.config), self.config.keep_snapshots)
+            self.folder.save(latest, weights if is_best else None, weights if due else None, run_label(config),
+                             config.keep_snapshots)
+            self.logger.record_in(self.folder.place(METRICS))
+        self.has_saved = True
 
     def checkpoint(self, with_optimizers: bool) -> Checkpoint:
         """Everything as it is now; without optimizers it serves sampling only, and holds the averaged weights alone.
@@ -329,7 +344,8 @@ class Run:
             raise UserError(f'{path} is of kind {saved.kind!r}, but the options describe one of kind {self.kind!r}; '
                             f'resume with the options that it was trained with')
         for note in check_resume(saved, model_config_to_dict(self.model_config), self.corpus.vocabulary.hash,
-                                 self.corpus.data_hash, force=self.config.force_resume):
+                                 self.corpus.data_hash, force=self.config.force_resume,
+                                 dataset=self.config.dataset):
             say(note)
         before, now = saved.config, dataclasses.asdict(self.config)
         for name in TRAJECTORY:
@@ -354,7 +370,7 @@ class Run:
         if saved.guard is not None:
             state.guard.load_state_dict(saved.guard)
             self.skips_told = state.guard.skipped().total
-        self.iteration, self.best_value = saved.iteration, saved.best_value
+        self.iteration, self.best_value, self.has_saved = saved.iteration, saved.best_value, True
         self.best_is_final, self.seconds = saved.extra['best_is_final'], saved.extra['train_seconds']
         say(f'going on from {path} after iteration {self.iteration}')
 

@@ -22,7 +22,7 @@ from core.bench.records import COPY, FORMAT, VERSION, BenchRecord, Machine, Shap
 from core.bench.sampling_cases import (POLICY_ROWS, TEMPERATURE, PolicyRun, decode_cases, fill_cases, policy_runs,
                                        sampling_cases, sampling_network)
 from core.bench.training_cases import baseline_case, training_cases
-from core.checkpoints.run_folder import environment
+from core.checkpoints.environment import environment
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, has_fast_bfloat16, measure_matrix_rate, start_runtime

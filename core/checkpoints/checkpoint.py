@@ -41,6 +41,9 @@ TRAINING_FIELDS = frozenset((
     'unfreeze_lr_multiplier', 'critic_alpha', 'critic_target_scope', 'critic_gradient', 'critic_row_stride',
     'start_critic_iteration', 'end_critic_iteration', 'start_sampler_iteration', 'sampler_min_neighbors_ratio'))
 
+# Fields of GPTConfig that the corpus decides.
+VOCABULARY_FIELDS = frozenset(('vocab_size', 'mask_token_id', 'wrong_token_id', 'pad_token_id', 'cls_token_id'))
+
 
 @dataclass
 class Checkpoint:
@@ -66,6 +69,11 @@ class Checkpoint:
         """What is written: the fields, plain, with the format version."""
         return {'format_version': FORMAT_VERSION, **{one.name: getattr(self, one.name) for one in fields(self)},
                 'kind': str(self.kind), 'model': dict(self.model), 'ema': None if self.ema is None else dict(self.ema)}
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a run can go on from it; otherwise it holds weights to sample from."""
+        return bool(self.optimizers) and self.extra.get('resumable', True) is True
 
     @classmethod
     def from_payload(cls, payload: object, source: Path) -> 'Checkpoint':
@@ -118,6 +126,7 @@ class CheckpointSummary:
     iteration: int
     best_value: float | None
     parameters: int  # numbers in the weights; tied ones count once
+    resumable: bool
 
 
 # ---------------------------------------------------------------- saving
@@ -189,10 +198,10 @@ def verify_checkpoint(path: Path | str) -> CheckpointSummary:
     Nothing is unpickled before the checksums agree, and the tensors are mapped, not copied.
     """
     path = Path(path)
-    checkpoint = _read(path, mapped=True, device='cpu')
+    checkpoint = _load(path, mapped=True, device='cpu')
     storages = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in checkpoint.model.values()}
     return CheckpointSummary(path, checkpoint.kind, checkpoint.iteration, checkpoint.best_value,
-                             sum(storages.values()))
+                             sum(storages.values()), checkpoint.resumable)
 
 
 def load_checkpoint(path: Path | str, device: torch.device | str = 'cpu') -> Checkpoint:
@@ -201,15 +210,19 @@ def load_checkpoint(path: Path | str, device: torch.device | str = 'cpu') -> Che
     Tensors come to `device`. UserError where it is missing, damaged, of another format, or holds anything but tensors
     and built-in types.
     """
-    path = Path(path)
+    return _load(Path(path), mapped=False, device=device)
+
+
+def _load(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
     if path.name == WEIGHTS_FILE:
         return _import_folder(path.parent, device)
     if path.is_dir():
         if not (path / WEIGHTS_FILE).is_file():
-            raise UserError(f'{path} is a folder without {WEIGHTS_FILE}; name a file in it, such as '
-                            f'{path / "ckpt_best.pt"}')
+            there = sorted(one.name for one in path.glob('*.pt'))
+            raise UserError(f'{path} is a folder without {WEIGHTS_FILE}; '
+                            + (f'name a file in it, such as {path / there[0]}' if there else 'name a checkpoint'))
         return _import_folder(path, device)
-    return _read(path, mapped=False, device=device)
+    return _read(path, mapped, device)
 
 
 def _read(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
@@ -346,25 +359,36 @@ def initialise_from(model: nn.Module, path: Path | str, vocabulary_hash: str, sa
 
 
 def check_resume(saved: Checkpoint, model_config: Mapping[str, object], vocabulary_hash: str, data_hash: str,
-                 force: bool = False) -> list[str]:
+                 force: bool = False, dataset: str | None = None) -> list[str]:
     """Lines to print about a run that goes on from `saved` with other options or (if forced) other data.
 
-    UserError where the architecture or the heads differ, always; where corpus or vocabulary differ, unless `force`.
+    UserError where the architecture or the heads differ, always; where corpus or vocabulary differ, unless `force` (which
+    cannot help where the vocabularies have different sizes). `dataset` is the name of the corpus now.
     """
+    other_vocabulary, before_name = saved.vocabulary_hash != vocabulary_hash, saved.config.get('dataset')
     before = {**{one.name: one.default for one in fields(GPTConfig)}, **saved.model_config}  # it may lack newer fields
+    from_corpus = VOCABULARY_FIELDS if other_vocabulary else frozenset()  # these differ for that reason
     differences = {name: f'{shown_name(name)}: {shown(before.get(name))} in the checkpoint, '
                          f'{shown(model_config.get(name))} now'
                    for name in sorted({*saved.model_config, *model_config}, key=str)
-                   if before.get(name) != model_config.get(name)}
+                   if name not in from_corpus and before.get(name) != model_config.get(name)}
     other_model = [words for name, words in differences.items() if name not in TRAINING_FIELDS]
     notes = [f'resuming with another {words}' for name, words in differences.items() if name in TRAINING_FIELDS]
     other_data = [f'another {name}: {old[:12]} in the checkpoint, {new[:12]} now' for name, old, new in (
         ('vocabulary', saved.vocabulary_hash, vocabulary_hash), ('corpus', saved.data_hash, data_hash)) if old != new]
-    problems = [f'cannot resume with another model, {words}; use the old value, or --init_from=scratch'
+    problems = [f'cannot resume with another model, {words}; use the old value, or start a new run with another --out_dir'
                 for words in other_model]
-    if not force:
-        problems += [f'cannot resume with {words}; restore the data, or add --force_resume=True'
-                     for words in other_data]
+    sizes = [before.get('vocab_size'), model_config.get('vocab_size')]
+    too_different = other_vocabulary and sizes[0] != sizes[1]
+    if other_data and (too_different or not force):
+        renamed = dataset is not None and before_name is not None and dataset != before_name
+        reason = f'dataset is {dataset}, but the run was trained on {before_name}' if renamed else \
+            f'corpus {dataset or before_name} was replaced since the run was saved'
+        cure = f'take --dataset={before_name}' if renamed else 'prepare the old text again'
+        further = f' (its vocabulary has {sizes[1]} ids in place of {sizes[0]})' if too_different else ''
+        other = ', or start a new run with another --out_dir' if too_different else ', or add --force_resume=True to go on ' \
+            'with the new text'
+        problems.append(f'cannot resume with {", ".join(other_data)}: {reason}{further}; {cure}{other}')
     raise_problems(problems)
     return notes + [f'resuming with {words}' for words in other_data]
 
@@ -397,13 +421,31 @@ def _shortened(names: list[str]) -> str:
 
 # ---------------------------------------------------------------- sharing
 
+def _require_export_folder(folder: Path) -> None:
+    """UserError unless `folder` is new, empty, or holds what an earlier export wrote."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f'cannot export to {folder}: it is a file; name a folder')
+    names = sorted(one.name for one in folder.iterdir())
+    try:
+        earlier = {'tied', 'sha256', 'format_version'} <= set(json.loads((folder / CONFIG_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        earlier = False
+    if names and not earlier:
+        raise UserError(f'{folder} holds files that no export wrote ({_shortened(names)}); name a new or an empty folder')
+
+
 def export_checkpoint(path: Path | str, folder: Path | str) -> Path:
     """Write the checkpoint's weights (averaged where there are any) and its description into `folder`; returns it.
 
     model.safetensors holds each tensor once; config.json the rest, the vocabulary and the weights' SHA-256 included,
-    without optimizer state: one can sample, evaluate and initialise from the folder, but not resume.
+    without optimizer state: one can sample, evaluate and initialise from the folder, but not resume. UserError where the
+    folder holds other files than an earlier export's.
     """
-    checkpoint, folder = load_checkpoint(path), Path(folder)
+    folder = Path(folder)
+    _require_export_folder(folder)
+    checkpoint = load_checkpoint(path)
     tensors, tied, first_names = {}, {}, {}
     for name, tensor in checkpoint.weights().items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name

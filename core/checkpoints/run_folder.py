@@ -25,8 +25,8 @@ from core.checkpoints.environment import environment
 from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError
 from core.common.expressions import excerpt, shown_name
-from core.common.files import (NOT_OFFERED, TEMPORARY_SUFFIX, say_once, sync_folder, temporary_name, unwritable,
-                               write_whole)
+from core.common.files import (NOT_OFFERED, TEMPORARY_SUFFIX, own_stream, say_once, sync_folder, temporary_name,
+                               unwritable, write_whole)
 
 LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_previous.pt', 'ckpt_best.pt'
 CONFIG, ENVIRONMENT, METRICS, PICTURE = 'config.json', 'environment.json', 'metrics.jsonl', 'loss.png'
@@ -53,6 +53,7 @@ class RunFolder:
         self.path = Path(path)
         self._earlier: list[str] = []        # files of a run that this one will replace
         self._waiting: dict[str, Path] = {}  # this run's files that have no place yet, by name
+        self._holding_back = False           # whether files wait until the first checkpoint is whole
         _require_run(self.path, resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -114,20 +115,19 @@ class RunFolder:
         files = sorted(one.name for one in self.path.iterdir() if OWN.fullmatch(one.name))
         saved = [name for name in files if _CHECKPOINT.fullmatch(name)]
         if saved and not overwrite:
-            raise UserError(f'{self.path} holds an earlier run ({_shortened(saved)}); go on with it '
-                            f'(--init_from=resume), choose another folder (--out_dir=...), or start again here and '
-                            f'keep it under a dated name (--overwrite=True)')
+            resume = 'go on with it (--init_from=resume), ' if {LATEST, PREVIOUS} & {*saved} else ''
+            raise UserError(f'{self.path} holds an earlier run ({_shortened(saved)}); {resume}choose another folder '
+                            f'(--out_dir=...), or start again here and keep it under a dated name (--overwrite=True)')
         metrics = self.path / METRICS
         if saved or metrics.exists() and metrics.stat().st_size:
-            self._earlier = files
+            self._earlier, self._holding_back = files, True
         self.write_description(config)
 
     def latest(self, say: Callable[[str], None]) -> Path:
         """As `latest_checkpoint`; a damaged file is renamed to <name>.damaged, so that no save keeps it."""
         summary, damaged = _newest(self.path, say)
-        with suppress(UserError):
-            if (self.path / BEST).exists():
-                damaged += [] if _is_whole(self.path / BEST, say) else [self.path / BEST]
+        if (self.path / BEST).exists() and not _is_whole(self.path / BEST, say):
+            damaged.append(self.path / BEST)
         for path in damaged:
             os.replace(path, _free(path.with_name(f'{path.name}.damaged')))
         return summary.path
@@ -141,7 +141,7 @@ class RunFolder:
 
     def place(self, name: str) -> Path:
         """Where this run writes its file `name` now: until its first save beside an earlier run's."""
-        if not self._earlier:
+        if not self._holding_back:
             return self.path / name
         return self._waiting.setdefault(name, temporary_name(self.path / name))
 
@@ -150,6 +150,10 @@ class RunFolder:
         """Whether an earlier run's files still have their places."""
         return bool(self._earlier)
 
+    def has_best(self) -> bool:
+        """Whether this run's best checkpoint is there."""
+        return not self._earlier and (self.path / BEST).exists()
+
     # ---- saving
 
     def save(self, latest: Checkpoint, best: Checkpoint | None = None, snapshot: Checkpoint | None = None,
@@ -157,16 +161,17 @@ class RunFolder:
         """Save `best` as ckpt_best.pt, `snapshot` as ckpt_<label>_<iteration>.pt, and last `latest` as ckpt.pt.
 
         The ckpt.pt that was there becomes ckpt_previous.pt, once the new one has verified. Of the label's snapshots
-        the last `keep` (at least 1) stay.
+        the last `keep` (at least 1) stay. A first save gets its names together: a kill leaves none of it or all.
         """
         assert keep >= 1 and re.fullmatch(r'\w*', label)
+        self._holding_back |= not (self.path / LATEST).exists()
         names = {BEST: best, f'ckpt_{label}_{latest.iteration}.pt': snapshot}
         for name, checkpoint in names.items():
             if checkpoint is not None:
                 save_checkpoint(self.place(name), checkpoint.to_payload())
-        if self._earlier:
+        if self._holding_back:
             save_checkpoint(self.place(LATEST), latest.to_payload())
-            self._replace_earlier()
+            self._settle_all()
         else:
             self._rotate(latest)
         if snapshot is not None:
@@ -187,21 +192,22 @@ class RunFolder:
                 arriving.unlink(missing_ok=True)
             raise unwritable(path, error) from error
 
-    def _replace_earlier(self) -> None:
-        """Move the earlier run's files aside and this run's to their places.
+    def _settle_all(self) -> None:
+        """Move the earlier run's files aside, if there is one, and this run's to their places.
 
         All moves are written down first, and whoever opens the folder next makes those that a kill left out.
         """
         aside = _free(self.path / f'{EARLIER_RUN}_{time.strftime("%Y-%m-%d_%H%M%S")}')
         try:
-            aside.mkdir()
+            if self._earlier:
+                aside.mkdir()
             moves = [[name, f'{aside.name}/{name}'] for name in self._earlier]
             moves += [[path.name, name] for name, path in self._waiting.items() if path.exists()]
             self._write_marker(moves)
             self._make(moves)
         except OSError as error:
             raise unwritable(self.path, error) from error
-        self._earlier, self._waiting = [], {}
+        self._earlier, self._waiting, self._holding_back = [], {}, False
 
     def _make(self, moves: list[list[str]]) -> None:
         """Make those of the moves that are not made yet. The first ones fill a new folder, the others empty names that
@@ -238,7 +244,8 @@ def _require_run(path: Path, resume: bool) -> None:
         raise UserError(f'cannot write into {path}: it is a file; choose another folder with --out_dir=...')
     if _read_marker(path) is not None:
         return
-    names = sorted(one.name for one in path.iterdir() if one.name != LOCK_FILE and not _TEMPORARY.fullmatch(one.name))
+    names = sorted(one.name for one in path.iterdir() if one.name != LOCK_FILE and not _TEMPORARY.fullmatch(one.name)
+                   and own_stream(one) is None)  # `train.py > out/log.txt` has made its log already
     foreign = _foreign_descriptions(path)
     described = not foreign and (path / CONFIG).exists() and (path / ENVIRONMENT).exists()
     if described or (not names and not resume):
@@ -262,7 +269,8 @@ def _read_marker(path: Path) -> dict[str, object] | None:
         if values['program'] != PROGRAM or type(values['format']) is not int:
             raise ValueError('it names another program')
         moves = values.get('moves', [])
-        if not all(type(name) is str and '..' not in name for source, target in moves for name in (source, target)):
+        if not all(re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name) for source, target in moves
+                   for name in (source, target)):
             raise ValueError('its moves are no names')
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f'{marker} is damaged or of another program ({excerpt(str(error))}), so {path} is left alone; '

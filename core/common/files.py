@@ -38,7 +38,7 @@ class NewFile:
     def __init__(self, path: Path) -> None:
         """Raises OSError where `path` cannot be written."""
         self.path, self.temporary = path, None
-        stream = _own_stream(path)
+        stream = own_stream(path)
         if stream is not None:
             getattr(sys, ('stdin', 'stdout', 'stderr')[stream]).flush()
             self.file: BinaryIO = os.fdopen(os.dup(stream), 'wb')  # shares the stream's position
@@ -192,7 +192,7 @@ def _mode(path: Path) -> int | None:
         return None
 
 
-def _own_stream(path: Path) -> int | None:
+def own_stream(path: Path) -> int | None:
     """The number of this process's output stream that `path` is, such as /dev/stdout, if it is one."""
     for stream, opened in ((1, sys.stdout), (2, sys.stderr)):
         with suppress(OSError):

@@ -322,7 +322,7 @@ def test_malicious_pickle_is_refused_without_side_effect(saved: Path, tmp_path: 
 def test_missing_and_wrong_paths(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'no checkpoint .*ckpt.pt; make one with: python train.py config/\w+.py'):
         load_checkpoint(tmp_path / 'ckpt.pt')
-    with pytest.raises(UserError, match='is a folder without model.safetensors; name a file in it'):
+    with pytest.raises(UserError, match='is a folder without model.safetensors; name a checkpoint'):
         load_checkpoint(tmp_path)
 
 

@@ -34,7 +34,7 @@ def quick_runs(monkeypatch):
 
 def during_step(monkeypatch, iteration: int, *numbers: signal.Signals) -> list[int]:
     """The signals arrive one after another while the step of that iteration is going on; returns the list of saves."""
-    step, save, saves = core.trainer.training_step, RunFolder.save_latest, []
+    step, save, saves = core.trainer.training_step, RunFolder.save, []
 
     def interrupted(state, number, learning_rate):
         losses = step(state, number, learning_rate)
@@ -42,12 +42,12 @@ def during_step(monkeypatch, iteration: int, *numbers: signal.Signals) -> list[i
             signal.raise_signal(one)
         return losses
 
-    def counted(folder, checkpoint):
+    def counted(folder, checkpoint, *further):
         saves.append(checkpoint.iteration)
-        return save(folder, checkpoint)
+        return save(folder, checkpoint, *further)
 
     monkeypatch.setattr(core.trainer, 'training_step', interrupted)
-    monkeypatch.setattr(RunFolder, 'save_latest', counted)
+    monkeypatch.setattr(RunFolder, 'save', counted)
     return saves
 
 
@@ -147,7 +147,11 @@ def test_another_corpus_is_refused_unless_forced(small_corpus, capsys):
     assert 'resuming with another corpus: ' in capsys.readouterr().out
     assert load_checkpoint('out/ckpt.pt').iteration == 12
     other_corpus(keep_characters=False)
-    assert 'vocab_size' in refused('--init_from=resume', '--force_resume=True')  # no weights fit such data
+    message = refused('--init_from=resume', '--force_resume=True')  # no weights fit such data
+    assert 'corpus tiny was replaced since the run was saved (its vocabulary has 22 ids in place of 23)' in message
+    assert 'force_resume' not in message and 'scratch' not in message and 'vocab_size' not in message
+    shutil.copytree('data/tiny', 'data/other')
+    assert 'dataset is other, but the run was trained on tiny' in refused('--init_from=resume', '--dataset=other')
 
 
 def test_a_path_with_spaces_and_other_letters(small_corpus):
@@ -164,7 +168,7 @@ def test_a_second_run_in_a_folder_is_refused(small_corpus):
     with RunFolder('out'):
         for arguments in ((), ('--init_from=resume',)):
             assert 'in use by another run' in refused(*arguments)
-    assert Path('out/ckpt.pt').read_bytes() == before and not Path('out/earlier_run').exists()
+    assert Path('out/ckpt.pt').read_bytes() == before and not list(Path('out').glob('earlier_run*'))
 
 
 # ---------------------------------------------------------------- several ranks

@@ -117,8 +117,7 @@ def soak(kills: int, seed: int = 0) -> None:
     Runtime.matrix_rate = lambda self: (1.0, 'nothing')
     Run.draw_curve = lambda self: None
     board, chance = Board(), random.Random(seed)
-    for name in ('save_latest', 'save_best', 'save_snapshot'):
-        board.follow(RunFolder, name, 'saving', saves=name == 'save_latest')
+    board.follow(RunFolder, 'save', 'saving', saves=True)
     board.follow(Run, 'step', 'stepping')
     board.follow(Run, 'validate', 'validating')
 

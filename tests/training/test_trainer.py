@@ -79,7 +79,7 @@ def test_activation_checkpointing_reaches_the_layers(small_corpus, monkeypatch):
     options = ['--max_iters=1', '--start_sampler_iteration=0', '--start_critic_iteration=0']
     run(*options)
     assert not layers
-    run(*options, '--activation_checkpointing=True')
+    run(*options, '--activation_checkpointing=True', '--out_dir=again')
     assert [type(layer.__self__) for layer in layers] == [model.Block] * 2
 
 
@@ -189,7 +189,9 @@ def test_causal_runs_report_their_own_loss(small_corpus, capsys):
     (['--block_size=9999999'], 'block_size'),
     (['--start_critic_iteration=1'], 'start_critic_iteration is 1'),
     (['--dataset=nowhere'], 'nowhere'),
-    (['--init_from=resume'], 'there is no checkpoint in out'),
+    (['--init_from=resume'], 'there is no run folder out to resume from'),
+    (['--out_dir='], 'out_dir is empty'),
+    (['--out_dir=.'], 'no run of this program wrote'),
     (['--init_from_checkpoint=gone.pt'], 'there is no checkpoint gone.pt'),
     (['--eval_only=True'], 'eval_only validates trained weights'),
     (['--freeze_transformer=True'], 'freeze_transformer leaves nothing to train at iteration 0'),
