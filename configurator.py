@@ -59,12 +59,14 @@ def option(default: Any, help: str, *, alias: str | None = None, bare: str | Non
 
 def configure(options: type[Options], arguments: Sequence[str],
               offered: Mapping[str, object] = types.MappingProxyType({}), *,
-              resolve_device: Callable[[str], str] | None = None, usage: str | Callable[[], str] = '') -> Configuration[Options]:
+              resolve_device: Callable[[str], str] | None = None, usage: str | Callable[[], str] = '',
+              defaults: Mapping[str, object] = types.MappingProxyType({}), source: str = '') -> Configuration[Options]:
     """Read config files and `--key=value` arguments into one `options` object.
 
     `offered` are further names that config files may read. Where there is an option `device`, config files read
     `resolve_device(device)` in its place, so that they see 'cpu' or 'cuda' for 'auto'; `config.device` stays as asked
-    for. `--help` prints every option below `usage` and exits with code 0. Raises `UserError` that lists all problems.
+    for. `--help` prints every option below `usage` and exits with code 0. `defaults`, read from the file `source`, take
+    the place of the options' own defaults. Raises `UserError` that lists all problems.
     """
     if any(argument in ('--help', '-h') for argument in arguments):
         say(help_text(options, usage if isinstance(usage, str) else usage()))
@@ -73,6 +75,11 @@ def configure(options: type[Options], arguments: Sequence[str],
     problems: list[str] = []
     paths, texts = _split_arguments(arguments, keys, problems)
     values = {key: _default_of(entry) for key, entry in keys.fields.items()}
+    for key in keys.fields.keys() & defaults.keys():
+        try:
+            values[key] = _from_value(defaults[key], keys.types[key])
+        except Refused as refused:
+            problems.append(f'{key}={shown(defaults[key])} in {source}: {refused}')
     explicit: dict[str, str] = {}
     for written, text in texts:
         key = keys.find(written)

@@ -25,8 +25,9 @@ from core.checkpoints.environment import environment
 from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError
 from core.common.expressions import excerpt, shown_name
-from core.common.files import (NOT_OFFERED, TEMPORARY_SUFFIX, own_stream, say_once, sync_folder, temporary_name,
-                               unwritable, write_whole)
+from core.common.files import (NOT_OFFERED, TEMPORARY_SUFFIX, own_stream, sync_folder, temporary_name, unwritable,
+                               write_whole)
+from core.common.printing import complain_once
 
 LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_previous.pt', 'ckpt_best.pt'
 CONFIG, ENVIRONMENT, METRICS, PICTURE = 'config.json', 'environment.json', 'metrics.jsonl', 'loss.png'
@@ -54,7 +55,7 @@ class RunFolder:
         self._earlier: list[str] = []        # files of a run that this one will replace
         self._waiting: dict[str, Path] = {}  # this run's files that have no place yet, by name
         self._holding_back = False           # whether files wait until the first checkpoint is whole
-        _require_run(self.path, resume)
+        require_run(self.path, resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -82,7 +83,7 @@ class RunFolder:
         except OSError as error:
             if error.errno not in NOT_OFFERED:
                 raise
-            say_once(f'the file system of {self.path} has no locks: nothing keeps a second run out of it')
+            complain_once(f'the file system of {self.path} has no locks: nothing keeps a second run out of it')
             return
         if not free:
             with suppress(OSError):  # Windows lets nobody read what is locked
@@ -233,7 +234,7 @@ class RunFolder:
 
 # ---- whose folder it is
 
-def _require_run(path: Path, resume: bool) -> None:
+def require_run(path: Path, resume: bool) -> None:
     """UserError unless `path` holds a run, or (unless `resume`) nothing."""
     if not path.exists():
         if resume:

@@ -38,6 +38,7 @@ from core.checkpoints.checkpoint import checkpoint_hash
 from core.checkpoints.heads import started_heads
 from core.checkpoints.helpers import helper_path, load_remasking_model, require_block
 from core.checkpoints.kinds import CheckpointKind
+from core.checkpoints.run_folder import find_checkpoint
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import Purpose, RowRandom, keyed
@@ -348,7 +349,8 @@ def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
                            f'calibration error {row["calibration_error"]:.4f}, AUROC {_figure(row["auroc"])}, '
                            f'{_figure(row["expected_auroc"])} if it were exact')
         if 'mask_shares' in row:
-            checkpoint = evaluation.out_dir / evaluation.config.checkpoint_name
+            checkpoint, _ = find_checkpoint(evaluation.out_dir, evaluation.config.checkpoint_name,
+                                            'checkpoint_name' in evaluation.explicit)
             path = write_calibration(checkpoint, evaluation.checkpoint_hash, row)
             evaluation.say(f'critic at all mask shares, odd windows: expected calibration error '
                            f'{row["calibration_error"]:.4f}, {row["calibrated_error"]:.4f} with the calibration of the '

@@ -11,6 +11,7 @@ import torch
 from core.checkpoints.checkpoint import build_model, checkpoint_hash, load_checkpoint
 from core.checkpoints.heads import started_heads
 from core.checkpoints.kinds import CheckpointKind
+from core.checkpoints.run_folder import find_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
@@ -142,7 +143,9 @@ def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Ca
     if config.dtype == 'float16' and device.type == 'cpu':
         raise UserError("dtype is 'float16', but a CPU has no fast float16; take float32 or bfloat16")
     out_dir = Path(config.out_dir)
-    path = out_dir / config.checkpoint_name
+    path, found = find_checkpoint(out_dir, config.checkpoint_name, 'checkpoint_name' in explicit)
+    for line in found:
+        say(line)
     checkpoint = load_checkpoint(path)
     if not CheckpointKind(checkpoint.kind).writes_text:
         raise UserError(f'{path} is a checkpoint of kind {checkpoint.kind!r}, which gives text no probability; give '

@@ -126,10 +126,15 @@ class Stored(TypedDict):
     map: CalibrationMap
 
 
+def _beside(checkpoint: Path) -> Path:
+    """Where the calibration of a checkpoint lies: beside its file, or in its exported folder."""
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CALIBRATION_NAME
+
+
 def write_calibration(checkpoint: Path, digest: str, fitted: Mapping[str, Any]) -> Path:
     """Keep `fitted`, whose 'map' holds the lists 'predicted' and 'observed' and whose rest says where they come from,
     in calibration.json beside the file `checkpoint` of SHA-256 `digest`; atomic. Returns its path."""
-    path = checkpoint.parent / CALIBRATION_NAME
+    path = _beside(checkpoint)
     write_whole(path, with_checksum({'format': CALIBRATION_FORMAT, 'checkpoint': digest, **fitted}))
     return path
 
@@ -137,7 +142,7 @@ def write_calibration(checkpoint: Path, digest: str, fitted: Mapping[str, Any]) 
 def find_calibration(checkpoint: Path) -> tuple[Calibration | None, str]:
     """The map beside the file `checkpoint`, if there is one and it is that very checkpoint's, and one line to say about
     it. UserError where the file is damaged."""
-    path = checkpoint.parent / CALIBRATION_NAME
+    path = _beside(checkpoint)
     cure = f'python evaluate.py --measure=errors --out_dir={checkpoint.parent} --checkpoint_name={checkpoint.name}'
     if not path.exists():
         return None, f"thresholds are the critic's own probabilities; calibrate it with: {cure}"

@@ -11,6 +11,7 @@ from core.checkpoints.checkpoint import build_model, load_checkpoint, model_conf
 from core.checkpoints.heads import started_heads
 from core.checkpoints.helpers import load_judge, load_remasking_model, require_block
 from core.checkpoints.kinds import CheckpointKind
+from core.checkpoints.run_folder import find_checkpoint
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.randomness import RowRandom
@@ -89,15 +90,17 @@ class Loaded:
 
 def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
     """The checkpoint of `config` and all that it needs; UserError where something does not suit the options."""
-    device, path = torch.device(resolve_device(config.device)), Path(config.out_dir) / config.checkpoint_name
+    device = torch.device(resolve_device(config.device))
+    path, found = find_checkpoint(config.out_dir, config.checkpoint_name, 'checkpoint_name' in explicit)
     checkpoint = load_checkpoint(path, device='cpu')
-    model_config = model_config_from_dict(checkpoint.model_config, config.checkpoint_name)
+    model_config = model_config_from_dict(checkpoint.model_config, path)
     raise_problems(model_problems(config, explicit, model_config, CheckpointKind(checkpoint.kind)))
     sampler, critic, said = started_heads(model_config, checkpoint.iteration)
     if config.sampling_method == 'sampler' and not sampler:
         raise UserError(f'sampling_method is sampler, but {said[0]}; train longer or take --sampling_method=diffusion')
     why = said[-1] if model_config.add_critic_head and not critic else 'the checkpoint has none'
     raise_problems(guidance_problems(config, critic, why))
+    said = [*found, *said]
     vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
     model = build_model(checkpoint, device).requires_grad_(False)
     remasking_model = judge = None
