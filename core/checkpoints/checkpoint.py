@@ -289,7 +289,14 @@ def normalise_names(state: Mapping[str, Tensor], source: Path) -> dict[str, Tens
 
 def model_config_to_dict(config: GPTConfig) -> dict[str, object]:
     """`config` in built-in types."""
-    return {name: value.value if isinstance(value, Enum) else value for name, value in asdict(config).items()}
+    return {name: _plain(value) for name, value in asdict(config).items()}
+
+
+def _plain(value: object) -> object:
+    """A field's value as JSON has it too."""
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def model_config_from_dict(values: Mapping[str, object], source: Path | str) -> GPTConfig:
@@ -371,7 +378,7 @@ def check_resume(saved: Checkpoint, model_config: Mapping[str, object], vocabula
     differences = {name: f'{shown_name(name)}: {shown(before.get(name))} in the checkpoint, '
                          f'{shown(model_config.get(name))} now'
                    for name in sorted({*saved.model_config, *model_config}, key=str)
-                   if name not in from_corpus and before.get(name) != model_config.get(name)}
+                   if name not in from_corpus and _plain(before.get(name)) != model_config.get(name)}
     other_model = [words for name, words in differences.items() if name not in TRAINING_FIELDS]
     notes = [f'resuming with another {words}' for name, words in differences.items() if name in TRAINING_FIELDS]
     other_data = [f'another {name}: {old[:12]} in the checkpoint, {new[:12]} now' for name, old, new in (

@@ -413,7 +413,7 @@ def test_other_weights_are_listed(saved: Path) -> None:
 def test_model_config_travels_as_built_in_types() -> None:
     config = replace(HEADS, dropout=0.25)
     values = model_config_to_dict(config)
-    assert {type(value) for value in values.values()} <= {int, float, str, bool, type(None)}
+    assert {type(value) for value in values.values()} <= {int, float, str, bool, list, type(None)}
     assert model_config_from_dict(values, 'c.pt') == config
     with pytest.raises(UserError, match=r'c.pt describes its model with unknown options \(n_wheels\)'):
         model_config_from_dict(values | {'n_wheels': 4}, 'c.pt')

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import core.trainer
 import train as script
 from core.checkpoints.checkpoint import export_checkpoint, load_checkpoint, save_checkpoint
 from core.common.errors import UserError
@@ -59,7 +58,7 @@ def test_mistaken_starts_over_a_finished_run_change_nothing(small_corpus, monkey
 def test_a_start_that_fails_changes_nothing(small_corpus, monkeypatch):
     run('--max_iters=4')
     before = contents('out')
-    monkeypatch.setattr(core.trainer, 'validate_kind', lambda *a, **k: (_ for _ in ()).throw(UserError('too short')))
+    monkeypatch.setattr(Run, 'validate', lambda self: (_ for _ in ()).throw(UserError('too short')))
     assert refused('--overwrite=True') == 'too short'
     assert contents('out') == before
 
