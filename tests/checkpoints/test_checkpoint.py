@@ -341,7 +341,7 @@ def test_packed_members_are_refused(saved: Path) -> None:
     ({'format_version': 0}, 'has format 0, but this program reads format 1; train again with'),
     ({'format_version': 2}, 'has format 2, but this program reads format 1; update this program'),
     ({'format_version': '1'}, 'has no format version'),
-    ({'kind': 'poem'}, "is of the kind 'poem', but this program knows unmasking, remasking"),
+    ({'kind': 'poem'}, "is of the kind 'poem', but this program knows unmasking, "),
     ({'iteration': '7'}, r'no usable iteration \(found str\)'),
     ({'iteration': True}, r'no usable iteration \(found bool\)'),
     ({'model': {'w': 1}}, "holds 'w' among its weights"),

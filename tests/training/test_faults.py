@@ -23,6 +23,9 @@ from core.logger import read_metrics
 from helpers.runs import ROOT, SMALL, equal_runs, refused, run
 
 
+DRAW_CURVE = core.trainer.Run.draw_curve
+
+
 @pytest.fixture(autouse=True)
 def quick_runs(monkeypatch):
     """Runs without their picture and without measuring the machine."""
@@ -250,13 +253,13 @@ def test_a_run_without_a_terminal_trains_saves_and_ends_well(small_corpus, strea
 
 def test_a_picture_that_cannot_be_written_changes_no_exit_code(small_corpus, tmp_path, monkeypatch, capsys,
                                                                failing_decoration):
-    monkeypatch.undo()  # with the picture
-    monkeypatch.chdir(tmp_path)
     for folder in ('out', 'stopped'):
-        Path(folder, 'loss.png').mkdir(parents=True)
-    run('--max_iters=4')
+        run('--max_iters=2', '--eval_interval=2', f'--out_dir={folder}')
+        Path(folder, 'loss.png').mkdir()
+    monkeypatch.setattr(core.trainer.Run, 'draw_curve', DRAW_CURVE)
+    run('--max_iters=4', '--init_from=resume')
     assert 'out/loss.png was not drawn: ' in capsys.readouterr().out
     during_step(monkeypatch, 2, signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
-        run('--out_dir=stopped')
+        run('--out_dir=stopped', '--init_from=resume')
     assert stopped.value.code == 130 and load_checkpoint('stopped/ckpt.pt').iteration == 3
