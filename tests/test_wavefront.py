@@ -1,6 +1,7 @@
 """The wavefront fill: schedule, bootstrap, and what the sampler head is shown."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from core.common.randomness import RowRandom, keyed
 from helpers.toys import awake
 from model import GPT, GPTConfig, SamplerWindow
 from sample_utils import (FillTask, Filler, _bootstrap_fill_by_confidence, draw_wave, follow_on_schedule,
-                          group_schedule, neighbour_tokens, predict_and_sample_tokens, prepare_sampler_inputs,
-                          sampler_wavefront_fill, wave_schedule)
+                          group_schedule, independent_fill, neighbour_tokens, predict_and_sample_tokens,
+                          prepare_sampler_inputs, sampler_wavefront_fill, wave_schedule)
 
 BASE, MASK, V, T = 10, 10, 14, 24
 SHAPE = {'block_size': T, 'vocab_size': V, 'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'mask_token_id': MASK,
@@ -257,6 +258,21 @@ def test_a_wave_is_one_graph_and_draws_the_same_tokens(model):
         plain, traced = sampler_wavefront_fill(model, task), Filler(model, 'wave', wave).fill(task)
         assert torch.equal(plain.tokens, traced.tokens) and plain.statistics.waves > 1
         torch.testing.assert_close(plain.log_probabilities, traced.log_probabilities)
+
+
+def test_a_filler_fills_as_its_head_says(model):
+    """The one way from hidden states to tokens, for each who fills."""
+    tokens = some_tokens(seed=3)
+    task = FillTask(tokens, model.encode(tokens), RULE, keyed(6, 0, 0, 5), positions=torch.arange(T) % 5 < 3)
+    made = {head: Filler(model, head).fill(task) for head in sample_utils.FILLS}
+    assert set(made) == set(get_args(sample_utils.Head))
+    expected = {'none': independent_fill(model, task), 'wave': sampler_wavefront_fill(model, task),
+                'left_to_right': sampler_wavefront_fill(model, task, 'left_to_right')}
+    for head, fill in made.items():
+        assert fill.tokens.equal(expected[head].tokens) and fill.drawn.equal(expected[head].drawn)
+    assert made['none'].statistics is None and made['wave'].statistics != made['left_to_right'].statistics
+    waves = Filler(model, 'wave')
+    assert waves.fill(task).tokens.equal(waves.fill(task).tokens) and waves.tables is waves.tables
 
 
 @pytest.mark.parametrize('penalty', [1.0, 1.5])
