@@ -122,13 +122,19 @@ def test_checkpoints_that_do_not_fit_are_named(small_corpus):
     write_checkpoint(small_corpus, 'broken.pt', broken=True)
     for name, words in (('other.pt', 'vocabulary of 3 tokens, corpus tiny another one'),
                         ('judge.pt', "of kind 'judge'"), ('nameless.pt', '--dataset='), ('long.pt', 'windows of 100000 are asked for'),
-                        ('broken.pt', 'is no number')):
+                        ('broken.pt', 'weights that are not numbers')):
         with pytest.raises(UserError, match=words):
             evaluate('--measure=nelbo', '--windows=4', f'--checkpoint_name={name}')
-    with pytest.raises(UserError, match='nats'):
-        evaluate('--measure=likelihood', '--windows=4', '--checkpoint_name=broken.pt', '--trunk_calls=[2]')
     found, said = evaluate('--measure=likelihood', '--windows=4', '--checkpoint_name=young.pt', '--trunk_calls=[2]')
     assert 'the sampler head is ignored' in said and {row['head'] for row in found['likelihood']} == {'none'}
+
+
+@pytest.mark.parametrize('nats', [float('nan'), float('-inf'), 1e300])
+def test_a_result_that_is_no_number_is_refused_and_not_kept(checkpoints, monkeypatch, nats):
+    monkeypatch.setattr(likelihood, '_result', lambda *given: {'nats': nats, 'bits': 1.0})
+    with pytest.raises(UserError, match=r'is no number \(nats\).*take an earlier one'):
+        evaluate('--measure=likelihood', '--windows=4', '--trunk_calls=[2]')
+    assert not Path('out/evaluation.json').exists()
 
 
 def test_another_text_than_that_of_the_training_is_said(checkpoints):

@@ -4,7 +4,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 
@@ -18,50 +17,21 @@ from core.common.expressions import closest
 from core.common.printing import say
 from core.common.progress import ProgressBar
 from core.common.runtime import DTYPES, Runtime, resolve_device
-from core.common.typed_json import FARTHEST, Seconds
+from core.common.typed_json import FARTHEST
 from core.data.folders import recorded_data_folder
 from core.data.prepare import ensure_corpus
 from core.data.vocabulary import Vocabulary
 from core.evaluation.error_detection import ERRORS
 from core.evaluation.likelihood import LIKELIHOOD
 from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache
+from core.evaluation.nelbo import NELBO
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality import QUALITY_MEASURES
-from core.validation import HeldOut, validate_generator
-
-NELBO_WINDOWS = 512
-
 
 # Measures -----------------------------------------------------------------------------------------------------------
 
-class NelboResult(TypedDict):
-    """kind: of the checkpoint; bits: per `unit`."""
-
-    kind: str
-    nats: float
-    standard_error: float
-    bits: float
-    unit: str
-    seconds: Seconds
-
-
-def nelbo_cells(evaluation: Evaluation) -> list[Cell]:
-    """The NELBO of a diffusion checkpoint, the exact negative log-likelihood of a causal one."""
-    config = evaluation.config
-    windows = config.windows or NELBO_WINDOWS
-
-    def compute() -> Result:
-        held_out = HeldOut(evaluation.corpus, evaluation.runtime, windows, config.batch_size, config.split)
-        found = validate_generator(evaluation.model, held_out, evaluation.allowed)
-        return {'kind': evaluation.checkpoint.kind, 'nats': found.value, 'standard_error': found.standard_error,
-                'bits': found.further['bits'], 'unit': found.bits_per, 'seconds': found.seconds}
-
-    return [Cell(evaluation.settings(windows=windows), NelboResult, compute)]
-
-
 MEASURES: dict[str, Measure] = {
-    'nelbo': Measure(nelbo_cells, ('split', 'kind', 'nats', 'standard_error', 'bits', 'unit', 'windows', 'seconds'),
-                     'upper bound on the negative log-likelihood, nats per token (causal: the likelihood itself)'),
+    'nelbo': NELBO,
     'likelihood': LIKELIHOOD,
     'errors': ERRORS,
     **QUALITY_MEASURES,

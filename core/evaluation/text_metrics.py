@@ -1,7 +1,8 @@
 """How good generated text is: pure metrics of texts, each with an interval over the texts.
 
 No single figure says it. Bits under a reference model can be had by repeating what is common, entropy by noise; so they
-stand together, with repetition and with what was copied from the training text, and beside controls (core/evaluation/written_samples.py).
+stand together, with repetition and with what was copied from the training text, and beside controls
+(core/evaluation/written_samples.py).
 
     reference_bits           bits per character under a causal model that shares no data with the generator
     entropy_1 .. entropy_5   entropy in nats of the texts' n-grams of 1 to 5 characters (plug-in estimate)

@@ -1,9 +1,9 @@
 """Samples of many settings and their quality: which policy, how many trunk calls, what temperature.
 
 A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by
-core/evaluation/text_metrics.py, beside controls of the same number and length. Since a lower temperature alone improves the bits under a reference model, the
-settings of one policy and budget are compared at equal trigram entropy: temperature is swept and every figure
-interpolated to the entropy that real text of the same size has.
+core/evaluation/text_metrics.py, beside controls of the same number and length. Since a lower temperature alone
+improves the bits under a reference model, the settings of one policy and budget are compared at equal trigram entropy:
+temperature is swept and every figure interpolated to the entropy that real text of the same size has.
 
 Letters: B rows of a batch, L tokens of a text.
 """

@@ -8,7 +8,7 @@ from core.common.errors import UserError
 from core.common.typed_json import Count, Interval, Items, Seconds, Share, Unfit, checked, read_json
 from core.evaluation.error_detection import Calibrated, Probable, Ranked
 from core.evaluation.likelihood import LikelihoodResult
-from core.evaluation.run import NelboResult
+from core.evaluation.nelbo import NelboResult
 
 
 class Record(TypedDict):
