@@ -99,6 +99,40 @@ def test_bootstrap_takes_the_asked_count_never_adjacent(length, data):
         assert chosen.byte().argmax(1).equal(confidence.argmax(1))
 
 
+def slow_bootstrap(confidence, key, count):
+    """The rule, position by position: the most confident one that leaves room for the rest; equal ones by the key."""
+    free, chosen = set(range(len(confidence))), []
+    for rest in range(count - 1, -1, -1):
+        fitting = [place for place in free if room(free - {place - 1, place, place + 1}) >= rest]
+        best = max(confidence[place] for place in fitting)
+        pick = max((key[place], place) for place in fitting if confidence[place] == best)[1]
+        chosen.append(pick)
+        free -= {pick - 1, pick, pick + 1}
+    return chosen
+
+
+def room(free):
+    """How many positions of a set can be taken, none adjacent: every second one of each run, from its first."""
+    taken, last = 0, -2
+    for place in sorted(free):
+        if place > last + 1:
+            taken, last = taken + 1, place
+    return taken
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(3, 24), st.data())
+def test_several_bootstrap_positions_are_the_most_confident_that_fit_and_ties_go_by_the_key(length, data):
+    count = data.draw(st.integers(2, (length + 1) // 2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    confidence = -torch.randint(3, (4, length), generator=generator).double()  # three values, so that many are equal
+    key = torch.rand(4, length, generator=generator, dtype=torch.float64)
+    chosen = _bootstrap_fill_by_confidence(confidence, key, count, 1e-6)
+    for row in range(4):
+        expected = slow_bootstrap(confidence[row].tolist(), key[row].tolist(), count)
+        assert chosen[row].nonzero().squeeze(1).tolist() == sorted(expected)
+
+
 def test_rounding_does_not_decide_between_equal_positions():
     key = torch.tensor([[0.1, 0.9, 0.5]])
     noise = torch.tensor([[2e-7, 0.0, 1e-7]])

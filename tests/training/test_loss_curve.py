@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from core.common.plots import BLUE, GREEN, ORANGE, VERMILION
 from core.loss_curve import _smoothed, plot_loss_curve
 
 
@@ -29,6 +30,12 @@ def legend(figure):
     return [text.get_text() for text in shown.get_texts()] if shown else []
 
 
+def coloured(picture, colour):
+    """How many pixels of a PNG have nearly this colour."""
+    wanted = np.array([int(colour[place:place + 2], 16) / 255 for place in (1, 3, 5)])
+    return int((np.abs(imread(picture)[..., :3] - wanted) < 0.02).all(-1).sum())
+
+
 def test_every_active_part_is_a_curve_at_its_iterations(tmp_path, figures):
     records = [{'kind': 'iteration', 'iteration': i, 'train/loss_main': 4.0 - i / 100} |
                ({'train/loss_sampler': 3.0} if i >= 20 else {}) for i in range(0, 60, 10)]
@@ -43,7 +50,9 @@ def test_every_active_part_is_a_curve_at_its_iterations(tmp_path, figures):
     assert curves['validation NELBO, lowest 3.600'].get_ydata().tolist() == pytest.approx([4.1, 3.6])
     assert axes.get_xlabel() == 'iteration' and 'nats' in axes.get_ylabel()
     assert [text.get_text() for text in axes.texts] == ['sampler']  # a border beyond the run is left out
-    assert imread(tmp_path / 'loss.png').shape[:2] == (675, 1200)
+    picture = tmp_path / 'loss.png'
+    assert imread(picture).shape[:2] == (675, 1200)
+    assert all(coloured(picture, colour) > 400 for colour in (BLUE, ORANGE, VERMILION)) and coloured(picture, GREEN) == 0
     assert {entry.name for entry in tmp_path.iterdir()} == {'metrics.jsonl', 'loss.png'}
 
 

@@ -20,8 +20,7 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
 from core.noise import Corruption
-from core.optimizer import Muon, learning_rate_at, orthogonalise
-from core.stages import Stage, all_heads_trained_from, stage_at
+from core.stages import Stage
 from core.training_step import TrainingState, training_step
 from helpers.toys import V0, toy_config, toy_plan, toy_settings, toy_state
 from model import GPT, GPTConfig
@@ -41,29 +40,6 @@ def same_losses(one, other):
         a is b is None or torch.equal(a, b) for a, b in
         zip((one.total, one.main, one.positions, *one.heads.values()),
             (other.total, other.main, other.positions, *other.heads.values())))
-
-
-def test_stages_begin_at_their_iterations():
-    config = toy_config(**STAGED)
-    assert [stage_at(config, iteration) for iteration in range(6)] == [Stage({})] * 2 + \
-        [Stage({'sampler': 1.0})] * 2 + [Stage({'sampler': 1.0, 'critic': weight}) for weight in (0.125, 0.25)]
-    assert stage_at(toy_config(), 100) == Stage({})
-    assert all_heads_trained_from(config) == 8 and all_heads_trained_from(toy_config()) == 0
-    assert all_heads_trained_from(toy_config(add_sampler_head=True, start_sampler_iteration=3)) == 4
-
-
-def test_alpha_grows_from_its_first_to_its_last_value():
-    config = toy_config(**STAGED, critic_alpha=0.5)
-    assert [CRITIC.weight_at(config, iteration) for iteration in (3, 4, 5, 7, 8, 100)] == [0, 0.125, 0.25, 0.5, 0.5, 0.5]
-    at_once = toy_config(**{**STAGED, 'end_critic_iteration': 4}, critic_alpha=0.5)
-    assert [CRITIC.weight_at(at_once, iteration) for iteration in (3, 4)] == [0, 0.5]
-
-
-def test_learning_rate_warms_up_and_falls():
-    values = {'learning_rate': 1.0, 'min_lr': 0.1, 'warmup_iters': 4, 'lr_decay_iters': 14}
-    rates = [learning_rate_at(i, **values, decay_lr=True) for i in (0, 3, 4, 9, 14, 50)]
-    assert rates == pytest.approx([0.25, 1.0, 1.0, 0.55, 0.1, 0.1])
-    assert learning_rate_at(50, **values, decay_lr=False) == 1.0
 
 
 def test_parts_of_the_loss_appear_with_their_stage():
@@ -169,38 +145,6 @@ def test_a_frozen_trunk_waits_and_then_moves_slower():
         assert moved == ({'sampler_head'} if iteration == 2 else {'sampler_head', 'transformer'})
     rates = {(group['trunk'], group['lr']) for optimizer in state.optimizers for group in optimizer.param_groups}
     assert rates == {(True, 0.005), (False, 0.01)}
-
-
-def test_muon_updates_are_orthogonal_and_sized():
-    matrices = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
-    singular = torch.linalg.svdvals(orthogonalise(matrices, torch.float32))
-    assert (singular > 0.6).all() and (singular < 1.3).all()
-    assert torch.allclose(orthogonalise(matrices.mT, torch.float32), orthogonalise(matrices, torch.float32).mT, atol=1e-5)
-    left, _, right = torch.linalg.svd(matrices[0].double(), full_matrices=False)
-    alignment = (orthogonalise(matrices, torch.float32)[0].double() * (left @ right)).sum() / 6
-    assert 0.7 < alignment < 1.2
-    parameter = torch.nn.Parameter(torch.ones(6, 10))
-    parameter.grad = matrices[0].clone()
-    optimizer = Muon([parameter], lr=0.1, momentum=0.95, weight_decay=0.5, dtype=torch.float32)
-    optimizer.step()
-    update = (torch.ones(6, 10) * (1 - 0.1 * 0.5) - parameter.detach()) / (0.1 * 0.2 * math.sqrt(10))
-    assert torch.allclose(update, orthogonalise(matrices[:1], torch.float32)[0], atol=1e-4)
-
-
-@pytest.mark.parametrize('shape', [(2, 12, 36), (2, 48, 12), (1, 5, 10), (2, 12, 16)])
-@pytest.mark.parametrize('smallest', [0.1, 1e-6])
-def test_orthogonalised_in_float32_is_the_iteration_as_published(shape, smallest):
-    """Of matrices with singular values from 1 down to `smallest`, in either way of computing it."""
-    generator, rank = torch.Generator().manual_seed(1), min(shape[1:])
-    left, right = (torch.linalg.qr(torch.randn(shape[0], side, rank, dtype=torch.float64, generator=generator))[0]
-                   for side in shape[1:])
-    matrices = left * torch.logspace(0, math.log10(smallest), rank, dtype=torch.float64) @ right.mT
-    expected = matrices / matrices.norm(dim=(1, 2), keepdim=True)
-    for _ in range(5):
-        product = expected @ expected.mT
-        expected = 3.4445 * expected - 4.7750 * product @ expected + 2.0315 * product @ product @ expected
-    found = orthogonalise(matrices.float(), torch.float32)
-    assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_a_step_does_not_depend_on_what_ran_before_it():
