@@ -582,28 +582,31 @@ class SelfConfidence(NamedTuple):
 
 @torch.no_grad()
 def pseudo_log_likelihood(model: GPT, tokens: Tensor, scored: Tensor, allowed: Tensor, generator: RowRandom,
-                          groups: int) -> Tensor:
+                          groups: int, block_length: int | None = None) -> Tensor:
     """float64 [B, T]: masked pseudo-likelihood of tokens int64 [B, T] at positions scored bool [B, T] (Salazar et al.
     2020, in groups), 0 elsewhere: `groups` network calls.
 
     The positions of a row are dealt at random into `groups`; each group is masked at once and its tokens are read from
-    the trunk, at temperature 1, given everything else. So no token is judged while the model can see it.
+    the trunk, at temperature 1, given everything else. So no token is judged while the model can see it. block_length:
+    of a block model, in which a token is read given the rest of its block and the blocks before it.
     """
     rank = torch.where(scored, generator.uniform(Purpose.ORDER, tokens.size(1)), 2.0).argsort(1).argsort(1)  # [B, T]
     group = torch.where(scored, rank % groups, -1)
     found = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
     for index in range(groups):
         picked = group == index  # [B, T]
-        hidden = model.encode(tokens.masked_fill(picked, model.config.mask_token_id))[picked]  # [N, D]
+        masked = tokens.masked_fill(picked, model.config.mask_token_id)
+        hidden = model.encode(masked) if block_length is None else model.encode_streams(masked, tokens, block_length)
+        hidden = hidden[picked]  # [N, D]
         log_probabilities = allowed_log_probabilities(model.lm_head(hidden), allowed)  # [N, V]
         found[picked] = log_probabilities.gather(1, tokens[picked][:, None]).squeeze(1)  # [N]
     return found
 
 
 def self_confidence(model: GPT, tokens: Tensor, scored: Tensor, allowed: Tensor, generator: RowRandom,
-                    groups: int) -> SelfConfidence:
+                    groups: int, block_length: int | None = None) -> SelfConfidence:
     """Summed `pseudo_log_likelihood` of each row."""
-    values = pseudo_log_likelihood(model, tokens, scored, allowed, generator, groups)
+    values = pseudo_log_likelihood(model, tokens, scored, allowed, generator, groups, block_length)
     return SelfConfidence(values.sum(1), scored.sum(1), groups)
 
 

@@ -12,12 +12,15 @@ from configurator import configure
 from core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from core.checkpoints.heads import started_heads
 from core.common.errors import UserError
+from core.data.vocabulary import Vocabulary
 from core.noise import SCHEDULES
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
 from core.sampling.policy_options import option_problems, policy_help, remasking_levels
 from core.sampling.result import TextStatistics
+from core.sampling.run import run_sampling
 from helpers.sampling import VOCABULARY, sample, write_checkpoint
+from helpers.toys import model_over, save_model
 from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,3 +227,51 @@ def test_character_statistics():
 def test_another_seed_gives_other_texts(folder):
     texts = [sample(folder, '--iterations=2', f'--seed={seed}', '--num_samples=2')[0].texts for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+# Block models ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def block_folder(tmp_path_factory):
+    """A block model of lengths 4 and 16 with a head that writes from left to right, and a plain one of length 4."""
+    folder = tmp_path_factory.mktemp('blocks')
+    vocabulary = Vocabulary('characters', tuple('abc \n'))
+    head = {'add_sampler_head': True, 'sampler_context_left': 3, 'sampler_context_right': 0,
+            'sampler_order': 'left_to_right', 'sampler_gate': True}
+    for name, lengths, changes in (('ckpt_best.pt', (4, 16), head), ('plain.pt', (4,), {})):
+        model = model_over(vocabulary, attention_type='block', block_length=lengths, **changes)
+        save_model(folder / name, vocabulary, model, kind='block')
+    return folder
+
+
+def sampled(folder, *arguments):
+    said = []
+    configuration = configure(SampleConfig, [f'--out_dir={folder}', '--num_samples=2', '--device=cpu', *arguments])
+    return run_sampling(configuration.config, configuration.explicit, said.append), said
+
+
+def test_a_block_model_takes_one_call_a_block(block_folder):
+    result, said = sampled(block_folder, '--max_new_tokens=21', '--start_text=abc')
+    assert result.trunk_calls == 6 and 'blocks of 4, iterations=1 for each' in said
+    assert all(batch.texts[0].startswith('abc') for batch in result.batches)
+    result, said = sampled(block_folder, '--checkpoint_name=plain.pt', '--sequence_length=16')
+    assert result.trunk_calls == 8 and 'blocks of 4, iterations=2 for each' in said
+    result, _ = sampled(block_folder, '--sampling_method=standard', '--sequence_length=16')
+    assert result.trunk_calls == 16
+
+
+def test_a_mixture_reads_both_sides_in_a_window(block_folder):
+    result, _ = sampled(block_folder, '--infill_text=ab____ca', '--iterations=3')
+    assert all(text.startswith('ab') and text.endswith('ca') for batch in result.batches for text in batch.texts)
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (('--block_length=5',), ['block_length is 5', 'block lengths 4, 16']),
+    (('--checkpoint_name=plain.pt', '--infill_text=ab__c'), ['sees nothing after', 'block_length=16']),
+    (('--checkpoint_name=plain.pt', '--start_text=a', '--seed_placement=random'), ['seed_placement=random']),
+    (('--sampling_method=multinomial',), ['multinomial', '--block_length=16']),
+    (('--remasking_checkpoint_name=x.pt', '--block_length=4'), ['remasking_checkpoint_name', 'whole texts'])])
+def test_what_a_block_model_cannot_do_is_said(block_folder, arguments, words):
+    with pytest.raises(UserError) as caught:
+        sampled(block_folder, *arguments)
+    assert all(word in str(caught.value) for word in words), caught.value

@@ -35,7 +35,7 @@ from core.sampling.generation import GenerationSettings, generate, score_confide
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES, Policy
-from core.sampling.policy_options import make_policy
+from core.sampling.policy_options import block_length_of, make_policy
 from core.sampling.prompt import lay_out_prompt, start_token
 from core.validation import fixed_windows
 from model import GPT
@@ -87,8 +87,9 @@ def write(writer: Writer, policy: Policy | None, temperature: float) -> Written:
     autocast = None if writer.runtime.dtype is torch.float32 else writer.runtime.dtype
     network = Network(model, TimingAccumulator(device), autocast, remasking_model=writer.remasking_model)
     settings = GenerationSettings('diffusion' if policy else 'standard', DrawRule(writer.allowed, temperature), policy,
-                                  head='wave' if writer.sampler_head else 'none', use_critic=writer.critic,
-                                  start_token=start_token(vocabulary))
+                                  head=model.config.sampler_order if writer.sampler_head else 'none',
+                                  use_critic=writer.critic, start_token=start_token(vocabulary),
+                                  block_length=block_length_of(SampleConfig(), model.config))
     texts, confidence, seconds = [], 0.0, 0.0
     firsts = range(0, writer.samples, writer.batch_size)
     for first in firsts:
@@ -100,7 +101,7 @@ def write(writer: Writer, policy: Policy | None, temperature: float) -> Written:
         writer.runtime.synchronize()
         seconds += time.perf_counter() - start
         scored = score_confidence(network, made.tokens, layout.protected, writer.allowed, generator,
-                                  SampleConfig.confidence_groups)
+                                  SampleConfig.confidence_groups, settings.block_length)
         confidence += float((scored.total / scored.count.clamp(min=1)).sum())
         texts += [vocabulary.decode(row) for row in made.tokens.tolist()]
     return Written(texts, network.trunk_calls / len(firsts), network.network_calls / len(firsts), seconds,

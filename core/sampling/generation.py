@@ -22,10 +22,12 @@ from torch import Tensor
 
 from core.common.drawing import DrawRule, draw, revealed_ids
 from core.common.randomness import Purpose, RowRandom
+from core.sampling.block_network import BlockNetwork
 from core.sampling.network import LOGITS, Network, Soundness
 from core.sampling.policies import Counts, Open, Policy, PolicyView, Prediction
 from core.sampling.prompt import Layout
 from core.sampling.trace import Event, TraceStep, Watch
+from model import GPTConfig
 from sample_utils import Fill, FillTask, Head, SelfConfidence, causal_confidence, self_confidence
 
 Method = Literal['diffusion', 'sampler', 'multinomial', 'standard']
@@ -36,7 +38,7 @@ class GenerationSettings:
     """How to generate. policy, and head, which says who fills: of 'diffusion' and 'sampler'; iterations: of
     'multinomial'; start_token: what a causal model reads before an empty prompt; block_length: the policy completes
     this many positions after one another (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025), None for all at
-    once; use_critic: the policy may ask how wrong tokens are, of the network's remasking model or critic head."""
+    once. Of a block model it is the length of its blocks; use_critic: the policy may ask how wrong tokens are, of the network's remasking model or critic head."""
 
     method: Method
     rule: DrawRule
@@ -121,6 +123,8 @@ def generate(network: Network, layout: Layout, settings: GenerationSettings, gen
     with network.precision():
         if settings.method == 'standard' and network.model.config.attention_type == 'causal':
             return _read_on(network, layout, settings, generator, watch)
+        if reads_blocks(network.model.config, settings.block_length):
+            return write_blocks(network, layout, settings, generator, watch)
         for number, (start, stop, first_new) in enumerate(windows(tokens.size(1), network.model.config.block_size)):
             fixed = protected[:, start:stop] | (torch.arange(start, stop, device=tokens.device) < first_new)
             window = WindowRun(number, start, fixed, generator, watch, Soundness(tokens.device))
@@ -242,6 +246,46 @@ def _reveal(network: Network, settings: GenerationSettings, window: WindowRun, v
                    revealed=fill.drawn, critic=critic), drawn, waves
 
 
+def reads_blocks(config: GPTConfig, block_length: int | None) -> bool:
+    """Whether a model writes in blocks with a cache: a block model does, unless one block is its whole window."""
+    return config.attention_type == 'block' and block_length != config.block_size
+
+
+def parts_of(length: int, config: GPTConfig, block_length: int | None) -> int:
+    """In how many windows or blocks a text of `length` positions is written."""
+    return -(-length // block_length) if reads_blocks(config, block_length) else len(windows(length, config.block_size))
+
+
+def write_blocks(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
+                 watch: Watch | None) -> Generation:
+    """A block model from left to right: the masked positions of `layout` [B, L] by the settings' policy in each block.
+
+    Blocks that hold no mask are only read. A text has any length; positions before a block that a full cache dropped
+    are forgotten.
+    """
+    text, b, length = layout.tokens, settings.block_length, layout.tokens.size(1)
+    blocks, confidence = BlockNetwork(network, b, len(text)), torch.zeros(text.shape, dtype=torch.float64,
+                                                                         device=text.device)
+    waves, limit = 0, settings.policy.limit(b)
+    for number, start in enumerate(range(0, length, b)):
+        stop = min(length, start + b)
+        protected = layout.protected[:, start:stop]
+        sizes = (~protected).sum(1).tolist()
+        if not any(sizes):
+            continue
+        blocks.begin(text, start, stop)
+        window = WindowRun(number, start, protected, generator, watch, Soundness(text.device))
+        made = Generation(text[:, start:stop], confidence[:, start:stop], waves)
+        window.tell(0, limit, 'start', made)
+        made = run_block(blocks, settings, window, Block(protected, sizes, 0, limit), made)
+        window.soundness.require()
+        assert not (made.tokens == network.model.config.mask_token_id).any(), 'masks were left behind'
+        text = torch.cat((text[:, :start], made.tokens, text[:, stop:]), dim=1)
+        confidence = torch.cat((confidence[:, :start], made.confidence, confidence[:, stop:]), dim=1)
+        waves = made.waves
+    return Generation(text, confidence, waves)
+
+
 def redraw(network: Network, settings: GenerationSettings, window: WindowRun, made: Generation) -> Generation:
     """Multinomial: at every iteration all unprotected positions are redrawn, visible ones too."""
     steps, open = settings.iterations, ~window.fixed
@@ -330,12 +374,14 @@ def _read_on(network: Network, layout: Layout, settings: GenerationSettings, gen
 # Self-confidence ------------------------------------------------------------------------------------------------------
 
 def score_confidence(network: Network, tokens: Tensor, protected: Tensor, allowed: Tensor, generator: RowRandom,
-                     groups: int) -> SelfConfidence:
+                     groups: int, block_length: int | None = None) -> SelfConfidence:
     """Self-confidence of the generated tokens of whole sequences [B, L], window by window, each token scored once.
 
-    A bidirectional model scores by masked pseudo-likelihood in `groups` groups, a causal one by its own likelihood.
+    A bidirectional model scores by masked pseudo-likelihood in `groups` groups, a block model inside its blocks of
+    `block_length`, a causal one by its own likelihood.
     """
     model = network.model
+    length = block_length if reads_blocks(model.config, block_length) else None
     total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     count, calls = torch.zeros_like(total, dtype=torch.int64), 0
     with network.precision(), network.timer.measure('self-confidence'):
@@ -343,6 +389,6 @@ def score_confidence(network: Network, tokens: Tensor, protected: Tensor, allowe
             scored = ~protected[:, start:stop] & (torch.arange(start, stop, device=tokens.device) >= first_new)
             part = causal_confidence(model, tokens[:, start:stop], scored, allowed) \
                 if model.config.attention_type == 'causal' else \
-                self_confidence(model, tokens[:, start:stop], scored, allowed, generator.at(index), groups)
+                self_confidence(model, tokens[:, start:stop], scored, allowed, generator.at(index), groups, length)
             total, count, calls = total + part.total, count + part.count, calls + part.network_calls
     return SelfConfidence(total, count, calls)

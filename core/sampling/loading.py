@@ -19,10 +19,11 @@ from core.common.runtime import DTYPES, resolve_device
 from core.common.timing import TimingAccumulator
 from core.data.vocabulary import Vocabulary
 from core.sampling.calibration import find_calibration
-from core.sampling.generation import GenerationSettings
+from core.sampling.generation import GenerationSettings, reads_blocks
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
-from core.sampling.policy_options import DIFFUSION, build_policy, guidance_problems, model_problems, reads_thresholds
+from core.sampling.policy_options import (DIFFUSION, block_defaults, build_policy, guidance_problems, make_policy,
+                                          model_problems, reads_thresholds)
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill, start_token
 from model import GPT
 from sample_utils import draw_wave
@@ -99,6 +100,10 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
     if config.sampling_method == 'sampler' and not sampler:
         raise UserError(f'sampling_method is sampler, but {said[0]}; train longer or take --sampling_method=diffusion')
     why = said[-1] if model_config.add_critic_head and not critic else 'the checkpoint has none'
+    through_head = config.sampling_method in DIFFUSION and sampler and config.use_sampler_head
+    config, chosen = block_defaults(config, explicit, model_config,
+                                    through_head and model_config.sampler_order == 'left_to_right')
+    said += chosen
     raise_problems(guidance_problems(config, critic, why))
     said = [*found, *said]
     vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
@@ -116,8 +121,10 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
         said.append(line)
         calibrate = None if calibration is None else calibration.to(device).error_rate
     policy = build_policy(config, calibrate, checkpoint.noise_schedule()) if diffusing else None
+    if config.sampling_method == 'standard' and reads_blocks(model_config, config.block_length):
+        policy = make_policy('left_to_right', iterations=config.block_length)  # one position a call
     settings = GenerationSettings(config.sampling_method, rule, policy, config.iterations,
-                                  'wave' if diffusing and sampler and config.use_sampler_head else 'none',
+                                  model_config.sampler_order if through_head else 'none',
                                   diffusing and (critic or remasking_model is not None), start_token(vocabulary),
                                   config.block_length)
     return Loaded(model, remasking_model, judge, vocabulary, settings, device, said)

@@ -33,7 +33,8 @@ class Network:
         self.model, self.timer, self.autocast, self.remasking_model = model, timer, autocast, remasking_model
         self._encode, self._wave = encode or model.encode, wave
         self.compiled = encode is not None  # then every call is to have the same shape
-        self._fillers: dict[Head, Filler] = {}
+        self.fillers: dict[Head, Filler] = {}
+        self.left_context: Tensor | None = None  # int64 [B, L], what the sampler head sees before the first position
         self.trunk_calls = self.network_calls = 0
 
     @contextmanager
@@ -55,9 +56,9 @@ class Network:
 
     def filler(self, head: Head) -> Filler:
         """How its hidden states become tokens through `head`; made once."""
-        if head not in self._fillers:
-            self._fillers[head] = Filler(self.model, head, self._wave)
-        return self._fillers[head]
+        if head not in self.fillers:
+            self.fillers[head] = Filler(self.model, head, self._wave)
+        return self.fillers[head]
 
     @property
     def judging(self) -> str:

@@ -3,7 +3,8 @@
 `explicit` names the options that were given.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -170,11 +171,66 @@ def model_problems(config: SampleConfig, explicit: Mapping[str, str], model_conf
         problems.append('seed_placement=random needs a bidirectional checkpoint; take seed_placement=prefix')
     if causal and 'confidence_groups' in explicit:
         problems.append('confidence_groups does not apply to a causal checkpoint; leave it out')
+    if model_config.attention_type == 'block':
+        problems += _block_problems(config, model_config)
     if not model_config.add_sampler_head and (method == 'sampler' or 'use_sampler_head' in explicit and
                                               config.use_sampler_head and method == 'diffusion'):
         problems.append('the checkpoint has no sampler head; take --sampling_method=diffusion without '
                         'use_sampler_head, or a checkpoint trained with add_sampler_head=True')
     return problems
+
+
+def _block_problems(config: SampleConfig, model_config: GPTConfig) -> list[str]:
+    """Options that do not suit a block model. One that was trained on whole windows too serves as a plain diffusion
+    model at that length."""
+    lengths, window = model_config.block_length, model_config.block_size
+    if config.block_length is not None and config.block_length not in lengths:
+        return [f'block_length is {config.block_length}, but the checkpoint was trained with {_listed(lengths)}; take '
+                f'one of these']
+    if block_length_of(config, model_config) == window:
+        return []
+    cure = f'take --block_length={window}, which it was trained with too' if window in lengths else \
+        f'take a checkpoint that was trained with block_length={window} too'
+    problems = [f'{name} needs text on both sides, but a block model sees nothing after the block in work; {cure}'
+                for name, given in (('infill_text', bool(config.infill_text)),
+                                    ('seed_placement=random', config.seed_placement == 'random')) if given]
+    if config.remasking_checkpoint_name:
+        problems.append(f'remasking_checkpoint_name reads whole texts, but a block model writes blocks; leave it out, '
+                        f'or {cure}')
+    if config.sampling_method == 'multinomial':
+        problems.append(f'sampling_method is multinomial, which redraws a whole window; take --sampling_method=diffusion '
+                        f'or {cure}')
+    return problems
+
+
+def _listed(lengths: Sequence[int]) -> str:
+    return f'block_length={lengths[0]}' if len(lengths) == 1 else f'block lengths {", ".join(map(str, lengths))}'
+
+
+def block_length_of(config: SampleConfig, model_config: GPTConfig) -> int | None:
+    """How many positions are finished before the next ones: what is asked for, else a block model's shortest length of
+    more than one, or the whole window where text on both sides is to be read."""
+    if config.block_length is not None or model_config.attention_type != 'block':
+        return config.block_length
+    lengths, both_sides = model_config.block_length, bool(config.infill_text) or config.seed_placement == 'random'
+    if both_sides and model_config.block_size in lengths:
+        return model_config.block_size
+    return min((length for length in lengths if length > 1), default=1)
+
+
+def block_defaults(config: SampleConfig, explicit: Mapping[str, str], model_config: GPTConfig,
+                   ordered_head: bool) -> tuple[SampleConfig, list[str]]:
+    """The options of a block model where nobody gave others, and what is to be said of them: one trunk call a block
+    through a sampler head that writes from left to right, else one for every two positions."""
+    length = block_length_of(config, model_config)
+    if model_config.attention_type != 'block' or length == model_config.block_size:
+        return replace(config, block_length=length), []
+    said = [f'blocks of {length}']
+    if config.sampling_method in DIFFUSION and 'iterations' not in explicit and \
+            'iterations' in POLICIES[config.sampling_policy].options:
+        config = replace(config, iterations=1 if ordered_head else max(1, length // 2))
+        said = [f'{said[0]}, iterations={config.iterations} for each']
+    return replace(config, block_length=length), said
 
 
 def guidance_problems(config: SampleConfig, critic: bool, why: str) -> list[str]:

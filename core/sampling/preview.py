@@ -9,7 +9,7 @@ from core.data.vocabulary import Vocabulary
 from core.sampling.generation import GenerationSettings, generate
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
-from core.sampling.policy_options import make_policy
+from core.sampling.policy_options import block_defaults, build_policy
 from core.sampling.prompt import Layout, start_token
 from model import GPT
 
@@ -21,11 +21,11 @@ def preview(model: GPT, vocabulary: Vocabulary, allowed: torch.Tensor, with_samp
     """`length` tokens of text written from nothing by the averaged model: the same noise at every validation."""
     device = allowed.device
     tokens = torch.full((1, length), vocabulary.mask_token_id, device=device)
-    causal = model.config.attention_type == 'causal'
+    causal, head = model.config.attention_type == 'causal', model.config.sampler_order if with_sampler_head else 'none'
+    config, _ = block_defaults(SampleConfig(iterations=PREDICTIONS), {}, model.config, head == 'left_to_right')
     settings = GenerationSettings(
-        'standard' if causal else 'diffusion', DrawRule(allowed, SampleConfig.temperature),
-        policy=make_policy('remask', iterations=PREDICTIONS),
-        head='wave' if with_sampler_head else 'none', start_token=start_token(vocabulary))
+        'standard' if causal else 'diffusion', DrawRule(allowed, config.temperature), policy=build_policy(config),
+        head=head, start_token=start_token(vocabulary), block_length=config.block_length)
     with torch.no_grad():
         written = generate(Network(model, TimingAccumulator(device)), Layout(tokens, torch.zeros_like(tokens).bool()),
                            settings, keyed(seed, 0, 0, 1, device))

@@ -16,7 +16,7 @@ from core.common.printing import say
 from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator, get_global_timer
 from core.sampling.animation import TerminalAnimation
-from core.sampling.generation import generate, score_confidence, windows
+from core.sampling.generation import generate, parts_of, reads_blocks, score_confidence
 from core.sampling.loading import Loaded, lay_out, load, make_network, read_prompts, require_blocks
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
@@ -116,7 +116,8 @@ def _sample(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator, resu
         _say_checks(config, loaded, layout, voice)
     animation = TerminalAnimation(vocabulary.decode, vocabulary.mask_token_id, layout.protected.cpu()) \
         if config.animate else None
-    batches, blocks = -(-config.num_samples // config.batch_size), len(windows(length, loaded.model.config.block_size))
+    batches = -(-config.num_samples // config.batch_size)
+    blocks = parts_of(length, loaded.model.config, loaded.settings.block_length)
     with animation or nullcontext(), \
             Progress(config, vocabulary, batches, blocks, result.trace, animation, voice) as progress:
         for first in range(0, config.num_samples, config.batch_size):
@@ -152,7 +153,7 @@ def _scored(config: SampleConfig, loaded: Loaded, network: Network, layout: Layo
     own = judged = None
     if config.quality_metric == 'self':
         scored = score_confidence(network, made, layout.protected, loaded.settings.rule.allowed, rows,
-                                  config.confidence_groups)
+                                  config.confidence_groups, loaded.settings.block_length)
         own = (scored.total / scored.count.clamp(min=1)).tolist()
     elif config.quality_metric == 'judge':
         with network.precision(), network.timer.measure('judge'):
@@ -169,8 +170,10 @@ def _say_checks(config: SampleConfig, loaded: Loaded, layout: Layout, say: Say) 
     """Sanity checks before the start; layout: of the first batch."""
     model, length = loaded.model, layout.tokens.size(1)
     masked = layout.tokens == loaded.vocabulary.mask_token_id
-    say(f'{config.num_samples} samples of {length} tokens in {len(windows(length, model.config.block_size))} blocks of '
-        f'at most {model.config.block_size}; {int(layout.protected[0].sum())} protected, '
+    block_length = loaded.settings.block_length
+    most = block_length if reads_blocks(model.config, block_length) else model.config.block_size
+    say(f'{config.num_samples} samples of {length} tokens in {parts_of(length, model.config, block_length)} blocks of '
+        f'at most {most}; {int(layout.protected[0].sum())} protected, '
         f'{masked.float().mean():.1%} masked')
     say(f'{model.parameter_count():,} parameters on {loaded.device}, {int(loaded.settings.rule.allowed.sum())} tokens '
         f'may be drawn, special ids {loaded.vocabulary.base_size} to {model.config.vocab_size - 1} never')

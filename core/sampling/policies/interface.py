@@ -82,7 +82,7 @@ class Prediction:
 
     def _task(self, positions: Tensor, count: int | None, truth: Tensor | None = None) -> FillTask:
         return FillTask(self._open.tokens, self.hidden_states, self._rule, self._generator, positions, count,
-                        truth=truth)
+                        truth=truth, left_context=self._network.left_context)
 
     def measure(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         """float64 [B, T]: `of` maps log-probabilities [N, V] (temperature 1, nothing cut) of the open positions to
