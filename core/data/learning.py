@@ -1,7 +1,8 @@
 """Vocabularies that are learnt from a text: its characters, or a byte-level BPE."""
 
-import re
 from collections.abc import Iterable, Iterator
+
+import regex
 
 from core.common.errors import UserError
 from core.common.expressions import excerpt
@@ -15,8 +16,8 @@ BPE_PATTERN = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\
 _LONGEST_LEARNT = 2**19  # characters; rustbpe's matcher overflows its stack at a million of white space in a row
 _BLOCK = 2**17
 # The last place where no piece of BPE_PATTERN or of GPT-2's lies across, whatever comes before and after: a single
-# blank before a word, or else a letter or digit before another sign.
-_CUTS = (re.compile(r'(?s).*\S(?= \S)'), re.compile(r'(?s).*[^\W_](?=[^\w\s])'))
+# blank before a word, or else a letter or digit before punctuation (which no word goes on after, as \b sees it).
+_CUTS = (regex.compile(r'(?s).*\S(?= \S)'), regex.compile(r'(?s).*[\p{L}\p{N}](?=\p{P})(?!\p{Pc})'))
 
 
 def character_vocabulary(text: str) -> Vocabulary:
