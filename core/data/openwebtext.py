@@ -162,8 +162,8 @@ def _encode_into(parts: Mapping[str, Part], vocabulary: Vocabulary, passages: It
 # --- the command line of data/openwebtext/prepare.py ----------------------------------------------------------------
 
 def prepare_openwebtext(arguments: list[str], usage: str, say: Say = say) -> None:
-    """`prepare.py [--input FILE or FOLDER ...] [--encoding=NAME] [--data_dir=FOLDER] [--overwrite]`: OpenWebText itself,
-    or these text files in its place."""
+    """`prepare.py [--input FILE or FOLDER ...] [--encoding=NAME] [--data_dir=FOLDER] [--overwrite]`: OpenWebText
+    itself, or these text files in its place."""
     given = read_arguments(arguments, {'input': None, 'encoding': None, 'data_dir': None}, usage, plain=None,
                            flags=('overwrite',))
     names = [given.options['input'], *given.plain] if given.options['input'] else given.plain

@@ -1,4 +1,4 @@
-"""Corpora of the user's own texts, in bounded memory: one pass to know the text, one to learn from it, one to encode it.
+"""Corpora of the user's own texts, in bounded memory: passes to know the text, to learn from it and to encode it.
 
 Several files are documents in their order. With a BPE each ends with the token DOCUMENT_END; with characters a blank
 line comes between two of them.

@@ -38,7 +38,7 @@ def text_paths(names: Sequence[str]) -> list[Path]:
             elif path.is_file():
                 paths.append(path)
             elif path.exists():
-                problems.append(f'{path} is no regular file (a pipe or a device): save the text in a file and give that')
+                problems.append(f'{path} is a pipe or a device: save the text in a file and give that')
             else:
                 problems.append(f'{shown(name)} is not there, so it cannot be read: give the path of a text file')
         except (OSError, ValueError) as error:

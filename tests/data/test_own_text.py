@@ -149,7 +149,7 @@ def test_what_is_no_text_is_listed_together(data_here: Path) -> None:
         prepare('missing.txt', 'empty', 'pipe', 'x' * 300, 'a\nb')
     lines = str(refused.value).splitlines()
     assert len(lines) == 5
-    for line, words in zip(lines, ('missing.txt', 'without files', 'no regular file', 'cannot be read', 'not there'),
+    for line, words in zip(lines, ('missing.txt', 'without files', 'a pipe or a device', 'cannot be read', 'not there'),
                            strict=True):
         assert words in line
 
