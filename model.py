@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from core.common.precision import to_exact
+
 
 class ModelMode(str, Enum):
     """What the last layer predicts."""
@@ -488,7 +490,7 @@ class GPT(nn.Module):
         cache: of a causal model; tokens are then those that follow what was read, and the cache grows by T.
         A block model reads all of the tokens as one block here; `encode_streams` and `encode_blocks` read several.
         """
-        T = tokens.size(1)
+        tokens, T = self._here(tokens), tokens.size(1)
         start = 0 if cache is None else cache.length
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, T]
@@ -498,7 +500,7 @@ class GPT(nn.Module):
             assert attention_mask is None, 'a cache takes no padding'
             attention_mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
         hidden_states = self._read(tokens, self._places(start, T), attention_mask, cache,
-                                   None if positions is None else Asked(T, positions))
+                                   None if positions is None else Asked(T, self._here(positions)))
         if cache is not None:
             cache.length += T
         return hidden_states
@@ -527,13 +529,17 @@ class GPT(nn.Module):
         The first `kept` of the tokens, whole blocks without masks, join the cache; the others are the block in work and
         are read again by the next call. The cache holds whole blocks.
         """
-        T, start = tokens.size(1), cache.length
+        tokens, T, start = self._here(tokens), tokens.size(1), cache.length
         block = torch.arange(start + T, device=tokens.device) // block_length  # [K]
         mask = None if start // block_length == (start + T - 1) // block_length else \
             (block[start:, None] >= block)[None, None]  # [1, 1, T, K]
         hidden_states = self._read(tokens, self._places(start, T), mask, cache, None)
         cache.length += kept
         return hidden_states
+
+    def _here(self, indices: Tensor) -> Tensor:
+        """`indices` where the weights are: tokens of sampling and scoring are where float64 exists."""
+        return indices.to(self.transformer['wte'].weight.device)
 
     def _places(self, start: int, length: int) -> tuple[Tensor, Tensor] | Tensor:
         """What positions start .. start + length - 1 bring in: rotary tables, or position embeddings [length, D]."""
@@ -582,7 +588,7 @@ class GPT(nn.Module):
     def critic_scores(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Probability float64 [B, T] that each of `tokens` [B, T] is wrong: one network call. In float32 all that are
         surely wrong would be alike."""
-        return torch.sigmoid(self.critic_logits(self.encode(tokens, attention_mask)).double())
+        return torch.sigmoid(to_exact(self.critic_logits(self.encode(tokens, attention_mask))).double())
 
     def sequence_scores(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """A scorer's evaluation [B] in 0..1 of tokens [B, T] that begin with the CLS token; 0 stands for real text."""

@@ -22,6 +22,7 @@ from core.common.choosing import computing_tolerance, highest_positions, tie_tol
 from core.common.drawing import (Chosen, DrawRule, Draws, allowed_log_probabilities, choose_tokens, completed,
                                  draw_tokens, place_tokens, revealed_ids)
 from core.common.errors import UserError
+from core.common.precision import to_exact
 from core.common.randomness import Purpose, RowRandom
 from model import GPT, GPTConfig, ModelMode, SamplerWindow
 
@@ -192,7 +193,7 @@ def _bootstrap_fill_by_confidence(confidence: Tensor, key: Tensor, count: int, t
 def _bootstrap_rows(model: GPT, hidden_states: Tensor, rows: Tensor, rule: DrawRule, key: Tensor) -> Tensor:
     """bool [B, T]: the bootstrap positions of `rows` int64 [R], which hold no revealed token."""
     B, T, _ = hidden_states.shape
-    seeds = torch.zeros(B, T, dtype=torch.bool, device=hidden_states.device)
+    seeds = torch.zeros(B, T, dtype=torch.bool, device=rows.device)
     step = max(1, _CHUNK // (T * rule.allowed.numel()))
     count = max(1, math.floor(model.config.sampler_min_neighbors_ratio * T))
     for chunk in rows.split(step):
@@ -288,9 +289,10 @@ class Wave(NamedTuple):
 def draw_wave(choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, wave: Wave) -> Chosen:
     """The tokens of one wave, by `choose` (`choose_tokens` or `place_tokens`), with tables [C V, W]. Nothing here waits
     for the device, and torch.compile makes a few kernels of it."""
-    neighbours = F.embedding_bag(wave.bags, tables, wave.starts, mode='sum')  # [n, W]
+    bags, starts = wave.bags.to(tables.device), wave.starts.to(tables.device)
+    neighbours = F.embedding_bag(bags, tables, starts, mode='sum')  # [n, W]
     logits = model.sampler_head.from_projection(wave.projected + neighbours, wave.logits, model.lm_head.weight,
-                                                wave.new)
+                                                None if wave.new is None else wave.new.to(tables.device))
     return choose(logits, rule, wave.choice, wave.seen)
 
 
@@ -443,6 +445,7 @@ def predict_and_sample_tokens(model: GPT, tokens: Tensor, rule: DrawRule, genera
     no_grad=False keeps the graph of the drawn tokens' log-probabilities, as policy gradients (GRPO) need.
     """
     with torch.set_grad_enabled(not no_grad):
+        tokens = to_exact(tokens)
         hidden_states = model.encode(tokens)  # [B, T, D]
         return Filler(model, order if use_sampler_head else 'none').fill(
             FillTask(tokens, hidden_states, rule, generator, positions))
@@ -470,7 +473,7 @@ def build_critic_artifacts_from_logits(model: GPT, tokens: Tensor, targets: Tens
     'masked_only' labels the filled positions, 'masked_and_ignore' also the visible ones. Padding and unknown truth
     never carry a label.
     """
-    config = model.config
+    config, tokens, targets = model.config, to_exact(tokens), to_exact(targets)
     fill = Filler(model, 'wave' if use_sampler_head else 'none').fill(
         FillTask(tokens, hidden_states, rule, generator, purpose=Purpose.CRITIC_FILL))
     labelled = targets != config.ignore_index
@@ -478,7 +481,8 @@ def build_critic_artifacts_from_logits(model: GPT, tokens: Tensor, targets: Tens
         labelled = labelled & (targets != config.pad_token_id) & (tokens != config.pad_token_id)
     if config.critic_target_scope == 'masked_only':
         labelled = labelled & fill.drawn
-    return CriticArtifacts(fill.tokens, ((fill.tokens != targets) & labelled).float(), labelled)
+    made = fill.tokens, ((fill.tokens != targets) & labelled).float(), labelled
+    return CriticArtifacts(*(part.to(hidden_states.device) for part in made))
 
 
 # Remasking ----------------------------------------------------------------------------------------------------------
@@ -539,6 +543,7 @@ def wrong_from_logits(logits: Tensor, config: GPTConfig) -> Tensor:
     mask_token_id) and that id; a binary one's is that of class 1. In float64, so that even a model that finds nearly
     everything wrong still orders the positions.
     """
+    logits = to_exact(logits)
     if config.mode is ModelMode.TOKEN_CLASSIFIER:
         return logits.double().softmax(-1)[..., 1]
     rest = logits[..., :config.mask_token_id].float().logsumexp(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.block_noise import block_probabilities, row_block_lengths
 from core.common.randomness import Purpose, RowRandom, keyed
+from core.common.runtime import moved
 from core.data.corpus import gather_windows
 from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, draw_mask, judged_text,
                         low_discrepancy_times, neighbours_shown)
@@ -41,10 +42,8 @@ class Batch(NamedTuple):
     critic_share: Tensor  # float32 scalar, 1 / number of positions that the critic is trained on in the global batch
 
     def to(self, device: torch.device) -> 'Batch':
-        """The same batch on `device`; from pinned memory, without waiting, where that is a GPU."""
-        if device.type != 'cuda':
-            return self
-        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
+        """The same batch on `device`."""
+        return Batch(*(moved(tensor, device) for tensor in self))
 
 
 class RowShare(NamedTuple):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from core.common.precision import to_exact
 from core.common.randomness import Purpose, RowRandom
 from core.noise import MINIMUM_TIME, BlockNoise
 
@@ -51,7 +52,7 @@ def block_probabilities(generator: RowRandom, block_lengths: Sequence[int], leng
     phase = (offset[:, :1] + cells.double() / counts.sum()) % 1.0  # [B, most]
     low, high = max(MINIMUM_TIME, noise.shares[0]), noise.shares[1]
     probability = low + (high - low) * phase
-    whole = (offset[0, 1] + generator.rows.double() * _GOLDEN) % 1.0 < noise.whole_share  # [B], spread evenly
+    whole = (offset[0, 1] + to_exact(generator.rows).double() * _GOLDEN) % 1.0 < noise.whole_share  # [B], spread evenly
     probability = torch.where(whole[:, None], 1.0, probability)
     block = torch.arange(length, device=phase.device) // lengths[generator.rows][:, None]  # [B, T]
     return probability.gather(1, block)

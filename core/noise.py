@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.common.precision import to_exact
 from core.common.randomness import Purpose, RowRandom
 from model import SamplerWindow
 
@@ -76,7 +77,7 @@ def low_discrepancy_times(generator: RowRandom, global_batch: int) -> Tensor:
     """
     shared = RowRandom(generator.seed, generator.iteration, torch.zeros_like(generator.rows[:1]))
     offset = shared.uniform(Purpose.TIME, 1)[:, 0]  # [1]
-    phase = (offset + generator.rows.double() / global_batch) % 1.0  # [B]
+    phase = (offset + to_exact(generator.rows).double() / global_batch) % 1.0  # [B]
     return MINIMUM_TIME + (1 - MINIMUM_TIME) * phase
 
 

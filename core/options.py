@@ -111,7 +111,7 @@ class TrainConfig:
     ema_decay: float = option(0.995, 'averaging of the weights that are validated and sampled; 0 turns it off')
     # machine
     seed: int = option(1337, 'initial weights, data order, corruption and dropout follow from it')
-    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
+    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ..., mps')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option('auto', 'auto is bfloat16 where it is fast')
     compile: bool | None = option(None, 'torch.compile; None: where it pays')
     sharding: Literal['none', 'full'] = option(

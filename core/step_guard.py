@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from core.common.precision import exact_device, to_exact
+
 WINDOW = 128  # iterations that a spike is compared with; half of them must be there (as in OLMo-core's SkipStepAdamW)
 MOST_IN_A_ROW = 30  # more than the 16 halvings that float16's loss scale may need when a run begins
 
@@ -30,21 +32,22 @@ class StepGuard:
 
     def __init__(self, device: torch.device, spike_deviations: float) -> None:
         self.spike_deviations = spike_deviations
-        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # as in Skipped
-        self.recent = torch.full((2, WINDOW), torch.nan, dtype=torch.float64, device=device)  # losses and norms
+        self.device, exact = device, exact_device(device)
+        self.counts = torch.zeros(2, dtype=torch.int64, device=exact)  # as in Skipped
+        self.recent = torch.full((2, WINDOW), torch.nan, dtype=torch.float64, device=exact)  # losses and norms
 
     def refuses(self, iteration: int, loss: Tensor, norm: Tensor, *others: Tensor) -> Tensor:
         """float32 scalar on the device: 1 where the step must not be taken, 0 where it may.
 
         loss and norm are compared with their recent values; `others` need only be finite. All are scalars.
         """
-        latest = torch.stack((loss, norm)).double()
-        refused = ~(latest.sum() + sum(others)).isfinite()
+        latest = to_exact(torch.stack((loss, norm))).double()
+        refused = ~(latest.sum() + sum(to_exact(one) for one in others)).isfinite()
         if self.spike_deviations > 0:
             refused = refused | self._is_spike(latest)
             self.recent[:, iteration % WINDOW] = latest.where(latest.isfinite(), torch.nan)
         self.counts = torch.stack((self.counts[0] + refused, (self.counts[1] + 1) * refused))
-        return refused.float()
+        return refused.float().to(self.device)
 
     def _is_spike(self, latest: Tensor) -> Tensor:
         """bool scalar: whether either of `latest` [2] stands out from the recent values, spikes among them included."""

@@ -17,6 +17,7 @@ from core.checkpoints.heads import SAMPLER, heads_of
 from core.checkpoints.run_folder import LATEST, METRICS, RunFolder, latest_checkpoint
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
+from core.common.precision import exact_device
 from core.common.printing import complain, optional, say_if_heard
 from core.common.runtime import Runtime, handling, is_compile_error, is_lost_rank, start_runtime, stop_runtime
 from core.data.corpus import Corpus
@@ -339,7 +340,7 @@ class Run:
     def resume(self, path: Path, say: Callable[[str], None]) -> None:
         """Take up the checkpoint at `path`; the run goes on exactly as if never stopped. Changed options are said."""
         mesh = self.state.mesh
-        saved = load_checkpoint(path, self.runtime.device if mesh is None else 'cpu')
+        saved = load_checkpoint(path, exact_device(self.runtime.device) if mesh is None else 'cpu')
         if saved.kind != self.kind:
             raise UserError(f'{path} is of kind {saved.kind!r}, but the options describe one of kind {self.kind!r}; '
                             f'resume with the options that it was trained with')

@@ -12,7 +12,7 @@ from core.batches import BatchPlan
 from core.checkpoints.heads import HEADS
 from core.checkpoints.kinds import CheckpointKind
 from core.common.randomness import Purpose, RowRandom
-from core.common.runtime import Runtime
+from core.common.runtime import Runtime, has_foreach
 from core.objective import Losses, Objective
 from core.optimizer import make_optimizers, set_learning_rate
 from core.sharding import shard
@@ -92,7 +92,8 @@ class TrainingState:
             module = name.split('.')[0]
             groups[module if module in apart else 'others'].append(parameter)
         limit = self.settings.grad_clip or float('inf')
-        norms = [nn.utils.clip_grad_norm_(group, limit, foreach=True) for group in groups.values()]
+        foreach = has_foreach(self.runtime.device)
+        norms = [nn.utils.clip_grad_norm_(group, limit, foreach=foreach) for group in groups.values()]
         return norms if self.mesh is None else [_summed(one) for one in norms]
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.batches import position_weights
+from core.common.precision import exact_device, to_exact
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.runtime import Runtime
 from core.data.corpus import Corpus, gather_windows
@@ -72,8 +73,8 @@ class HeldOut(NamedTuple):
             yield slice(first, first + len(rows)), rows
 
     def zeros(self, *shape: int) -> Tensor:
-        """float64 [W, *shape] on the device, for what each window gives."""
-        return torch.zeros(self.windows, *shape, dtype=torch.float64, device=self.runtime.device)
+        """float64 [W, *shape], for what each window gives."""
+        return torch.zeros(self.windows, *shape, dtype=torch.float64, device=exact_device(self.runtime.device))
 
 
 def fixed_windows(tokens: np.ndarray, count: int, length: int) -> Tensor:
@@ -91,15 +92,16 @@ def any_order_terms(model: GPT, windows: Tensor, counts: Tensor, mask: Tensor, a
     inputs = apply_mask(windows, mask, model.config.mask_token_id)
     hidden = model.encode(inputs)[mask]  # [N, D]
     logits = model.lm_head(hidden).float().masked_fill(~allowed, -torch.inf)  # [N, V]
-    losses = F.cross_entropy(logits, windows[mask], reduction='none').double()  # [N]
-    rows = mask.nonzero()[:, 0]
-    return torch.zeros(len(windows), dtype=torch.float64, device=losses.device).index_add(0, rows, losses) / counts
+    losses = to_exact(F.cross_entropy(logits, windows[mask], reduction='none')).double()  # [N]
+    rows = to_exact(mask).nonzero()[:, 0]
+    sums = torch.zeros(len(windows), dtype=torch.float64, device=losses.device).index_add(0, rows, losses)
+    return sums / to_exact(counts)
 
 
 def causal_terms(model: GPT, windows: Tensor, allowed: Tensor) -> Tensor:
     """float64 [B]: mean cross-entropy of each next token of windows [B, T + 1], in nats."""
     logits = model(windows[:, :-1]).logits.float().masked_fill(~allowed, -torch.inf)  # [B, T, V]
-    return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction='none').double().mean(1)
+    return to_exact(F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction='none')).double().mean(1)
 
 
 @torch.no_grad()
@@ -136,13 +138,14 @@ def block_terms(model: GPT, windows: Tensor, block_length: int, generator: RowRa
     counts = (((offset + cells.double() / (T // b)) % 1.0) * b).long().clamp(max=b - 1) + 1  # [B, T / b]
     order = generator.uniform(Purpose.VALIDATION, T).view(rows, T // b, b).argsort(2).argsort(2)  # [B, T / b, b]
     mask = (order < counts[..., None]).view(rows, T).to(windows.device)
-    weights = (1.0 / counts).repeat_interleave(b, dim=1).to(windows.device) / (T // b)  # [B, T]
+    weights = to_exact(1.0 / counts).repeat_interleave(b, dim=1) / (T // b)  # [B, T]
     positions = mask.flatten().nonzero().squeeze(1)  # [N]
     hidden = model.encode_streams(apply_mask(windows, mask, model.config.mask_token_id), windows, b, positions)  # [N, D]
     logits = model.lm_head(hidden).float().masked_fill(~allowed, -torch.inf)  # [N, V]
-    losses = F.cross_entropy(logits, windows.flatten()[positions], reduction='none').double()  # [N]
+    losses = to_exact(F.cross_entropy(logits, windows.flatten()[positions], reduction='none')).double()  # [N]
     terms = torch.zeros(rows, dtype=torch.float64, device=losses.device)
-    return terms.index_add(0, positions // T, losses * weights.flatten()[positions])
+    places = to_exact(positions)
+    return terms.index_add(0, places // T, losses * weights.flatten()[places])
 
 
 def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tensor) -> Tensor:
@@ -153,11 +156,12 @@ def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tens
     hidden = model.encode_streams(torch.full_like(windows, model.config.mask_token_id), windows, block_length)
     embedding, seen = model.neighbour_embedding(), seen_neighbours(model.config)
     block = (torch.arange(T, device=windows.device) // block_length).expand(rows, T)
-    left, new = neighbours_shown(keyed(0, 0, 0, rows, windows.device), windows, masked, seen, block)
+    left, new = (part.to(windows.device) for part in neighbours_shown(
+        keyed(0, 0, 0, rows), *(part.cpu() for part in (windows, masked)), seen, block.cpu()))
     inputs = prepare_sampler_inputs(hidden.flatten(0, 1), left.flatten(0, 1), embedding, head.window.left)
     logits = head(inputs, model.lm_head(hidden).flatten(0, 1), model.lm_head.weight, new.flatten())  # [B T, V]
     logits = logits.float().masked_fill(~allowed, -torch.inf)
-    return F.cross_entropy(logits, windows.flatten(), reduction='none').double().view(rows, T).mean(1)
+    return to_exact(F.cross_entropy(logits, windows.flatten(), reduction='none')).double().view(rows, T).mean(1)
 
 
 @torch.no_grad()
@@ -213,7 +217,8 @@ def validate_remasking(model: GPT, held_out: HeldOut, allowed: Tensor, corruptio
             mask = draw_exact_mask(generator, stratified_mask_counts(generator, held_out.windows, T), T)
             inputs = corrupt(corruption, generator, rows, mask).to(runtime.device)
             terms = remasking_terms(model, inputs, rows.to(runtime.device), allowed)
-        sums[place], wrong[place], scores[place] = position_sums(terms).double(), terms.wrong, terms.probability
+        sums[place] = to_exact(position_sums(terms)).double()
+        wrong[place], scores[place] = to_exact(terms.wrong), terms.probability
     sums, wrong, scores = runtime.total(sums), runtime.total(wrong), runtime.total(scores)
     value, error = _weighted_mean(sums, corruption.loss_type)
     binary = model.config.mode is ModelMode.TOKEN_CLASSIFIER
@@ -262,8 +267,8 @@ def _judged(model: GPT, corruption: Corruption, rows: Tensor, generator: RowRand
     if corruption.fill is not None:
         texts.append(corruption.fill(rows, part, generator))
     texts = [behind_cls(corruption, text).to(device) for text in texts]  # [B, 1 + T]
-    clean, as_trained, *made_wrong = (model.sequence_scores(text).double() for text in texts)  # [B]
-    error = (as_trained - wrong_shares(texts[1], texts[0])).square()
+    clean, as_trained, *made_wrong = (to_exact(model.sequence_scores(text)).double() for text in texts)  # [B]
+    error = (as_trained - to_exact(wrong_shares(texts[1], texts[0]))).square()
     return torch.stack([error, *(_above(clean, wrong) for wrong in made_wrong)], dim=1)
 
 

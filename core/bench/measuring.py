@@ -25,7 +25,7 @@ from core.bench.training_cases import baseline_case, training_cases
 from core.checkpoints.environment import environment
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
-from core.common.runtime import Runtime, has_fast_bfloat16, measure_matrix_rate, start_runtime
+from core.common.runtime import Runtime, has_fast_bfloat16, measure_matrix_rate, start_runtime, synchronize
 from core.sampling.generation import GenerationSettings, generate
 from core.sampling.loading import choose_autocast
 from core.sampling.network import Network
@@ -130,8 +130,7 @@ def measure_copy_rate(device: torch.device, seconds: float = 0.2) -> float:
     while time.perf_counter() - begin < seconds or len(times) < 4:
         start = time.perf_counter()
         target.copy_(source)
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * COPIED / sorted(times[1:])[len(times[1:]) // 2]
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.common.choosing import tie_tolerance, up_to_cut
+from core.common.precision import to_exact
 
 TOKEN_TOLERANCE = tie_tolerance(torch.float32)  # a network of lower precision gives many ids the very same logit
 
@@ -55,7 +56,7 @@ def allowed_log_probabilities(logits: Tensor, allowed: Tensor, temperature: floa
     (core/common/choosing.py). Logits that are not a number stay so, hence a broken network shows in the
     log-probabilities of draws.
     """
-    log_probabilities = torch.where(allowed, logits, -math.inf).double()  # [..., V]
+    log_probabilities = torch.where(to_exact(allowed), to_exact(logits), -math.inf).double()  # [..., V]
     if temperature == 0:
         best = log_probabilities.amax(-1, keepdim=True)  # [..., 1]
         return torch.where(up_to_cut(log_probabilities, best, 1, tolerance), 0.0, -math.inf) + (best - best)
@@ -155,8 +156,8 @@ def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = 
 def _scores(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities float64 [N, V] under `rule`, and under the model itself: each up to a constant of its row that
     makes the highest 0. The second is None where the rule changes nothing."""
-    tolerance = min(TOKEN_TOLERANCE, tie_tolerance(logits.dtype))
-    model_scores = torch.where(rule.allowed, logits, -math.inf).double()
+    tolerance, logits = min(TOKEN_TOLERANCE, tie_tolerance(logits.dtype)), to_exact(logits)
+    model_scores = torch.where(to_exact(rule.allowed), logits, -math.inf).double()
     model_scores = model_scores - model_scores.amax(-1, keepdim=True)
     if rule.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen, rule.repetition_penalty)

@@ -13,6 +13,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from core.common.precision import exact_device, to_exact
+
 _LOW_32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # the key's increments per round
@@ -70,9 +72,10 @@ class RowRandom:
         `stream` (0 .. 2^16 - 1) separates several draws of one purpose at one iteration, as for groups or blocks.
         """
         blocks = (width + 3) // 4
-        counters = torch.empty(len(self.rows), blocks, 4, dtype=torch.int64, device=self.rows.device)
-        counters[..., 0] = torch.arange(blocks, device=self.rows.device)
-        counters[..., 1] = self.rows[:, None]
+        rows = to_exact(self.rows)
+        counters = torch.empty(len(rows), blocks, 4, dtype=torch.int64, device=rows.device)
+        counters[..., 0] = torch.arange(blocks, device=rows.device)
+        counters[..., 1] = rows[:, None]
         counters[..., 2] = self.iteration
         counters[..., 3] = purpose + (stream << 16)
         words = philox4x32(counters, (self.seed & _LOW_32, (self.seed >> 32) & _LOW_32))  # [B, blocks, 4]
@@ -86,5 +89,6 @@ class RowRandom:
 
 
 def keyed(seed: int, iteration: int, first_row: int, count: int, device: torch.device | str = 'cpu') -> RowRandom:
-    """`RowRandom` of the `count` consecutive global rows from `first_row` on."""
-    return RowRandom(seed, iteration, torch.arange(first_row, first_row + count, device=device))
+    """`RowRandom` of the `count` consecutive global rows from `first_row` on, for a network on `device`: its numbers are
+    made where float64 exists."""
+    return RowRandom(seed, iteration, torch.arange(first_row, first_row + count, device=exact_device(device)))

@@ -23,19 +23,39 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 
 def resolve_device(name: str) -> str:
-    """'auto' becomes 'cuda' where there is a GPU, else 'cpu'; UserError for a device that is not there."""
+    """'auto' becomes 'cuda' where there is such a GPU, 'mps' where there is an Apple GPU, else 'cpu'; UserError for a
+    device that is not there."""
+    present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'cpu'
+        return next(kind for kind, there in present.items() if there)
     kind = name.split(':')[0]
-    if kind not in ('cpu', 'cuda'):
-        raise UserError(f'device is {name!r}, but this program runs on cpu or cuda; take --device=auto')
-    if kind == 'cuda' and not torch.cuda.is_available():
-        raise UserError(f'device is {name!r}, but this machine has no usable GPU; take --device=cpu')
-    if ':' in name and not name.removeprefix('cuda:').isdigit() or name.startswith('cpu:'):
-        raise UserError(f'device is {name!r}, but should be cpu, cuda or cuda:0 and so on')
+    if kind not in present:
+        raise UserError(f'device is {name!r}, but this program runs on cpu, cuda or mps; take --device=auto')
+    if not present[kind]:
+        raise UserError(f'device is {name!r}, but this machine has no usable GPU of that kind; take --device=cpu')
+    if ':' in name and not name.removeprefix('cuda:').isdigit():
+        raise UserError(f'device is {name!r}, but should be cpu, mps, cuda or cuda:0 and so on')
     if name.startswith('cuda:') and int(name[5:]) >= torch.cuda.device_count():
         raise UserError(f'device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs')
     return name
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for `device`, so that a clock can be read."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` of the processor on `device`; from pinned memory, without waiting, where that is a CUDA GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else tensor.to(device)
+
+
+def has_foreach(device: torch.device) -> bool:
+    """Whether torch works on lists of tensors at once there."""
+    return device.type != 'mps'
 
 
 @dataclass
@@ -62,8 +82,7 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock can be read."""
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """`values` added over all ranks."""
@@ -102,6 +121,8 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
     gloo on a CPU. Raises UserError for what cannot be had.
     """
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world_size > 1 and device == 'mps':
+        raise UserError(f'device is mps, but {world_size} ranks cannot share an Apple GPU; start one, or take --device=cpu')
     if world_size > 1:
         backend = backend or ('nccl' if device.startswith('cuda') else 'gloo')
         if device == 'cuda':
@@ -109,23 +130,28 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
             torch.cuda.set_device(device)
         distributed.init_process_group(backend)
     runtime = Runtime(torch.device(device), torch.float32, False, rank, world_size)
-    runtime.reasons.append(f'device {device}: ' + (torch.cuda.get_device_name(runtime.device)
-                           if device.startswith('cuda') else f'{torch.get_num_threads()} threads'))
+    runtime.reasons.append(f'device {device}: {_described(runtime.device)}')
     runtime.dtype, reason = _choose_dtype(runtime.device, dtype, width)
     runtime.reasons.append(f'dtype {str(runtime.dtype).removeprefix("torch.")}: {reason}')
     runtime.compile, reason = _choose_compile(runtime.device, compile, iterations)
     runtime.reasons.append(f'compile {runtime.compile}: {reason}')
     if world_size > 1:
         runtime.reasons.append(f'{world_size} ranks over {backend}')
-    if device.startswith('cuda'):
+    if runtime.device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
-    else:
+    if runtime.device.type == 'cpu':
         torch.set_flush_denormal(True)  # numbers near zero would cost a hundred times as much
         _keep_freed_memory()
         # Else a compiled step adds up the gradient of the embedding in the order in which threads come.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs that costs a pass
     return runtime
+
+
+def _described(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return 'Apple GPU; float64 on the processor' if device.type == 'mps' else f'{torch.get_num_threads()} threads'
 
 
 def stop_runtime(runtime: Runtime) -> None:
@@ -189,16 +215,17 @@ def handling(signals: Iterable[signal.Signals], handler: Callable[[int, object],
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32 ones: a GPU since Ampere, a CPU with AMX."""
+    """Whether the device is known to multiply bfloat16 matrices faster than float32 ones: a CUDA GPU since Ampere, a CPU
+    with AMX."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.cpu._is_amx_tile_supported()
+    return device.type == 'cpu' and torch.cpu._is_amx_tile_supported()
 
 
 def _choose_dtype(device: torch.device, dtype: str, width: int) -> tuple[torch.dtype, str]:
     if dtype != 'auto':
-        if dtype == 'float16' and device.type == 'cpu':
-            raise UserError("dtype is 'float16', but a CPU has no fast float16; take float32, bfloat16 or auto")
+        if dtype == 'float16' and device.type != 'cuda':
+            raise UserError("dtype is 'float16', but only CUDA GPUs train in it; take float32, bfloat16 or auto")
         return DTYPES[dtype], 'as asked for'
     if not has_fast_bfloat16(device):
         return torch.float32, 'this processor has no fast bfloat16'
@@ -212,6 +239,8 @@ def _choose_compile(device: torch.device, wanted: bool | None, iterations: int) 
         return False, 'as asked for'
     if device.type == 'cpu' and not has_compiler():
         return False, 'there is no C++ compiler (install g++ for faster steps)'
+    if wanted is None and device.type == 'mps':
+        return False, 'torch.compile is new on Apple GPUs (ask for it with --compile=True)'
     if wanted is None and iterations < PAYING_ITERATIONS:
         return False, f'{iterations} iterations are over before compiling pays'
     return True, 'as asked for' if wanted else 'fuses element-wise work'
@@ -224,13 +253,12 @@ def has_compiler() -> bool:
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Operations per second of square matrix products in `dtype`: the median of as many as fit into `seconds`."""
-    size = 8192 if device.type == 'cuda' else 1024
+    size = {'cuda': 8192, 'mps': 4096}.get(device.type, 1024)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times, begin = [], time.perf_counter()
     while time.perf_counter() - begin < seconds or len(times) < 4:
         start = time.perf_counter()
         left @ right
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * size ** 3 / sorted(times[1:])[len(times[1:]) // 2]

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from core.common.runtime import synchronize
+
 
 class TimingAccumulator:
     """Total seconds and counts of named stages.
@@ -31,13 +33,13 @@ class TimingAccumulator:
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         """Add the time of the `with` block to `stage`, also where the block raises."""
-        self._synchronize()
+        synchronize(self.device)
         self._inner.append(0.0)
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._synchronize()
+            synchronize(self.device)
             seconds = time.perf_counter() - start
             inner = self._inner.pop()
             if self._inner:
@@ -61,10 +63,6 @@ class TimingAccumulator:
             count = self.counts[stage]
             lines.append(f'{stage:<{width}} {seconds:>10.3f} {share:>7.1%} {count:>7} {1000 * seconds / count:>10.2f}')
         return '\n'.join(lines)
-
-    def _synchronize(self) -> None:
-        if self.device.type != 'cpu':
-            torch.get_device_module(self.device).synchronize()
 
 
 _GLOBAL_TIMER = TimingAccumulator()

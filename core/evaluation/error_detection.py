@@ -41,6 +41,7 @@ from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.run_folder import find_checkpoint
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
+from core.common.precision import exact_device, to_exact
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.typed_json import Count, Interval, Items, Seconds, Share
 from core.evaluation.error_plots import plot_errors
@@ -78,7 +79,7 @@ class Filled(NamedTuple):
 def one_shot(model: GPT, truth: Tensor, share: float, allowed: Tensor, generator: RowRandom, *,
              use_sampler_head: bool) -> Filled:
     """`Filled` of truth int64 [B, T]: round(share T), at least one, positions of each row masked and filled."""
-    T, rule = truth.size(1), DrawRule(allowed)
+    truth, T, rule = to_exact(truth), truth.size(1), DrawRule(allowed)
     counts = torch.full((len(truth),), max(1, round(share * T)), device=truth.device)
     mask = draw_exact_mask(generator, counts, T)
     masked = apply_mask(truth, mask, model.config.mask_token_id)
@@ -276,7 +277,7 @@ class ErrorStudy:
             texts, runtime = self.filled(share), self.evaluation.runtime
             with torch.no_grad(), runtime.autocast():
                 self._scores[name, share] = torch.cat([
-                    self.detectors[name](Filled(*(column[place].to(runtime.device) for column in texts)), numbers).cpu()
+                    self.detectors[name](Filled(*(column[place].to(exact_device(runtime.device)) for column in texts)), numbers).cpu()
                     for place, numbers in self._batches(share)])
         return self._scores[name, share]
 

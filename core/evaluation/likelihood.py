@@ -27,6 +27,7 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import DrawRule
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
+from core.common.precision import exact_device
 from core.common.randomness import RowRandom, keyed
 from core.common.timing import TimingAccumulator
 from core.common.typed_json import Seconds
@@ -84,7 +85,7 @@ class Likelihood(NamedTuple):
 def window_likelihoods(network: Network, windows: Tensor, policy: Policy, head: Head, allowed: Tensor, *, seed: int,
                        batch_size: int) -> Likelihood:
     """`Likelihood` of windows int64 [W, T]; window i has the random order of row i."""
-    start, calls, parts, device = time.perf_counter(), network.trunk_calls, [], allowed.device
+    start, calls, parts, device = time.perf_counter(), network.trunk_calls, [], exact_device(allowed.device)
     for first in range(0, len(windows), batch_size):
         rows = windows[first:first + batch_size].to(device)
         parts.append(log_likelihood(network, rows, policy, head, allowed, keyed(seed, 0, first, len(rows), device)))

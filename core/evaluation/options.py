@@ -43,5 +43,5 @@ class EvaluateConfig:
     # the machine
     batch_size: int = option(64, 'windows or texts at once; lower it when memory runs out, the numbers stay the same')
     seed: int = option(1337, 'random orders follow from it')
-    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
+    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ..., mps')
     dtype: Literal['float32', 'bfloat16', 'float16'] = option('float32', 'precision of the network')

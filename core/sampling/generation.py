@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from core.common.drawing import DrawRule, draw, revealed_ids
+from core.common.precision import to_exact
 from core.common.randomness import Purpose, RowRandom
 from core.sampling.block_network import BlockNetwork
 from core.sampling.network import LOGITS, Network, Soundness
@@ -117,7 +118,7 @@ class WindowRun:
 def generate(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
              watch: Watch | None = None) -> Generation:
     """Write the masked positions of `layout` [B, L], one row per row of `generator`; protected ones never change."""
-    tokens, protected = layout
+    tokens, protected = layout = Layout(*map(to_exact, layout))
     assert len(tokens) == len(generator.rows)
     confidence, waves = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device), 0
     with network.precision():
@@ -380,7 +381,7 @@ def score_confidence(network: Network, tokens: Tensor, protected: Tensor, allowe
     A bidirectional model scores by masked pseudo-likelihood in `groups` groups, a block model inside its blocks of
     `block_length`, a causal one by its own likelihood.
     """
-    model = network.model
+    model, tokens, protected = network.model, to_exact(tokens), to_exact(protected)
     length = block_length if reads_blocks(model.config, block_length) else None
     total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     count, calls = torch.zeros_like(total, dtype=torch.int64), 0

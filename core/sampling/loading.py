@@ -14,6 +14,7 @@ from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.run_folder import find_checkpoint
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError, raise_problems
+from core.common.precision import exact_device
 from core.common.randomness import RowRandom
 from core.common.runtime import DTYPES, resolve_device
 from core.common.timing import TimingAccumulator
@@ -119,7 +120,7 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
     if diffusing and critic and remasking_model is None and reads_thresholds(config):
         calibration, line = find_calibration(path)
         said.append(line)
-        calibrate = None if calibration is None else calibration.to(device).error_rate
+        calibrate = None if calibration is None else calibration.to(exact_device(device)).error_rate
     policy = build_policy(config, calibrate, checkpoint.noise_schedule()) if diffusing else None
     if config.sampling_method == 'standard' and reads_blocks(model_config, config.block_length):
         policy = make_policy('left_to_right', iterations=config.block_length)  # one position a call

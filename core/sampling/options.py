@@ -72,7 +72,7 @@ class SampleConfig:
     animate: bool = option(False, 'show the first text of each batch condensing in the terminal; slows a fast model')
     # the machine
     seed: int = option(1337, 'another seed, other texts')
-    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
+    device: str = option('auto', 'auto, cpu, cuda, cuda:1 ..., mps')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
         'auto', 'precision of the network; auto is bfloat16 on a GPU that has it, else float32')
     compile: bool = option(False, 'torch.compile the trunk and the waves; pays for many samples on a GPU')

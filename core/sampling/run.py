@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core.common.errors import UserError, raise_problems
+from core.common.precision import exact_device
 from core.common.printing import say
 from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator, get_global_timer
@@ -144,7 +145,7 @@ def _sample(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator, resu
 def _rows(config: SampleConfig, loaded: Loaded, first: int) -> RowRandom:
     """The random numbers of the batch that begins with sample number `first`."""
     last = min(first + config.batch_size, config.num_samples)
-    return RowRandom(config.seed, 0, torch.arange(first, last, device=loaded.device))
+    return RowRandom(config.seed, 0, torch.arange(first, last, device=exact_device(loaded.device)))
 
 
 def _scored(config: SampleConfig, loaded: Loaded, network: Network, layout: Layout, rows: RowRandom, made: Tensor,

@@ -20,7 +20,7 @@ from model import GPT
 
 def test_devices_that_are_not_there_are_refused():
     assert runtime.resolve_device('cpu') == 'cpu'
-    assert runtime.resolve_device('auto') in ('cpu', 'cuda')
+    assert runtime.resolve_device('auto') in ('cpu', 'cuda', 'mps')
     for name in ('tpu', 'cpu:1', 'cuda:x', 'cuda:999'):
         with pytest.raises(UserError):
             runtime.resolve_device(name)

@@ -1,0 +1,139 @@
+"""An Apple GPU has no float64 and no pinned memory: everything runs on one all the same, with the numbers of a CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configurator import configure
+from core.checkpoints.checkpoint import load_checkpoint
+from core.common import precision
+from core.common.randomness import keyed
+from core.common.runtime import resolve_device
+from core.data.vocabulary import Vocabulary
+from core.evaluation.options import EvaluateConfig
+from core.evaluation.run import measured_rows
+from core.logger import read_metrics
+from core.sampling.options import SampleConfig
+from core.sampling.policies import POLICIES
+from core.sampling.run import run_sampling
+from helpers.apple import AppleTensor, Refused, emulated_mps
+from helpers.runs import run
+from helpers.toys import model_over, save_model
+
+
+def test_the_emulated_device_refuses_what_the_real_one_refuses():
+    with emulated_mps():
+        held = torch.arange(3.0).to('mps')
+        assert isinstance(held + 1, AppleTensor) and (held + 1).tolist() == [1.0, 2.0, 3.0]
+        for wrong in (held.double, lambda: torch.zeros(2, dtype=torch.float64, device='mps'), held.pin_memory,
+                      lambda: held + torch.ones(3), lambda: torch.ones(3, dtype=torch.float64).to('mps')):
+            with pytest.raises((Refused, RuntimeError)):
+                wrong()
+        assert held.cpu().double().tolist() == [0.0, 1.0, 2.0] and held[torch.tensor([2])].tolist() == [2.0]
+
+
+def test_auto_takes_the_device_that_is_there():
+    with emulated_mps():
+        assert resolve_device('auto') == 'mps' and resolve_device('mps') == 'mps'
+    assert resolve_device('auto') != 'mps'
+
+
+def test_a_missing_conversion_is_found(monkeypatch):
+    monkeypatch.setattr(precision, '_WITHOUT_FLOAT64', ())
+    with emulated_mps(), pytest.raises(Refused, match='float64'):
+        keyed(1, 0, 0, 2, 'mps').uniform(1, 4)
+
+
+def trained(out, *arguments):
+    with emulated_mps():
+        run('--device=mps', f'--out_dir={out}', *arguments)
+
+
+def values(folder):
+    kept = ('train/loss', 'train/loss_main', 'train/loss_sampler', 'train/loss_critic', 'val/nelbo', 'val/value')
+    return [{name: record[name] for name in kept if name in record} for record in read_metrics(folder / 'metrics.jsonl')]
+
+
+@pytest.mark.parametrize('further', [(), ('--attention_type=causal', '--add_sampler_head=False',
+                                         '--add_critic_head=False')])
+def test_training_with_all_heads_and_stages_gives_the_numbers_of_a_cpu(small_corpus, further):
+    run('--out_dir=cpu', '--dropout=0.0', *further)
+    trained('apple', '--dropout=0.0', *further)
+    assert len(values(Path('cpu'))) > 12
+    for expected, found in zip(values(Path('cpu')), values(Path('apple')), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_is_taken_up(small_corpus):
+    trained('whole')
+    trained('parts', '--max_iters=7')
+    trained('parts', '--init_from=resume')
+    whole, parts = (load_checkpoint(f'{name}/ckpt.pt') for name in ('whole', 'parts'))
+    assert parts.iteration == 12
+    for name, tensor in whole.model.items():
+        torch.testing.assert_close(parts.model[name], tensor)
+
+
+@pytest.mark.parametrize('kind', [('--training_type=remasking',), ('--training_type=remasking', '--remasking_kind=binary'),
+                                  ('--training_type=judge',)])
+def test_helpers_train(small_corpus, kind):
+    trained('helper', *kind, '--add_sampler_head=False', '--add_critic_head=False')
+    assert load_checkpoint('helper/ckpt.pt').iteration == 12
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A run folder with a network that has both heads, and one that reads from left to right."""
+    vocabulary, folder = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh')), tmp_path_factory.mktemp('run')
+    save_model(folder / 'ckpt_best.pt', vocabulary, model_over(vocabulary, add_sampler_head=True, add_critic_head=True))
+    save_model(folder / 'causal.pt', vocabulary, model_over(vocabulary, attention_type='causal'), kind='causal')
+    save_model(folder / 'wrong.pt', vocabulary, model_over(vocabulary), kind='remasking')
+    save_model(folder / 'judge.pt', vocabulary, model_over(vocabulary, mode='sequence_scorer', block_size=33), 'judge')
+    return folder
+
+
+def sample(folder, device, *arguments):
+    configuration = configure(SampleConfig, [f'--out_dir={folder}', f'--device={device}', '--dtype=float32',
+                                             '--num_samples=2', '--batch_size=2', *arguments])
+    return run_sampling(configuration.config, configuration.explicit, lambda line: None)
+
+
+WAYS = [*((f'--sampling_policy={name}', *(() if 'iterations' not in row.options else ('--iterations=4',)))
+          for name, row in POLICIES.items()),
+        ('--use_sampler_head=False', '--iterations=3', '--top_k=5', '--repetition_penalty=1.2', '--save_json=run.json'),
+        ('--schedule_mode=threshold', '--iterations=3', '--quality_metric=none'),
+        ('--iterations=3', '--remasking_checkpoint_name=wrong.pt', '--start_text=ab'),
+        ('--iterations=3', '--quality_metric=judge', '--judge_checkpoint_name=judge.pt', '--sequence_length=24'),
+        ('--sampling_method=multinomial', '--iterations=3'), ('--sampling_method=standard',),
+        ('--sampling_method=sampler', '--iterations=1', '--temperature=0'),
+        ('--sampling_method=standard', '--checkpoint_name=causal.pt', '--sequence_length=24', '--top_p=0.9')]
+
+
+@pytest.mark.parametrize('way', WAYS, ids=lambda way: ' '.join(way))
+def test_samples_are_those_of_a_cpu(folder, way, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    expected = sample(folder, 'cpu', *way)
+    with emulated_mps():
+        assert sample(folder, 'mps', *way).texts == expected.texts
+
+
+@pytest.mark.parametrize('measure', [
+    ('--measure=nelbo',), ('--measure=likelihood', '--trunk_calls=[1,4]', '--policies=random,margin', '--windows=4'),
+    ('--measure=errors', '--windows=32')])
+def test_evaluation_gives_the_numbers_of_a_cpu(small_corpus, measure):
+    model = model_over(small_corpus.vocabulary, add_sampler_head=True, add_critic_head=True)
+
+    def rows(device):
+        save_model(Path(device) / 'ckpt_best.pt', small_corpus.vocabulary, model, config={'dataset': 'tiny'})
+        configuration = configure(EvaluateConfig, [f'--out_dir={device}', f'--device={device}', *measure])
+        return measured_rows(configuration.config, configuration.explicit, lambda line: None)
+
+    expected = rows('cpu')
+    with emulated_mps():
+        found = rows('mps')
+    assert len(expected) > 0
+    for one, other in zip(expected, found, strict=True):
+        numbers = {name: value for name, value in one.items() if isinstance(value, float)
+                   and name not in ('elapsed', 'seconds')}
+        assert numbers and {name: other[name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
