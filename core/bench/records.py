@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from core.bench.options import BenchConfig
 from core.common.errors import UserError
-from core.common.files import write_whole
+from core.common.files import why_unwritable, write_whole
 from core.common.tables import split_at_markers, write_between
 from core.common.typed_json import Items, Range, Seconds, Unfit, checked, read_json
 
@@ -199,8 +199,8 @@ def file_problems(config: BenchConfig, explicit: Mapping[str, str], kind: Record
     if config.from_json is not None:
         problems += [f'{name} was given, but --from_json measures nothing; leave one of them out'
                      for name in explicit if name not in ('from_json', 'report', 'scaling')]
-    if config.json is not None and not Path(config.json).absolute().parent.is_dir():
-        problems.append(f'cannot write {config.json}: its folder does not exist; create it first')
+    if config.json is not None and (reason := why_unwritable(config.json)) is not None:
+        problems.append(f'json is {config.json!r}, but {reason}')
     if config.report is not None:
         try:
             split_at_markers(Path(config.report), kind.begin, kind.end, PAGE)

@@ -24,6 +24,10 @@ from core.common.printing import complain_once
 
 TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves behind
 LONGEST_STEM = 120  # bytes of a name that its temporary name repeats; a name may have 255 with all that follows
+# Files that no output named by the user may replace: checkpoints, corpora, programs and configs, files of a run.
+OTHERS_SUFFIXES = frozenset({'.pt', '.safetensors', '.bin', '.pkl', '.py', '.damaged'})
+OTHERS_NAMES = frozenset({'config.json', 'environment.json', 'metrics.jsonl', 'run.lock', 'evaluation.json', 'calibration.json',
+                          'loss.png'})
 NOT_OFFERED = frozenset(getattr(errno, name) for name in ('EINVAL', 'ENOSYS', 'ENOTSUP', 'EOPNOTSUPP', 'ENOLCK', 'EBADF')
                         if hasattr(errno, name))  # of an fsync or a lock that a file system does not have
 
@@ -146,6 +150,12 @@ def unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f'cannot write {path}: {_reason(error)}; what was saved before is unchanged')
 
 
+def belongs_elsewhere(path: Path) -> bool:
+    """Whether the file `path` is by its name one that another command wrote, or one of the program's own."""
+    marker = path.name == 'run.json' and path.with_name('run.lock').exists()  # of a run folder, else any name
+    return marker or path.suffix.lower() in OTHERS_SUFFIXES or path.name in OTHERS_NAMES
+
+
 def why_unwritable(path: str) -> str | None:
     """Why no file `path` could be written, with a cure, None where it could; what is there stays as it is."""
     if not path:
@@ -157,6 +167,8 @@ def why_unwritable(path: str) -> str | None:
             return f'the folder {place.parent} does not exist; create it first'
         if mode is not None and stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if mode is not None and stat.S_ISREG(mode) and belongs_elsewhere(Path(os.path.realpath(place))):
+            return 'that is a checkpoint, a corpus, a program, a config or a file of a run, which stays; choose another name'
         if mode is None or stat.S_ISREG(mode):
             NewFile(place).discard()
         elif not os.access(place, os.W_OK):  # a pipe is not opened, which could wait for a reader

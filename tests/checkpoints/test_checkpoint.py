@@ -569,3 +569,21 @@ def test_commands(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     done = subprocess.run([sys.executable, '-m', 'core.checkpoints', 'verify', str(saved)], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'notes.md', 'ckpt.pt', '.git'])
+def test_an_export_replaces_nothing_but_an_export(saved: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / name).write_text('{"out_dir": "out"}')
+    with pytest.raises(UserError, match='holds files that no export wrote .*name a new or an empty folder'):
+        export_checkpoint(saved, folder)
+    assert os.listdir(folder) == [name] and (folder / name).read_text() == '{"out_dir": "out"}'
+    (folder / name).unlink()
+    for _ in range(2):  # an empty folder is fine, and so is an earlier export with a page of the user's
+        export_checkpoint(saved, folder)
+        (folder / 'README.md').write_text('mine')
+    assert verify_checkpoint(folder).iteration == load_checkpoint(saved).iteration
+    assert not verify_checkpoint(folder).resumable
+    with pytest.raises(UserError, match='it is a file; name a folder'):
+        export_checkpoint(saved, saved)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.common.errors import UserError
-from core.common.files import TEMPORARY_SUFFIX, atomic_files, atomic_writer, write_whole
+from core.common.files import TEMPORARY_SUFFIX, atomic_files, atomic_writer, why_unwritable, write_whole
 
 ROOT = Path(__file__).parent.parent.parent
 needs_root = pytest.mark.skipif(os.name != 'posix' or os.geteuid() != 0, reason='needs a superuser')
@@ -200,3 +200,22 @@ def test_cleaning_up_never_hides_the_fault(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.undo()
     assert [path.name.endswith(TEMPORARY_SUFFIX) for path in tmp_path.iterdir()] == [True]
+
+
+@pytest.mark.parametrize('name', ['out/ckpt_best.pt', 'model.safetensors', 'data/train.bin', 'meta.pkl', 'train.py',
+                                  'config/my.PY', 'out/config.json', 'run.json', 'metrics.jsonl', 'evaluation.json',
+                                  'calibration.json', 'ckpt.pt.damaged'])
+@pytest.mark.parametrize('link', [True, False])
+def test_files_of_other_commands_are_no_outputs(tmp_path: Path, name: str, link: bool) -> None:
+    path = tmp_path / name
+    assert why_unwritable(str(tmp_path / path.name)) is None  # a new name is free
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('old')
+    path.with_name('run.lock').touch()
+    asked = path
+    if link:
+        asked = tmp_path / 'harmless.txt'
+        asked.symlink_to(path)
+    assert 'which stays; choose another name' in why_unwritable(str(asked)) and path.read_text() == 'old'
+    (tmp_path / 'texts.txt').write_text('old')
+    assert why_unwritable(str(tmp_path / 'texts.txt')) is None

@@ -53,6 +53,10 @@ def test_a_merged_model_lies_between_the_two_and_is_validated_as_both_kinds(two,
 def test_the_output_may_be_named_and_one_kind_is_validated_once(two, capsys):
     capsys.readouterr()
     main([two[0], two[0], '--output=mixed.pt'])
+    before = Path('mixed.pt').read_bytes()
+    with pytest.raises(UserError, match='mixed.pt is there already and is not replaced'):
+        main([two[0], two[0], '--output=mixed.pt'])
+    assert Path('mixed.pt').read_bytes() == before
     out = capsys.readouterr().out
     assert out.count(': val ') == 3 and 'mixed.pt: 0.5 of one/ckpt_best.pt' in out
     assert Path('mixed.pt').stat().st_size < 1.05 * Path(two[0]).stat().st_size  # tied weights are stored once
