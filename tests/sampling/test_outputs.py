@@ -74,7 +74,7 @@ def test_one_file_for_two_outputs_or_for_the_checkpoint(tmp_path):
     (tmp_path / 'ckpt_best.pt').write_text('')
     (tmp_path / 'link').symlink_to('new')
     assert 'save_json names the same file' in problems(f'--save_json={tmp_path}/new', f'--save_html={tmp_path}/link')[0]
-    assert 'checkpoint_name names the same file' in problems(f'--out_dir={tmp_path}',
+    assert 'that is a checkpoint' in problems(f'--out_dir={tmp_path}',
                                                              f'--output_file={tmp_path}/./ckpt_best.pt')[0]
 
 
