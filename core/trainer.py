@@ -19,7 +19,8 @@ from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.precision import exact_device
 from core.common.printing import complain, optional, say_if_heard
-from core.common.runtime import Runtime, handling, is_compile_error, is_lost_rank, start_runtime, stop_runtime
+from core.common.runtime import (COMPILING_SECONDS, Runtime, handling, is_compile_error, is_lost_rank, start_runtime,
+                                 stop_runtime)
 from core.data.corpus import Corpus
 from core.data.folders import data_folder
 from core.data.prepare import ensure_corpus
@@ -129,6 +130,7 @@ class Run:
         self.unprinted: list[float] = []  # seconds of the iterations since the last line
         self.skips_told = 0
         self.has_saved = False  # whether there is a checkpoint of this run
+        self.compiled: set[tuple[frozenset[str], bool]] = set()  # heads and trunk of the stages that have begun
         self.asked_to_stop: signal.Signals | None = None
 
     def evaluate_only(self) -> None:
@@ -228,6 +230,11 @@ class Run:
         learning_rate = learning_rate_at(self.iteration, learning_rate=config.learning_rate, min_lr=config.min_lr,
                                          warmup_iters=config.warmup_iters, lr_decay_iters=config.lr_decay_iters,
                                          decay_lr=config.decay_lr)
+        stage = stage_at(self.model_config, self.iteration)
+        parts = frozenset(stage.heads), stage.trunk
+        if self.runtime.compile and parts not in self.compiled:
+            self.logger.message(f'compiling this stage, about {COMPILING_SECONDS} s')
+            self.compiled.add(parts)
         losses = training_step(self.state, self.iteration, learning_rate)
         due = self.iteration % config.log_interval == 0 or self.iteration == config.max_iters - 1
         if due:

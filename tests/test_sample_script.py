@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import core.sampling.run
 from configurator import configure
 from core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from core.checkpoints.heads import started_heads
@@ -275,3 +276,10 @@ def test_what_a_block_model_cannot_do_is_said(block_folder, arguments, words):
     with pytest.raises(UserError) as caught:
         sampled(block_folder, *arguments)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_compile_without_a_compiler_that_works_is_one_sentence(folder, monkeypatch):
+    monkeypatch.setattr('core.sampling.loading.compile_problem', lambda device: 'there is no C++ compiler')
+    with pytest.raises(UserError, match='compile is True, but there is no C\\+\\+ compiler; or leave compile out'):
+        config = configure(SampleConfig, [f'--out_dir={folder}', '--device=cpu', '--compile=True']).config
+        core.sampling.run.run_sampling(config, {'compile': 'command line'})

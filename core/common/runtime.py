@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.distributed as distributed
 
 from core.common.errors import UserError
+from core.common.expressions import excerpt
 
 # Dense bfloat16 peak, operations per second, by vendors' data sheets; any other device is measured.
 PEAK_RATES = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
 PAYING_ITERATIONS = 200  # compiling costs about this many iterations of a small model
+COMPILING_SECONDS = 60  # about, of one stage of training or of the network of sampling; said before it begins
 PAYING_WIDTH = 256  # a narrower model gains nothing from bfloat16 on a CPU with AMX
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -237,13 +240,46 @@ def _choose_dtype(device: torch.device, dtype: str, width: int) -> tuple[torch.d
 def _choose_compile(device: torch.device, wanted: bool | None, iterations: int) -> tuple[bool, str]:
     if wanted is False:
         return False, 'as asked for'
-    if device.type == 'cpu' and not has_compiler():
-        return False, 'there is no C++ compiler (install g++ for faster steps)'
     if wanted is None and device.type == 'mps':
         return False, 'torch.compile is new on Apple GPUs (ask for it with --compile=True)'
     if wanted is None and iterations < PAYING_ITERATIONS:
         return False, f'{iterations} iterations are over before compiling pays'
+    problem = compile_problem(device.type)
+    if problem is not None:
+        return False, problem
     return True, 'as asked for' if wanted else 'fuses element-wise work'
+
+
+def compile_problem(device: str) -> str | None:
+    """Why torch.compile does not work on 'cpu' or 'cuda', or None where it does: a tiny kernel is compiled once.
+
+    A compiler that is there may still lack what it needs: Python's headers, OpenMP's, a folder that it can write to.
+    """
+    if device == 'cpu' and not has_compiler():
+        return 'there is no C++ compiler (install g++ for faster steps)'
+    return _kernel_problem(device)
+
+
+@cache
+def _kernel_problem(device: str) -> str | None:
+    try:
+        from torch._inductor.utils import fresh_cache  # a kernel from an earlier day would prove nothing
+
+        with fresh_cache():
+            torch.compile(_tiny_kernel, dynamic=False)(torch.ones(64, 64, device=device))
+    except Exception as error:
+        return f'torch.compile does not work here ({_compiler_words(error)}); install what it lacks for faster steps'
+    return None
+
+
+def _tiny_kernel(numbers: torch.Tensor) -> torch.Tensor:
+    return (numbers.sin() + 1).exp()
+
+
+def _compiler_words(error: Exception) -> str:
+    """The line of a compiler's output that says what is wrong."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return excerpt(next((line for line in lines if 'error:' in line), lines[0]))
 
 
 def has_compiler() -> bool:

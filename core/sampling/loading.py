@@ -16,7 +16,7 @@ from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.precision import exact_device
 from core.common.randomness import RowRandom
-from core.common.runtime import DTYPES, resolve_device
+from core.common.runtime import COMPILING_SECONDS, DTYPES, compile_problem, resolve_device
 from core.common.timing import TimingAccumulator
 from core.data.vocabulary import Vocabulary
 from core.sampling.calibration import find_calibration
@@ -128,7 +128,17 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
                                   model_config.sampler_order if through_head else 'none',
                                   diffusing and (critic or remasking_model is not None), start_token(vocabulary),
                                   config.block_length)
+    if config.compile:
+        said.append(_compile_line(device))
     return Loaded(model, remasking_model, judge, vocabulary, settings, device, said)
+
+
+def _compile_line(device: torch.device) -> str:
+    """What is said before the first call, which compiles. UserError where that cannot be."""
+    problem = compile_problem(device.type)
+    if problem is not None:
+        raise UserError(f'compile is True, but {problem}; or leave compile out')
+    return f'compiling, about {COMPILING_SECONDS} s'
 
 
 def require_blocks(config: SampleConfig, loaded: Loaded, length: int) -> None:

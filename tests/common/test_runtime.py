@@ -103,3 +103,41 @@ def test_freed_memory_serves_again_unless_the_environment_says_otherwise():
                                 text=True, check=True, env={**os.environ, **wish}).stdout
         faults.append(int(answer))
     assert faults[0] < 2_000 and faults[1] > 100_000, faults
+
+
+BAD_COMPILER = """#!/bin/sh
+case "$*" in *.cpp*) echo 'x.cpp:1:10: fatal error: Python.h: No such file or directory' >&2; exit 1;; esac
+exec g++ "$@"
+"""
+CHOICE = """
+import torch
+from core.common.runtime import compile_problem, start_runtime
+chosen = start_runtime('cpu', 'float32', None, width=64, iterations=10_000)
+print(chosen.compile, *(line for line in chosen.reasons if line.startswith('compile')))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not runtime.has_compiler(), reason='no C++ compiler')
+def test_a_compiler_that_cannot_compile_is_found_by_a_tiny_kernel(tmp_path):
+    bad = tmp_path / 'g++-without-headers'
+    bad.write_text(BAD_COMPILER)
+    bad.chmod(0o755)
+    done = subprocess.run([sys.executable, '-c', CHOICE], cwd=Path(__file__).parent.parent.parent, capture_output=True,
+                          text=True, env={**os.environ, 'CXX': str(bad)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('False compile False: torch.compile does not work here (') and 'Python.h' in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_whatever_breaks_a_compiler_is_one_line(monkeypatch):
+    def broken(*given, **named):
+        raise RuntimeError('InductorError\n\n  x.cpp:2: fatal error: omp.h: No such file\nmuch\nmore')
+
+    runtime._kernel_problem.cache_clear()
+    monkeypatch.setattr(runtime, 'has_compiler', lambda: True)
+    monkeypatch.setattr(torch, 'compile', broken)
+    chosen = runtime.start_runtime('cpu', 'float32', None, width=64, iterations=10_000)
+    runtime._kernel_problem.cache_clear()
+    line = next(line for line in chosen.reasons if line.startswith('compile'))
+    assert not chosen.compile and 'fatal error: omp.h: No such file' in line and 'much' not in line

@@ -1,5 +1,6 @@
 """What strikes a whole run: signals, lost ranks, other data, awkward folders. docs/reliability.md lists every fault."""
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -177,6 +178,7 @@ def test_a_second_run_in_a_folder_is_refused(small_corpus):
 # ---------------------------------------------------------------- several ranks
 
 TWO_RANKS = """
+import dataclasses
 import os
 import torch._dynamo  # once for both
 from core.common.errors import run_script
@@ -263,3 +265,21 @@ def test_a_picture_that_cannot_be_written_changes_no_exit_code(small_corpus, tmp
     with pytest.raises(SystemExit) as stopped:
         run('--out_dir=stopped', '--init_from=resume')
     assert stopped.value.code == 130 and load_checkpoint('stopped/ckpt.pt').iteration == 3
+
+
+def test_compiling_is_said_before_each_stage_that_does(small_corpus, monkeypatch, capsys):
+    said = []
+    start, step = core.trainer.start_runtime, core.trainer.training_step
+
+    def compiling(*given, **named):
+        return dataclasses.replace(start(*given, **named), compile=True)
+
+    def stepped(state, iteration, learning_rate):
+        said.append((iteration, capsys.readouterr().out.count('compiling this stage, about')))
+        return step(state, iteration, learning_rate)
+
+    monkeypatch.setattr(core.trainer, 'start_runtime', compiling)
+    monkeypatch.setattr(torch, 'compile', lambda function, **named: function)
+    monkeypatch.setattr(core.trainer, 'training_step', stepped)
+    run()
+    assert [iteration for iteration, count in said if count == 1] == [0, 3, 6]  # where a head begins
