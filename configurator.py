@@ -19,6 +19,7 @@ follows `--max_iters=100`. Every problem of all files and arguments is listed in
 import ast
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -37,6 +38,8 @@ Options = TypeVar('Options')
 LARGEST_FILE = 100_000  # bytes; config files hold differences only
 MOST_PROBLEMS_SHOWN = 30
 COMMAND_LINE = 'command line'
+LONGEST_NAME = 255  # bytes of one part of a path
+CONFIGS = Path(__file__).parent / 'config'  # config files may be named without it
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,15 @@ class Configuration(Generic[Options]):
     notes: list[str]  # "config/x.py: device is 'cpu', so n_layer 6 -> 4"
 
 
-def option(default: Any, help: str, *, alias: str | None = None, bare: str | None = None) -> Any:
+def option(default: Any, help: str, *, alias: str | None = None, bare: str | None = None, path: bool = False,
+           minimum: float | None = None, maximum: float | None = None) -> Any:
     """A field of an options class: its default, one line that says its unit or when to change it, a second name, and
-    the text that `--key` alone stands for, where it may be given without a value."""
-    metadata = {'help': help} | ({'alias': alias} if alias else {}) | ({'bare': bare} if bare else {})
+    the text that `--key` alone stands for, where it may be given without a value.
+
+    path: it names a file or folder, so that `~` is the home folder; minimum, maximum: the bounds of a number, inclusive.
+    """
+    given = {'help': help, 'alias': alias, 'bare': bare, 'path': path, 'minimum': minimum, 'maximum': maximum}
+    metadata = {key: value for key, value in given.items() if value is not None and value is not False}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -88,6 +96,8 @@ def configure(options: type[Options], arguments: Sequence[str],
             continue
         try:
             values[key] = _from_text(text, keys.types[key])
+            if keys.fields[key].metadata.get('path') and values[key] is not None:
+                values[key] = os.path.expanduser(values[key])
             explicit[key] = COMMAND_LINE
         except Refused as refused:
             problems.append(f'--{written}={shown(text)} on the {COMMAND_LINE}: {refused}')
@@ -101,6 +111,36 @@ def configure(options: type[Options], arguments: Sequence[str],
         problems[MOST_PROBLEMS_SHOWN:] = [f'and {len(problems) - MOST_PROBLEMS_SHOWN} more problems']
     raise_problems(problems)
     return Configuration(options(**values), explicit, reader.notes)
+
+
+def bound_problems(config: Any) -> list[str]:
+    """What is wrong with the options of `config` by the bounds that each states, a sentence for each."""
+    return [problem for entry in dataclasses.fields(config)
+            for problem in _bound_problems(entry.name, entry, getattr(config, entry.name))]
+
+
+def _bound_problems(key: str, entry: dataclasses.Field, value: Any) -> list[str]:
+    """What is wrong with a value of the right type by the bounds that its option states."""
+    if entry.metadata.get('path') and value is not None:
+        return _path_problems(key, value)
+    low, high = entry.metadata.get('minimum'), entry.metadata.get('maximum')
+    if value is None or low is None and high is None:
+        return []
+    if low is not None and value < low:
+        return [f'{key} is {value}, but must ' + ('not be negative' if low == 0 else f'be at least {low:,}')]
+    return [f'{key} is {value}, but must be at most {high:,}'] if high is not None and value > high else []
+
+
+def _path_problems(key: str, path: str) -> list[str]:
+    """What is wrong with the name of a file or folder before the disk is asked."""
+    parts = re.split(r'[/\\]' if os.name == 'nt' else '/', path)
+    longest = max(len(os.fsencode(part)) for part in parts)
+    if longest > LONGEST_NAME:
+        return [f'{key} has a name of {longest} bytes ({shown(path)}), but file systems take at most {LONGEST_NAME}; '
+                f'shorten it']
+    if os.name != 'nt' and '\\' in path and not os.path.exists(path):
+        return [f'{key} is {shown(path)}, but folders are parted by / on this system: {path.replace(chr(92), "/")}']
+    return []
 
 
 def help_text(options: type, usage: str = '') -> str:
@@ -182,6 +222,11 @@ class _Keys:
 
     def find(self, name: str) -> str | None:
         return name if name in self.fields else self.aliases.get(name)
+
+    def is_text(self, name: str) -> bool:
+        """Whether the option takes any text that is no path."""
+        key = self.find(name)
+        return key is not None and self.types[key].kind is str and 'path' not in self.fields[key].metadata
 
     def nearest(self, name: str) -> str:
         """' (did you mean ...?)' for the option closest in spelling; otherwise where the names are listed."""
@@ -275,8 +320,15 @@ def _split_arguments(arguments: Sequence[str], keys: _Keys,
     while waiting:
         argument = waiting.pop(0)
         name, equals, text = argument.lstrip('-').partition('=')
+        if name == 'config' and keys.find(name) is None and (equals or waiting):  # nanoGPT has none, many others do
+            paths.append(_config_path(text if equals else waiting.pop(0)))
+            continue
         if argument.startswith('--') and not argument.startswith('---') and equals and name:
             texts.append((name, text))
+            words = _loose_words(waiting) if keys.is_text(name) else []
+            if words:
+                problems.append(f'{shown_name(" ".join(words))} on the {COMMAND_LINE}: a text of several words is put in '
+                                f'quotes: --{name}="{shown_name(" ".join([text, *words]))}"')
         elif argument.startswith('-'):
             value, key = 'VALUE', keys.find(name) or name
             if not equals and waiting and not waiting[0].startswith('-') and not re.search(r'=|\.py$', waiting[0]):
@@ -289,11 +341,30 @@ def _split_arguments(arguments: Sequence[str], keys: _Keys,
             problems.append(f'{shown_name(argument)} on the {COMMAND_LINE}: options are written --key=value, '
                             f'here {form}{hint}')
         elif argument.endswith('.py') or not equals or not name.isidentifier() or _is_file(Path(argument)):
-            paths.append(Path(argument))
+            paths.append(_config_path(argument))
         else:
             problems.append(f'{shown_name(argument)} on the {COMMAND_LINE}: options begin with two dashes: '
                             f'--{shown_name(argument)}')
     return paths, texts
+
+
+def _loose_words(waiting: list[str]) -> list[str]:
+    """Take from `waiting` the arguments at its front that are neither options nor config files."""
+    words = []
+    while waiting and not re.match('-|.*=', waiting[0]) and not waiting[0].endswith('.py') \
+            and not _is_file(_config_path(waiting[0])):
+        words.append(waiting.pop(0))
+    return words
+
+
+def _config_path(text: str) -> Path:
+    """The config file that `text` means: as it is, with backslashes or `~`, or one of `CONFIGS` by its name."""
+    written = Path(os.path.expanduser(text))
+    slashes = text.replace('\\', '/')
+    for path in (written, Path(slashes), CONFIGS.parent / slashes, CONFIGS / slashes, CONFIGS / f'{slashes}.py'):
+        if text and _is_file(path):
+            return path
+    return written
 
 
 def _is_file(path: Path) -> bool:

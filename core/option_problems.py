@@ -1,5 +1,6 @@
 """What is wrong with the options of train.py, each problem a sentence with value, limit and cure."""
 
+from configurator import bound_problems
 from core.checkpoints.heads import HEADS
 from core.common.runtime import Runtime
 from core.options import TrainConfig
@@ -8,15 +9,12 @@ from core.training_kinds import TRAINING, kind_of
 
 def option_problems(config: TrainConfig) -> list[str]:
     """What is wrong with the numbers that no type shows."""
-    problems = [f'{name} is {getattr(config, name)}, but must be at least 1'
-                for name in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'eval_iters',
-                             'max_iters', 'keep_snapshots') if getattr(config, name) < 1]
+    problems = bound_problems(config)
     if not config.out_dir.strip():
         problems.append('out_dir is empty; name a folder with --out_dir=..., or leave it out for the usual one')
     problems += [f'{name} is {getattr(config, name)}, but must not be negative'
-                 for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
-                              'start_sampler_iteration', 'start_critic_iteration', 'unfreeze_lr_multiplier',
-                              'sample_length', 'skip_spikes') if getattr(config, name) < 0]
+                 for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'unfreeze_lr_multiplier',
+                              'skip_spikes') if getattr(config, name) < 0]
     problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1)'
                  for name in ('beta1', 'beta2', 'ema_decay') if not 0 <= getattr(config, name) < 1]
     if config.min_lr > config.learning_rate:

@@ -12,34 +12,38 @@ class TrainConfig:
     """Every option of a training run; the defaults suit a small GPU."""
 
     # where and what
-    out_dir: str = option('out', 'run folder: checkpoints, metrics, loss curve')
+    out_dir: str = option('out', 'run folder: checkpoints, metrics, loss curve', path=True)
     dataset: str = option('shakespeare_char', 'corpus: a folder in data_dir; prepared by itself where it is missing')
-    data_dir: str | None = option(None, 'folder of the corpora; default $MASKED_DIFFUSION_DATA_DIR, else data/ here')
+    data_dir: str | None = option(None, 'folder of the corpora; default $MASKED_DIFFUSION_DATA_DIR, else data/ here',
+        path=True)
     train_split: Literal['train', 'ref'] = option('train', 'ref is for the reference model of evaluate.py alone')
     init_from: Literal['scratch', 'resume'] = option('scratch', 'resume goes on exactly where the run stopped')
     init_from_checkpoint: str | None = option(
-        None, 'start from the weights of this checkpoint; heads may differ (not read by init_from=resume)')
+        None, 'start from the weights of this checkpoint; heads may differ (not read by init_from=resume)', path=True)
     overwrite: bool = option(False, 'start from scratch in a folder that holds a run; its files move to earlier_run_<date>')
     force_resume: bool = option(False, 'resume although the corpus has changed')
     # evaluation and output
-    eval_interval: int = option(500, 'iterations between validations, each with a sample and a save')
-    log_interval: int = option(50, 'iterations between console lines')
-    eval_iters: int = option(16, 'batches per validation; more for a smaller standard error')
+    eval_interval: int = option(500, 'iterations between validations, each with a sample and a save',
+        minimum=1, maximum=10**12)
+    log_interval: int = option(50, 'iterations between console lines', minimum=1, maximum=10**12)
+    eval_iters: int = option(16, 'batches per validation; more for a smaller standard error', minimum=1, maximum=10**6)
     eval_only: bool = option(False, 'validate once and stop')
     always_save_checkpoint: bool = option(False, 'let ckpt_best.pt follow the latest validation, better or not')
-    keep_snapshots: int = option(2, 'how many ckpt_<kind>_<iteration>.pt stay')
-    sample_length: int = option(192, 'tokens of the sample printed at each validation; 0 prints none')
+    keep_snapshots: int = option(2, 'how many ckpt_<kind>_<iteration>.pt stay', minimum=1, maximum=10**6)
+    sample_length: int = option(192, 'tokens of the sample printed at each validation; 0 prints none',
+        minimum=0, maximum=10**6)
     wandb_log: bool = option(False, 'log to Weights & Biases too (WANDB_MODE=offline works)')
     wandb_project: str = option('masked-diffusion', 'W&B project')
     wandb_run_name: str = option('run', 'W&B run')
     # batches: gradient_accumulation_steps * batch_size * block_size tokens an iteration
-    gradient_accumulation_steps: int = option(1, 'micro-steps an iteration over all ranks; raise when memory runs out')
-    batch_size: int = option(32, 'rows of a micro-step; lower when memory runs out')
-    block_size: int = option(256, 'tokens of context')
+    gradient_accumulation_steps: int = option(1, 'micro-steps an iteration over all ranks; raise when memory runs out',
+        minimum=1, maximum=10**6)
+    batch_size: int = option(32, 'rows of a micro-step; lower when memory runs out', minimum=1, maximum=10**6)
+    block_size: int = option(256, 'tokens of context', minimum=1, maximum=10**6)
     # model
-    n_layer: int = option(6, 'layers')
-    n_head: int = option(6, 'attention heads')
-    n_embd: int = option(384, 'channels')
+    n_layer: int = option(6, 'layers', minimum=1, maximum=1000)
+    n_head: int = option(6, 'attention heads', minimum=1, maximum=1000)
+    n_embd: int = option(384, 'channels', minimum=1, maximum=10**5)
     dropout: float = option(0.0, 'above 0 once the model sees the corpus many times')
     bias: bool = option(False, 'biases in the trunk; they cost time and gain nothing')
     attention_type: Literal['bidirectional', 'causal', 'block'] = option(
@@ -65,10 +69,11 @@ class TrainConfig:
         'all_positions', 'positions that count; balanced gives wrong and right ones half of the weight each')
     remasking_corruption: Literal['random', 'model'] = option(
         'random', 'wrong tokens drawn at random, or by the model of corruption_checkpoint')
-    corruption_checkpoint: str | None = option(None, 'trained generator whose errors are learned; judges use both')
+    corruption_checkpoint: str | None = option(None, 'trained generator whose errors are learned; judges use both',
+        path=True)
     # sampler head (docs/sampler.md)
     add_sampler_head: bool = option(False, 'a small head that fills masks in waves')
-    start_sampler_iteration: int = option(0, 'its training begins here')
+    start_sampler_iteration: int = option(0, 'its training begins here', minimum=0, maximum=10**12)
     sampler_context: int = option(1, 'neighbours it sees on each side')
     sampler_context_left: int | None = option(None, 'neighbours on the left; sampler_context by default')
     sampler_context_right: int | None = option(None, 'neighbours on the right; sampler_context by default')
@@ -83,7 +88,7 @@ class TrainConfig:
     sampler_min_neighbors_ratio: float = option(0.01, 'share of a fully masked row drawn first, without neighbours')
     # critic head (docs/training.md)
     add_critic_head: bool = option(False, 'a head that says which drawn tokens are wrong')
-    start_critic_iteration: int = option(0, 'its training begins here')
+    start_critic_iteration: int = option(0, 'its training begins here', minimum=0, maximum=10**12)
     end_critic_iteration: int = option(0, 'its weight has grown to critic_alpha here')
     critic_alpha: float = option(0.5, "weight of the critic's loss")
     critic_target_scope: Literal['masked_only', 'masked_and_ignore'] = option(
@@ -97,7 +102,7 @@ class TrainConfig:
     # optimizer
     optimizer: Literal['muon', 'adamw'] = option('muon', 'muon for matrices (adamw for the rest), or adamw for all')
     learning_rate: float = option(6e-3, 'highest learning rate, of both optimizers')
-    max_iters: int = option(5000, 'iterations')
+    max_iters: int = option(5000, 'iterations', minimum=1, maximum=10**9)
     weight_decay: float = option(0.05, 'on matrices and embeddings')
     beta1: float = option(0.9, 'AdamW')
     beta2: float = option(0.99, 'AdamW; lower for large batches')
@@ -105,12 +110,13 @@ class TrainConfig:
     skip_spikes: float = option(0.0, 'skip steps whose loss or gradient norm lies this many standard deviations above '
                                      'the last 128; 6 is usual, 0 skips only what is not finite')
     decay_lr: bool = option(True, 'half a cosine down to min_lr')
-    warmup_iters: int = option(100, 'iterations of linear warm-up')
-    lr_decay_iters: int = option(5000, 'where min_lr is reached; usually max_iters')
+    warmup_iters: int = option(100, 'iterations of linear warm-up', minimum=0, maximum=10**12)
+    lr_decay_iters: int = option(5000, 'where min_lr is reached; usually max_iters', minimum=0, maximum=10**12)
     min_lr: float = option(3e-4, 'about a twentieth of learning_rate')
     ema_decay: float = option(0.995, 'averaging of the weights that are validated and sampled; 0 turns it off')
     # machine
-    seed: int = option(1337, 'initial weights, data order, corruption and dropout follow from it')
+    seed: int = option(1337, 'initial weights, data order, corruption and dropout follow from it',
+        minimum=-2**63, maximum=2**63 - 1)
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ..., mps')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option('auto', 'auto is bfloat16 where it is fast')
     compile: bool | None = option(None, 'torch.compile; None: where it pays')

@@ -1,13 +1,14 @@
 """Config files and command lines: what is accepted, what every refusal says, and that nothing is ever executed."""
 
-from dataclasses import dataclass
+import importlib
+from dataclasses import dataclass, fields
 from typing import Literal, Optional
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from configurator import configure, help_text, option
-from core.common.errors import UserError
+from configurator import bound_problems, configure, help_text, option
+from core.common.errors import UserError, raise_problems
 
 
 @dataclass(frozen=True)
@@ -247,3 +248,76 @@ def test_whatever_comes_is_read_or_refused_without_effect(tmp_path, content, arg
     except UserError as error:
         assert all(len(line) < 1000 and line.isprintable() for line in str(error).split('\n'))
     assert not canary.exists() and {entry.name for entry in tmp_path.iterdir()} == {'x.py'}
+
+
+# ---------------------------------------------------------------- bounds, and where people stumble
+
+@dataclass(frozen=True)
+class Bounded:
+    out_dir: str = option('out', 'folder', path=True)
+    start_text: str = option('', 'prompt', alias='seed_text')
+    batch_size: int = option(64, 'rows', minimum=1, maximum=10**6)
+    seed: int = option(1, 'any', minimum=-2**63, maximum=2**63 - 1)
+    warmup: int = option(0, 'iterations', minimum=0)
+    top: int | None = option(None, 'tokens', minimum=1)
+
+
+def bounded_refusal(*arguments):
+    with pytest.raises(UserError) as caught:
+        raise_problems(bound_problems(configure(Bounded, arguments).config))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('argument, said', [
+    ('--batch_size=0', 'batch_size is 0, but must be at least 1'), ('--warmup=-1', 'warmup is -1, but must not be negative'),
+    ('--batch_size=1000001', 'batch_size is 1000001, but must be at most 1,000,000'),
+    ('--seed=9223372036854775808', 'must be at most 9,223,372,036,854,775,807'), ('--top=0', 'must be at least 1'),
+    ('--out_dir=' + 'é' * 128, 'a name of 256 bytes'), ('--out_dir=a/' + 'b' * 256 + '/c', 'at most 255; shorten it'),
+    ('--out_dir=runs\\a', 'folders are parted by / on this system: runs/a')])
+def test_bounds_are_stated_with_the_option_and_checked_for_all(argument, said):
+    assert said in bounded_refusal(argument) and '\n' not in bounded_refusal(argument)
+
+
+def test_every_bound_is_reported_and_its_ends_are_taken(tmp_path):
+    assert bounded_refusal('--batch_size=0', '--warmup=-1').count('\n') == 1
+    assert 'batch_size is 0' in bounded_refusal(written(tmp_path, 'batch_size = 0'))
+    taken = configure(Bounded, ['--batch_size=1000000', f'--seed={-2**63}', '--top=None', '--out_dir=' + 'b' * 255]).config
+    assert bound_problems(taken) == []
+    assert (taken.batch_size, taken.seed, taken.top) == (10**6, -2**63, None)
+
+
+def test_home_is_meant_by_its_sign_in_paths_alone(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/someone')
+    config = configure(Bounded, ['--out_dir=~/runs/a', '--start_text=~/x']).config
+    assert (config.out_dir, config.start_text) == ('/home/someone/runs/a', '~/x')
+
+
+@pytest.mark.parametrize('name', ['--start_text', '--seed_text'])
+def test_an_unquoted_prompt_is_one_hint(name):
+    assert bounded_refusal(f'{name}=To', 'be', 'or', 'not', '--batch_size=3').endswith(
+        f'a text of several words is put in quotes: {name}="To be or not"')
+
+
+def test_config_files_are_found_however_they_are_named(tmp_path, monkeypatch):
+    (tmp_path / 'sub').mkdir()
+    path = written(tmp_path / 'sub', 'batch_size = 3')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr('configurator.CONFIGS', tmp_path / 'sub')
+    for arguments in ([path], [f'--config={path}'], ['--config', path], [f'config={path}'], ['x.py'], ['x'], ['~/sub/x.py'],
+                      ['sub\\x.py'], ['--start_text=a', 'x']):
+        assert configure(Bounded, arguments).config.batch_size == 3, arguments
+    assert 'no such config file' in bounded_refusal('--config=none.py')
+
+
+@pytest.mark.parametrize('options', ['core.options.TrainConfig', 'core.sampling.options.SampleConfig',
+                                     'core.evaluation.options.EvaluateConfig', 'core.bench.options.BenchConfig'])
+def test_every_option_keeps_its_default_and_counts_have_bounds(options):
+    room, _, name = options.rpartition('.')
+    described = getattr(importlib.import_module(room), name)
+    assert configure(described, []).config == described() and bound_problems(described()) == []
+    for entry in fields(described):
+        if entry.name in ('batch_size', 'num_samples', 'seed', 'max_iters', 'eval_iters', 'iterations', 'repetitions'):
+            config = configure(described, [f'--{entry.name}=18446744073709551615']).config
+            assert [f'{entry.name} is 18446744073709551615, but must be at most' in one
+                    for one in bound_problems(config)] == [True]

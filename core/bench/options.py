@@ -15,7 +15,8 @@ class BenchConfig:
 
     shapes: str = option('small,large', 'which of them, with a comma between; medium and gpt2 are for a GPU')
     groups: str = option('training,fill,sampling,policies', 'what to measure, with a comma between')
-    repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 where they take long')
+    repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 where they take long',
+        minimum=1, maximum=10**6)
     baseline: bool = option(False, "measure the yardsticks beside: an eager float32 GPT's step, a cached causal decode",
                             bare='True')
     critic_row_stride: int = option(4, 'stage 3 trains the critic on every n-th row; 4 as in the full recipe')
@@ -25,9 +26,9 @@ class BenchConfig:
     compile: bool | None = option(None, 'torch.compile the training step; None: where it pays')
     scaling: bool = option(False, 'measure memory and step time of other sizes instead', bare='True')
     sizes: str | None = option(None, 'with --scaling: which of them, with a comma between; None: all')
-    json: str | None = option(None, 'write every measured number to this file')
-    report: str | None = option(None, 'write the tables into this file, between its two marker lines')
-    from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier')
+    json: str | None = option(None, 'write every measured number to this file', path=True)
+    report: str | None = option(None, 'write the tables into this file, between its two marker lines', path=True)
+    from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier', path=True)
 
 
 def measurement_problems(explicit: Mapping[str, str], scaling: bool) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from configurator import bound_problems
 from core.bench.cases import SHAPES, Shape
 from core.bench.measuring import GROUPS, Say, benchmark
 from core.bench.options import BenchConfig, measurement_problems
@@ -231,8 +232,9 @@ def run_benchmark(config: BenchConfig, explicit: Mapping[str, str], say: Say) ->
 
 def option_problems(config: BenchConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options, found before minutes are spent."""
-    problems = [f'{name} is {value}, but must be at least 1' for name in ('repetitions', 'critic_row_stride')
-                if (value := getattr(config, name)) is not None and value < 1]
+    problems = bound_problems(config)
+    problems += [f'critic_row_stride is {config.critic_row_stride}, but must be at least 1'] \
+        if config.critic_row_stride < 1 else []
     problems += [*name_problems('shapes', config.shapes.split(','), SHAPES),
                  *name_problems('groups', config.groups.split(','), GROUPS), *measurement_problems(explicit, scaling=False)]
     if config.baseline and not {'training', 'sampling'} & set(config.groups.split(',')):

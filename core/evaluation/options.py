@@ -14,34 +14,37 @@ class EvaluateConfig:
     """The options of evaluate.py."""
 
     # what to measure
-    out_dir: str = option('out', 'run folder that holds the checkpoint; results and pictures go there too')
-    checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir')
+    out_dir: str = option('out', 'run folder that holds the checkpoint; results and pictures go there too', path=True)
+    checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir', path=True)
     dataset: str | None = option(None, "corpus; the checkpoint's own by default")
-    data_dir: str | None = option(None, "folder of the corpora; the checkpoint's own by default, if it is there")
+    data_dir: str | None = option(None, "folder of the corpora; the checkpoint's own by default, if it is there",
+        path=True)
     split: Literal['val', 'train', 'ref'] = option('val', 'part of the corpus')
     measure: str = option('all', 'one of the list above, or all')
     windows: int | None = option(
-        None, 'windows of text; more for a smaller standard error (nelbo 512, likelihood 64, errors 256)')
+        None, 'windows of text; more for a smaller standard error (nelbo 512, likelihood 64, errors 256)',
+        maximum=10**7)
     trunk_calls: list[float] | None = option(None, "budgets; each measure has its own by default")
     policies: str | None = option(None, 'sampling policies, separated by commas; each measure has its own by default')
     heads: str | None = option(None, 'none, wave, left_to_right: who fills a step; all there is by default (likelihood)')
     remasking_checkpoint_name: str | None = option(
-        None, 'remasking model that also looks for errors (errors): file in out_dir, or path')
+        None, 'remasking model that also looks for errors (errors): file in out_dir, or path', path=True)
     # samples (measures quality, policies and curves)
-    num_samples: int = option(16, 'texts per setting; more for narrower intervals')
-    sequence_length: int | None = option(None, 'tokens per text; the block size by default')
+    num_samples: int = option(16, 'texts per setting; more for narrower intervals', minimum=1, maximum=10**9)
+    sequence_length: int | None = option(None, 'tokens per text; the block size by default', minimum=1, maximum=10**6)
     guidance: str | None = option(None, 'critic, model (remasking_checkpoint_name), self, random: who guides the policy '
                                   'remask, separated by commas; the critic if there is one by default')
     use_sampler_head: bool = option(True, 'False: masked positions are drawn independently')
     temperature: float = option(SampleConfig.temperature, 'of quality and policies')
     temperatures: list[float] = option([0.7, 1.0, 1.4, 2.0], 'of curves, which go through them to equal entropy')
-    reference_checkpoint: str = option('out-reference/ckpt_best.pt', 'causal model that scores the samples')
-    causal_checkpoint: str = option('out-ar/ckpt_best.pt', 'causal model whose samples are a control')
+    reference_checkpoint: str = option('out-reference/ckpt_best.pt', 'causal model that scores the samples', path=True)
+    causal_checkpoint: str = option('out-ar/ckpt_best.pt', 'causal model whose samples are a control', path=True)
     report: str | None = option(
         None, 'page whose generated part is written again: docs/results.md or docs/remasking.md with no measure named',
-        bare=RESULTS_PAGE)
+        bare=RESULTS_PAGE, path=True)
     # the machine
-    batch_size: int = option(64, 'windows or texts at once; lower it when memory runs out, the numbers stay the same')
-    seed: int = option(1337, 'random orders follow from it')
+    batch_size: int = option(64, 'windows or texts at once; lower it when memory runs out, the numbers stay the same',
+        minimum=1, maximum=10**6)
+    seed: int = option(1337, 'random orders follow from it', minimum=-2**63, maximum=2**63 - 1)
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ..., mps')
     dtype: Literal['float32', 'bfloat16', 'float16'] = option('float32', 'precision of the network')

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from configurator import bound_problems
 from core.checkpoints.checkpoint import build_model, checkpoint_hash, load_checkpoint
 from core.checkpoints.heads import started_heads
 from core.checkpoints.kinds import CheckpointKind
@@ -88,15 +89,13 @@ def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Call
 
 def option_problems(config: EvaluateConfig) -> list[str]:
     """What is wrong with the options before any file is read."""
-    problems = []
+    problems = bound_problems(config)
     if config.measure not in (*MEASURES, 'all'):
         nearest = closest(config.measure, (*MEASURES, 'all'))
         problems.append(f'measure is {config.measure!r}, but must be one of {", ".join(MEASURES)}, all'
                         + (f"; did you mean '{nearest}'?" if nearest else ''))
     if config.windows is not None and config.windows < 2:
         problems.append(f'windows is {config.windows}, but a standard error needs at least 2')
-    if config.batch_size < 1:
-        problems.append(f'batch_size is {config.batch_size}, but must be at least 1')
     if config.report is not None and config.measure not in ('policies', 'all'):
         problems.append(f'report was given, but measure={config.measure} writes no page; take measure=policies or '
                         f'leave report out')

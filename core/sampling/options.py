@@ -11,16 +11,21 @@ class SampleConfig:
     """The options of sample.py; nanoGPT's names where it has one."""
 
     # the checkpoint
-    out_dir: str = option('out', 'run folder that holds the checkpoint')
-    checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir; ckpt.pt is the latest')
+    out_dir: str = option('out', 'run folder that holds the checkpoint', path=True)
+    checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir; ckpt.pt is the latest', path=True)
     remasking_checkpoint_name: str | None = option(
-        None, 'remasking model that says what to take back, in place of the critic: file in out_dir, or path')
-    judge_checkpoint_name: str | None = option(None, 'judge of quality_metric=judge: file in out_dir, or path')
+        None, 'remasking model that says what to take back, in place of the critic: file in out_dir, or path',
+        path=True)
+    judge_checkpoint_name: str | None = option(None, 'judge of quality_metric=judge: file in out_dir, or path',
+        path=True)
     # what to write
-    num_samples: int = option(4, 'number of texts')
-    batch_size: int = option(16, 'texts generated at once; lower it when memory runs out, the texts stay the same')
-    sequence_length: int | None = option(None, 'tokens per text; the block size by default, longer goes by blocks')
-    max_new_tokens: int | None = option(None, 'tokens after start_text, in place of sequence_length')
+    num_samples: int = option(4, 'number of texts', minimum=1, maximum=2**32)
+    batch_size: int = option(16, 'texts generated at once; lower it when memory runs out, the texts stay the same',
+        minimum=1, maximum=2**32)
+    sequence_length: int | None = option(None, 'tokens per text; the block size by default, longer goes by blocks',
+        minimum=1, maximum=10**9)
+    max_new_tokens: int | None = option(None, 'tokens after start_text, in place of sequence_length',
+        minimum=1, maximum=10**9)
     start_text: str = option('', r'prompt, never changed; \n is a line break, @FILE the text of a file', alias='seed_text')
     seed_placement: Literal['prefix', 'random'] = option('prefix', 'where start_text stands in each text')
     infill_text: str = option('', r'text whose infill_char positions are to be filled; \n and @FILE as above')
@@ -30,11 +35,13 @@ class SampleConfig:
         'diffusion', 'standard writes left to right; sampler insists on the sampler head')
     use_sampler_head: bool = option(True, 'False: diffusion draws all masked positions independently')
     sampling_policy: str = option('remask', 'which positions come when: see the list above')
-    block_length: int | None = option(None, 'finish this many positions before the next; the block size by default')
-    iterations: int = option(50, 'predictions per block; more revise more', alias='diffusion_iterations')
+    block_length: int | None = option(None, 'finish this many positions before the next; the block size by default',
+        minimum=1, maximum=10**9)
+    iterations: int = option(50, 'predictions per block; more revise more', alias='diffusion_iterations',
+        minimum=1, maximum=10**6)
     temperature: float = option(0.8, 'below 1 is more careful, above 1 wilder, 0 takes the most probable token')
     top_p: float = option(1.0, 'draw from the smallest set of tokens that holds this probability; 1 is off')
-    top_k: int | None = option(None, 'draw from this many most probable tokens; 0 is off')
+    top_k: int | None = option(None, 'draw from this many most probable tokens; 0 is off', maximum=2**32)
     repetition_penalty: float = option(1.0, 'above 1 makes tokens already in the text less likely; 1 is off')
     # remasking (sampling_policy=remask)
     start_ratio: float = option(0.95, 'share of unprotected positions remasked first')
@@ -62,16 +69,17 @@ class SampleConfig:
     # what to tell
     quality_metric: Literal['none', 'self', 'judge'] = option(
         'self', "self: log-probability of what was written; judge: a judge model's score")
-    confidence_groups: int = option(8, 'network calls that quality_metric=self takes per block; more is finer')
+    confidence_groups: int = option(8, 'network calls that quality_metric=self takes per block; more is finer',
+        minimum=1, maximum=10**6)
     show_progress: bool = option(True, 'progress bar on a terminal')
     use_verbose_logging: bool = option(False, 'checks before the start, mask shares, first and last previews')
     log_debug: bool = option(False, 'a line per prediction and remasking')
-    output_file: str | None = option(None, 'also write the texts to this file')
-    save_json: str | None = option(None, 'write options, texts and every step to this file')
-    save_html: str | None = option(None, 'write one page that replays every step in a browser to this file')
+    output_file: str | None = option(None, 'also write the texts to this file', path=True)
+    save_json: str | None = option(None, 'write options, texts and every step to this file', path=True)
+    save_html: str | None = option(None, 'write one page that replays every step in a browser to this file', path=True)
     animate: bool = option(False, 'show the first text of each batch condensing in the terminal; slows a fast model')
     # the machine
-    seed: int = option(1337, 'another seed, other texts')
+    seed: int = option(1337, 'another seed, other texts', minimum=-2**63, maximum=2**63 - 1)
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ..., mps')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
         'auto', 'precision of the network; auto is bfloat16 on a GPU that has it, else float32')

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from configurator import bound_problems
 from core.checkpoints.kinds import CheckpointKind
 from core.common.expressions import closest
 from core.noise import LINEAR, NoiseSchedule
@@ -20,8 +21,6 @@ from sample_utils import cosine_remasking_schedule, linear_remasking_schedule
 DIFFUSION = ('diffusion', 'sampler')  # the methods that follow a policy
 JUDGED = ('remask', *(name for name, row in POLICIES.items() if row.needs_critic))  # policies that ask what is wrong
 POLICY_OPTIONS = tuple(dict.fromkeys(name for row in POLICIES.values() for name in row.options))
-MOST = {'num_samples': 2 ** 32, 'batch_size': 2 ** 32, 'iterations': 10 ** 6, 'sequence_length': 10 ** 9,
-        'max_new_tokens': 10 ** 9, 'top_k': 2 ** 32, 'confidence_groups': 10 ** 6, 'block_length': 10 ** 9}
 METHODS_OF = {  # options that not every method has
     **{name: DIFFUSION for name in ('sampling_policy', 'block_length', *POLICY_OPTIONS, 'use_sampler_head',
                                        'remasking_checkpoint_name')},
@@ -44,12 +43,7 @@ def option_problems(config: SampleConfig, explicit: Mapping[str, str]) -> list[s
 
 
 def _range_problems(config: SampleConfig) -> list[str]:
-    problems = [f'{name} is {getattr(config, name)}, but must be at least 1' for name in
-                ('num_samples', 'batch_size', 'iterations', 'sequence_length', 'max_new_tokens', 'confidence_groups',
-                 'block_length')
-                if getattr(config, name) is not None and getattr(config, name) < 1]
-    problems += [f'{name} is {getattr(config, name)}, but must be at most {most:,}' for name, most in MOST.items()
-                 if getattr(config, name) is not None and getattr(config, name) > most]
+    problems = bound_problems(config)
     if config.top_k is not None and config.top_k < 0:
         problems.append(f'top_k is {config.top_k}, but must not be negative; 0 is off')
     problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1]' for name in
