@@ -9,7 +9,8 @@ stood there before:
 Each factor is a distribution that sums to 1 over the tokens of its step, so p does over all texts of a length, and
 -log p is the negative log-likelihood of the very sampler that draws by that policy at temperature 1. Without the
 sampler head a factor is a product of the trunk's marginals; with it, of the head's conditionals wave by wave. The path
-is the sampler's own: its policies, its random keys and its fill, with tokens placed instead of drawn.
+is the sampler's own: its policies, its random keys and its fill, with tokens placed instead of drawn. The likelihood of
+a block model is the product over its blocks, each given the text before it.
 
 Letters: B rows of a batch, W windows, T window length, V vocabulary, K trunk calls.
 """
@@ -33,6 +34,7 @@ from core.common.timing import TimingAccumulator
 from core.common.typed_json import Seconds
 from core.evaluation.likelihood_plots import plot_likelihood
 from core.evaluation.measure import Cell, Evaluation, Measure, Result
+from core.sampling.block_network import BlockNetwork
 from core.sampling.network import Network
 from core.sampling.policies import POLICIES, Counts, Open, Policy, PolicyView, Prediction
 from core.validation import bits_of, fixed_windows
@@ -47,29 +49,53 @@ PICTURE_NAME = 'likelihood.png'
 
 # The likelihood -----------------------------------------------------------------------------------------------------
 
-def log_likelihood(network: Network, tokens: Tensor, policy: Policy, head: Head, allowed: Tensor,
-                   generator: RowRandom) -> Tensor:
-    """float64 [B]: log p in nats of the texts tokens int64 [B, T] of base tokens, the softmax over allowed bool [V].
+class Scorer(NamedTuple):
+    """How text is scored. policy: of a deterministic row of POLICIES; head: who fills; allowed bool [V]: what the
+    softmax is over; block_length: of a block model that writes in blocks, None for whole windows."""
 
-    `policy` must be of a deterministic row of POLICIES; random orders follow from `generator`, one row of it per text,
-    as they do in generation, so a text's number does not depend on its batch. The trunk calls count on `network`.
+    policy: Policy
+    head: Head
+    allowed: Tensor
+    block_length: int | None = None
+
+
+def log_likelihood(network: Network, tokens: Tensor, scorer: Scorer, generator: RowRandom) -> Tensor:
+    """float64 [B]: log p in nats of the texts tokens int64 [B, T] of base tokens.
+
+    Random orders follow from `generator`, one row of it per text, as they do in generation, so a text's number does not
+    depend on its batch. The trunk calls count on `network`.
     """
-    assert policy.remask is None, 'a text has no likelihood under a policy that masks again'
-    mask_token_id, rule = network.model.config.mask_token_id, DrawRule(allowed)
+    assert scorer.policy.remask is None, 'a text has no likelihood under a policy that masks again'
+    with network.precision():
+        if scorer.block_length is None:
+            return _path_log_likelihood(network, tokens, scorer, generator, 0)
+        total, blocks = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device), \
+            BlockNetwork(network, scorer.block_length, len(tokens))
+        for number, start in enumerate(range(0, tokens.size(1), scorer.block_length)):
+            block = tokens[:, start:start + scorer.block_length]
+            blocks.begin(tokens, start, start + block.size(1))
+            first = number * scorer.policy.limit(scorer.block_length)  # as `write_blocks` numbers its steps
+            total = total + _path_log_likelihood(blocks, block, scorer, generator, first)
+        return total
+
+
+def _path_log_likelihood(network: Network, tokens: Tensor, scorer: Scorer, generator: RowRandom, first: int) -> Tensor:
+    """float64 [B]: log p of the tokens int64 [B, T] of one window, or of one block given what `network` holds before
+    it; first: the number of the first step."""
+    policy, mask_token_id, rule = scorer.policy, network.model.config.mask_token_id, DrawRule(scorer.allowed)
     current = torch.full_like(tokens, mask_token_id)  # [B, T]
     nothing = torch.zeros_like(tokens, dtype=torch.bool)
     found = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
-    with network.precision():
-        counts, masks = Counts(policy, [tokens.size(1)] * len(tokens), tokens.device), tokens.numel()
-        for step in range(counts.limit):
-            numbers = generator.at(step)
-            prediction = Prediction(network, Open(current, current == mask_token_id, masks), rule, numbers, head)
-            view = PolicyView(step=step, tokens=current, protected=nothing, mask_token_id=mask_token_id,
-                              left=counts.view(step), generator=numbers, prediction=prediction, revealed=nothing,
-                              confidence=found, critic=None)
-            masks = sum(counts.after(step))
-            fill = prediction.fill(policy.reveal(view) & view.masked, truth=tokens)
-            current, found = fill.tokens, found + fill.log_probabilities
+    counts, masks = Counts(policy, [tokens.size(1)] * len(tokens), tokens.device), tokens.numel()
+    for step in range(counts.limit):
+        numbers = generator.at(first + step)
+        prediction = Prediction(network, Open(current, current == mask_token_id, masks), rule, numbers, scorer.head)
+        view = PolicyView(step=step, tokens=current, protected=nothing, mask_token_id=mask_token_id,
+                          left=counts.view(step), generator=numbers, prediction=prediction, revealed=nothing,
+                          confidence=found, critic=None)
+        masks = sum(counts.after(step))
+        fill = prediction.fill(policy.reveal(view) & view.masked, truth=tokens)
+        current, found = fill.tokens, found + fill.log_probabilities
     assert current.equal(tokens), 'the policy left masks behind'
     return found.sum(1)
 
@@ -82,13 +108,12 @@ class Likelihood(NamedTuple):
     seconds: float
 
 
-def window_likelihoods(network: Network, windows: Tensor, policy: Policy, head: Head, allowed: Tensor, *, seed: int,
-                       batch_size: int) -> Likelihood:
+def window_likelihoods(network: Network, windows: Tensor, scorer: Scorer, *, seed: int, batch_size: int) -> Likelihood:
     """`Likelihood` of windows int64 [W, T]; window i has the random order of row i."""
-    start, calls, parts, device = time.perf_counter(), network.trunk_calls, [], exact_device(allowed.device)
+    start, calls, parts, device = time.perf_counter(), network.trunk_calls, [], exact_device(scorer.allowed.device)
     for first in range(0, len(windows), batch_size):
         rows = windows[first:first + batch_size].to(device)
-        parts.append(log_likelihood(network, rows, policy, head, allowed, keyed(seed, 0, first, len(rows), device)))
+        parts.append(log_likelihood(network, rows, scorer, keyed(seed, 0, first, len(rows), device)))
     nats = -torch.cat(parts).cpu() / windows.size(1)  # waits for the device
     return Likelihood(nats, (network.trunk_calls - calls) // len(parts), time.perf_counter() - start)
 
@@ -108,35 +133,40 @@ class LikelihoodResult(TypedDict):
 
 
 def likelihood_cells(evaluation: Evaluation) -> list[Cell]:
-    """One cell for every policy, number of trunk calls and head that the options name."""
+    """One cell for every policy, number of trunk calls and head that the options name; of a block model for every block
+    length too, and the trunk calls are those of a block."""
     config, T = evaluation.config, evaluation.model.config.block_size
-    if evaluation.checkpoint.kind != CheckpointKind.UNMASKING:
+    if evaluation.checkpoint.kind not in (CheckpointKind.UNMASKING, CheckpointKind.BLOCK):
         raise UserError(f'the exact likelihood of reveal policies needs a diffusion checkpoint, but this one is '
                         f'{evaluation.checkpoint.kind}; --measure=nelbo gives the likelihood of a causal one')
-    policies, calls = split_names(config.policies or POLICIES_SHOWN), asked_calls(config.trunk_calls, T)
+    lengths = evaluation.model.config.block_length or (T,)
+    policies, calls = split_names(config.policies or POLICIES_SHOWN), asked_calls(config.trunk_calls, max(lengths))
+    ways = HEADS if evaluation.model.config.sampler_order == 'wave' else ('none', 'left_to_right')
     heads = split_names(config.heads) if config.heads is not None else \
-        list(HEADS) if evaluation.sampler_head else ['none']
-    raise_problems([*policy_problems(policies), *call_problems(calls, T),
+        list(ways) if evaluation.sampler_head else ['none']
+    raise_problems([*policy_problems(policies), *call_problems(calls, max(lengths)),
                     *head_problems(heads, evaluation.sampler_head)])
     count = config.windows or WINDOWS
     windows = fixed_windows(evaluation.corpus.tokens(config.split, T), count, T)
 
-    def cell(policy: str, trunk_calls: int, head: Head) -> Cell:
+    def cell(policy: str, trunk_calls: int, head: Head, length: int) -> Cell:
+        blocks = {'block_length': length} if evaluation.model.config.block_length else {}
         settings = evaluation.settings(policy=policy, trunk_calls=trunk_calls, head=head, windows=count,
-                                       seed=config.seed)
-        return Cell(settings, LikelihoodResult, lambda: _result(evaluation, windows, policy, trunk_calls, head), cost=trunk_calls)
+                                       seed=config.seed, **blocks)
+        scorer = Scorer(POLICIES[policy].make(iterations=trunk_calls), head, evaluation.allowed,
+                        length if length < T else None)
+        return Cell(settings, LikelihoodResult, lambda: _result(evaluation, windows, scorer), cost=trunk_calls)
 
-    return [cell(policy, int(number), head) for policy in policies for number in calls for head in heads]
+    return [cell(policy, int(number), head, length) for length in lengths for policy in policies for number in calls
+            for head in heads if number <= length]
 
 
-def _result(evaluation: Evaluation, windows: Tensor, policy: str, trunk_calls: int, head: Head) -> Result:
+def _result(evaluation: Evaluation, windows: Tensor, scorer: Scorer) -> Result:
     """One cell: the mean over windows with its standard error, and what it took."""
     runtime, config = evaluation.runtime, evaluation.config
     network = Network(evaluation.model, TimingAccumulator(),
                       None if runtime.dtype is torch.float32 else runtime.dtype)
-    found = window_likelihoods(network, windows, POLICIES[policy].make(iterations=trunk_calls), head,
-                               evaluation.allowed, seed=config.seed, batch_size=config.batch_size)
-    assert found.trunk_calls == trunk_calls
+    found = window_likelihoods(network, windows, scorer, seed=config.seed, batch_size=config.batch_size)
     nats = found.nats.mean().item()
     bits, unit = bits_of(nats, evaluation.corpus, config.split)
     return {'nats': nats, 'standard_error': (found.nats.std() / math.sqrt(len(windows))).item(), 'bits': bits,
@@ -197,12 +227,17 @@ def head_problems(heads: Sequence[str], sampler_head: bool) -> list[str]:
 
 def arranged(rows: Sequence[Result]) -> list[Result]:
     """Table rows by policy and trunk calls, with nats and standard error of each head side by side."""
-    table: dict[tuple[str, int], Result] = {}
+    table: dict[tuple[int | None, str, int], Result] = {}
     for row in rows:
-        line = table.setdefault((row['policy'], row['trunk_calls']), {key: row[key] for key in (
-            'policy', 'trunk_calls', 'windows', 'unit')})
+        line = table.setdefault((row.get('block_length'), row['policy'], row['trunk_calls']), {
+            'policy': _way(row), **{key: row[key] for key in ('trunk_calls', 'windows', 'unit')}})
         line[row['head']] = f'{row["nats"]:.4f} ({row["standard_error"]:.4f})'
     return list(table.values())
+
+
+def _way(row: Result) -> str:
+    """The policy of a row, and the blocks that it was followed in."""
+    return f'{row["policy"]}, blocks of {row["block_length"]}' if 'block_length' in row else row['policy']
 
 
 def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
@@ -212,8 +247,8 @@ def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
                        f'(neighbours come from a table)')
     token = 'character' if evaluation.vocabulary.kind == 'characters' else 'token'
     path = evaluation.out_dir / PICTURE_NAME
-    draw(rows, f'trunk calls per {evaluation.model.config.block_size} {token}s', f'nats per {token}', path,
-         evaluation.say)
+    per = f'{evaluation.model.config.block_size} {token}s' if not evaluation.model.config.block_length else 'block'
+    draw(rows, f'trunk calls per {per}', f'nats per {token}', path, evaluation.say)
 
 
 def draw(rows: Sequence[Result], x_label: str, y_label: str, picture: Path, say: Callable[[str], object]) -> None:
@@ -222,7 +257,7 @@ def draw(rows: Sequence[Result], x_label: str, y_label: str, picture: Path, say:
     for row in rows:
         name = {'none': 'without sampler head', 'wave': 'head, wave order',
                 'left_to_right': 'head, left to right'}[row['head']]
-        panels.setdefault(row['policy'], {}).setdefault(name, []).append(
+        panels.setdefault(_way(row), {}).setdefault(name, []).append(
             (row['trunk_calls'], row['nats'], row['standard_error']))
     plot_likelihood(panels, picture, x_label, y_label, say)
 

@@ -10,8 +10,8 @@ import torch
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.timing import TimingAccumulator
-from core.evaluation.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, log_likelihood,
-                                        policy_problems, window_likelihoods)
+from core.evaluation.likelihood import (HEADS, SCORING, Scorer, asked_calls, call_problems, head_problems,
+                                        log_likelihood, policy_problems, window_likelihoods)
 from core.sampling.generation import GenerationSettings, generate
 from core.sampling.network import Network
 from core.sampling.policies import POLICIES
@@ -31,7 +31,7 @@ def every_text(length):
 def score(model, texts, policy, calls, head, generator=None, network=None):
     network = network or Network(model, TimingAccumulator())
     generator = generator or RowRandom(3, 0, torch.full((len(texts),), 11))  # one random order for all texts
-    return log_likelihood(network, texts, POLICIES[policy].make(iterations=calls), head, ALLOWED, generator)
+    return log_likelihood(network, texts, Scorer(POLICIES[policy].make(iterations=calls), head, ALLOWED), generator)
 
 
 def make_model(**changes):
@@ -185,7 +185,7 @@ def test_the_counted_trunk_calls_are_those_that_hooks_see(policy):
     model.transformer['h'][0].register_forward_hook(lambda *_: seen.append(1))
     model.lm_head.register_forward_hook(lambda module, given, logits: rows.append(logits[..., 0].numel()))
     network, windows = Network(model, TimingAccumulator()), torch.zeros(10, 8, dtype=torch.int64)
-    found = window_likelihoods(network, windows, POLICIES[policy].make(iterations=3), 'none', ALLOWED, seed=1,
+    found = window_likelihoods(network, windows, Scorer(POLICIES[policy].make(iterations=3), 'none', ALLOWED), seed=1,
                                batch_size=4)
     assert found.trunk_calls == 3 and len(seen) == network.trunk_calls == network.network_calls == 9
     if policy in ('random', 'left_to_right', 'strided'):  # these ask for no probabilities, so each position costs once
@@ -200,11 +200,11 @@ def test_the_batch_size_changes_nothing_and_the_seed_changes_random_orders(small
     windows = fixed_windows(small_corpus.tokens('val'), 10, 8)
     allowed = allowed_ids(small_corpus.vocabulary.size, small_corpus.vocabulary.base_size)
     found = {(seed, size): window_likelihoods(
-        Network(model, TimingAccumulator()), windows, POLICIES['random'].make(iterations=3), head, allowed, seed=seed,
-        batch_size=size).nats for seed, size in ((1, 10), (1, 3), (2, 10))}
+        Network(model, TimingAccumulator()), windows, Scorer(POLICIES['random'].make(iterations=3), head, allowed),
+        seed=seed, batch_size=size).nats for seed, size in ((1, 10), (1, 3), (2, 10))}
     torch.testing.assert_close(found[1, 10], found[1, 3])
-    whole = log_likelihood(Network(model, TimingAccumulator()), windows, POLICIES['random'].make(iterations=3), head,
-                           allowed, keyed(1, 0, 0, 10))
+    whole = log_likelihood(Network(model, TimingAccumulator()), windows,
+                           Scorer(POLICIES['random'].make(iterations=3), head, allowed), keyed(1, 0, 0, 10))
     torch.testing.assert_close(found[1, 10], -whole / 8)
     assert (found[1, 10] - found[2, 10]).abs().min() > 1e-6
     assert found[1, 10].shape == (10,) and (found[1, 10] > 0).all()
@@ -250,3 +250,50 @@ def test_the_head_helps_where_neighbours_decide():
     alone, helped = score(model, texts, 'left_to_right', 1, 'none'), score(model, texts, 'left_to_right', 1, 'wave')
     assert alone.tolist() == pytest.approx([-5 * math.log(3)] * 2)
     assert helped[0] > -math.log(3) * 2.2 - 1 and helped[1] < alone[1]
+
+
+# Block models ---------------------------------------------------------------------------------------------------------
+
+ORDERED = {'sampler_order': 'left_to_right', 'sampler_context_left': 2, 'sampler_context_right': 1,
+           'sampler_gate': True}
+
+
+def block_score(model, texts, policy, calls, head, b):
+    generator = RowRandom(3, 0, torch.full((len(texts),), 11))  # one random order for all texts
+    scorer = Scorer(POLICIES[policy].make(iterations=calls), head, ALLOWED, b)
+    return log_likelihood(Network(model, TimingAccumulator()), texts, scorer, generator)
+
+
+@pytest.mark.parametrize('policy', SCORING)
+@pytest.mark.parametrize('b, changes', [(2, ORDERED), (3, ORDERED), (3, {}), (1, ORDERED)])
+def test_the_probabilities_of_all_texts_of_a_block_model_sum_to_one(policy, b, changes):
+    model = make_model(block_size=6, attention_type='block', block_length=(b,), **changes)
+    texts, head = every_text(6), model.config.sampler_order
+    for calls, way in product(range(1, b + 1), ('none', head)):
+        assert block_score(model, texts, policy, calls, way, b).exp().sum().item() == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize('calls', [1, 2])
+def test_texts_of_a_block_model_come_as_often_as_their_likelihood_says(calls):
+    """Drawn by the generation loop, counted, against the enumerated law."""
+    model, rows = make_model(block_size=4, attention_type='block', block_length=(2,), **ORDERED), 40_000
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.4)  # so that no text is rare
+    settings = GenerationSettings('diffusion', DrawRule(ALLOWED), POLICIES['strided'].make(iterations=calls),
+                                  head='left_to_right', block_length=2)
+    start = torch.full((rows, 4), V0)
+    made = generate(Network(model, TimingAccumulator()), Layout(start, torch.zeros_like(start).bool()), settings,
+                    keyed(9, 0, 0, rows)).tokens
+    law = block_score(model, every_text(4), 'strided', calls, 'left_to_right', 2).exp()
+    counts = (made * torch.tensor([27, 9, 3, 1])).sum(1).bincount(minlength=81)
+    assert (rows * law).min() > 5
+    statistic = ((counts - rows * law) ** 2 / (rows * law)).sum()  # chi-squared with 80 degrees of freedom
+    assert 45 < statistic < 125
+
+
+def test_one_block_is_the_whole_window():
+    model = make_model(block_size=4, attention_type='block', block_length=(2, 4))
+    texts = every_text(4)
+    torch.testing.assert_close(block_score(model, texts, 'margin', 2, 'wave', None),
+                               score(make_model(block_size=4), texts, 'margin', 2, 'wave'))
