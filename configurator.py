@@ -12,8 +12,9 @@ A script describes its options once, as a flat dataclass:
 
 Every `--key=value` beats every config file, and among each kind the later one wins. A config file is parsed, never
 executed: it may hold assignments of literals, lists and arithmetic to known keys, and conditions on known names
-(`device` among them). A name that the command line sets has that value everywhere, so `lr_decay_iters = max_iters`
-follows `--max_iters=100`. Every problem of all files and arguments is listed in one `UserError`.
+(`device` among them). Its first statement may be `base_config = 'config/other.py'`: that file is read before the rest.
+A name that the command line sets has that value everywhere, so `lr_decay_iters = max_iters` follows `--max_iters=100`.
+Every problem of all files and arguments is listed in one `UserError`.
 """
 
 import ast
@@ -38,6 +39,7 @@ Options = TypeVar('Options')
 LARGEST_FILE = 100_000  # bytes; config files hold differences only
 MOST_PROBLEMS_SHOWN = 30
 COMMAND_LINE = 'command line'
+BASE = 'base_config'  # in a config file's first line: another that is read before it
 LONGEST_NAME = 255  # bytes of one part of a path
 CONFIGS = Path(__file__).parent / 'config'  # config files may be named without it
 
@@ -399,16 +401,23 @@ class _FileReader:
         except UserError as error:
             self.problems.append(f'device={shown(self.values["device"])} ({where}): {one_line(str(error))}')
 
-    def read(self, path: Path) -> None:
-        self.path, self.set_here = shown_name(path), {}
+    def read(self, path: Path, above: tuple[Path, ...] = ()) -> None:
+        """Run a config file, its base first; above: the files that it is a base of."""
+        shown_path = shown_name(path)
         try:
             tree = parse(_read_text(path), 'exec')
-            docstring = ast.get_docstring(tree, clean=False) is not None
-            self.block(tree.body[1:] if docstring else tree.body, taken=True, depth=0)
+            statements = tree.body[1:] if ast.get_docstring(tree, clean=False) is not None else tree.body
+            base = _base_of(statements)
+            if base is not None and _is_file(base) and any(base.samefile(one) for one in (*above, path)):
+                raise Refused(f'{BASE} = {shown(str(base))}: no config file is its own base; name another')
+            if base is not None:
+                self.read(base, (*above, path))
+            self.path, self.set_here = shown_path, {}
+            self.block(statements if base is None else statements[1:], taken=True, depth=0)
         except Refused as refused:
-            self.problems.append(f'{self.path}: {refused}')
+            self.problems.append(f'{shown_path}: {refused}')
         except RecursionError:
-            self.problems.append(f'{self.path}: statements are nested too deeply')
+            self.problems.append(f'{shown_path}: statements are nested too deeply')
 
     def block(self, statements: list[ast.stmt], taken: bool, depth: int) -> None:
         """Run statements; where `taken` is False they are checked as far as possible and change nothing."""
@@ -431,6 +440,8 @@ class _FileReader:
         for target in statement.targets:
             if not isinstance(target, ast.Name):
                 raise Refused(f'found {name_of(target)} on the left of =; write one key = value a line')
+            if target.id == BASE:
+                raise Refused(f"{BASE} is the first line of a config file: {BASE} = 'config/other.py'")
             key = self.keys.find(target.id)
             if key is None:
                 raise Refused(f"no such option '{shown_name(target.id)}'{self.keys.nearest(target.id)}")
@@ -487,6 +498,14 @@ class _FileReader:
         except Refused as refused:
             self.problems.append(f'{self.path}:{branch.lineno}: {refused}')
             return None
+
+
+def _base_of(statements: list[ast.stmt]) -> Path | None:
+    """The config file that the first of the statements names as the base; None where it says something else."""
+    match statements[:1]:
+        case [ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text)))] if name == BASE:
+            return _config_path(text)
+    return None
 
 
 def _read_text(path: Path) -> str:

@@ -1,4 +1,5 @@
-# Masked diffusion without heads: the trunk of train_char_diffusion_sampler.py alone.
+# Masked diffusion without heads: the trunk of train_char_diffusion_sampler.py alone. The other character models differ
+# from this file by the lines of their own (base_config).
 # Two CPU cores: shrunk in proportion, 1500 iterations of 0.23 seconds, about 6 minutes when nothing else runs and
 # compilation and validations are counted; validation NELBO 1.89 nats per character.
 # One GPU: 6 layers, 384 channels, 6000 iterations; not measured yet.

@@ -5,36 +5,24 @@
 #       --init_from_checkpoint=out/ckpt_best.pt --learning_rate=6e-3
 # Two CPU cores: 3 minutes 21 seconds (docs/remasking.md). One GPU: not measured yet.
 # A block holds the CLS token and as many tokens as the main model writes at once.
+base_config = 'config/train_char_diffusion.py'
 out_dir = 'out-judge'
-dataset = 'shakespeare_char'
 training_type = 'judge'
 corruption_checkpoint = 'out/ckpt_best.pt'
 init_from_checkpoint = 'out-remasking/ckpt_best.pt'
 
-n_layer = 6
-n_head = 6
-n_embd = 384
 block_size = 257
-batch_size = 64
 max_iters = 1600
 warmup_iters = 80
 learning_rate = 2e-3
 eval_interval = 400
-eval_iters = 8
-ema_decay = 0.998
 
 if device == 'cpu':
-    n_layer = 4
-    n_head = 4
-    n_embd = 128
     block_size = 129
-    batch_size = 32
     max_iters = 1600 // 4
     warmup_iters = 80 // 4
     learning_rate = 4e-3  # narrower, hence higher
     eval_interval = 400 // 4
-    eval_iters = 16
-    ema_decay = 0.99
 
 lr_decay_iters = max_iters
 min_lr = learning_rate / 20

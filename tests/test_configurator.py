@@ -321,3 +321,37 @@ def test_every_option_keeps_its_default_and_counts_have_bounds(options):
             config = configure(described, [f'--{entry.name}=18446744073709551615']).config
             assert [f'{entry.name} is 18446744073709551615, but must be at most' in one
                     for one in bound_problems(config)] == [True]
+
+
+# ---- a base
+
+def test_a_base_is_read_first(tmp_path):
+    base = written(tmp_path, "'''Base.'''\nn_layer = 8\nn_embd = 16\nif device == 'cpu':\n    n_layer = 2\n", 'base.py')
+    found = from_file(tmp_path, f'"""Doc."""\nbase_config = {base!r}\nn_embd = 3 * n_embd\ntop_k = n_layer\n',
+                      '--max_iters=7', resolve_device=on('cpu'))
+    assert (found.config.n_layer, found.config.n_embd, found.config.top_k) == (2, 48, 2)
+    assert found.explicit['n_layer'] == f'{base}:5' and found.explicit['n_embd'].endswith('x.py:3')
+    assert found.notes == [f"{base}: device is 'cpu', so n_layer 8 -> 2"]
+
+
+def test_the_command_line_beats_the_base(tmp_path):
+    base = written(tmp_path, 'n_layer = 8\n', 'base.py')
+    assert from_file(tmp_path, f'base_config = {base!r}\ntop_k = n_layer\n', '--n_layer=3').config.top_k == 3
+
+
+def test_a_base_by_its_name_in_the_config_folder(tmp_path, monkeypatch):
+    written(tmp_path, 'n_layer = 8\n', 'base.py')
+    monkeypatch.setattr('configurator.CONFIGS', tmp_path)
+    assert from_file(tmp_path, "base_config = 'base'\n").config.n_layer == 8
+
+
+@pytest.mark.parametrize('text, words', [
+    ("base_config = 'nowhere.py'\n", 'nowhere.py: there is no such config file'),
+    ("n_layer = 2\nbase_config = 'base.py'\n", 'x.py:2: base_config is the first line of a config file'),
+    ('base_config = 3\n', 'x.py:1: base_config is the first line of a config file'),
+    ("base_config = 'HERE/x.py'\n", 'no config file is its own base; name another'),
+    ("base_config = 'HERE/y.py'\n", 'y.py: base_config =')])
+def test_a_base_that_cannot_be_read(tmp_path, text, words):
+    written(tmp_path, f"base_config = '{tmp_path}/x.py'\n", 'y.py')
+    problems = refusals([written(tmp_path, text.replace('HERE', str(tmp_path)))])
+    assert len(problems) == 1 and words in problems[0]
