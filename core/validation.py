@@ -7,7 +7,7 @@ Letters: B rows of a batch, W windows, T sequence length, N masked positions, D 
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -165,26 +165,35 @@ def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tens
 
 
 @torch.no_grad()
-def validate_blocks(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Masking | None = None) -> Validation:
-    """Validate a block model in evaluation mode: its NELBO at the first of its block lengths, and further at each of
-    them (`nelbo_of_8`), with the exact nats at one call a block where it has a head that writes from left to right."""
+def validate_block_length(model: GPT, held_out: HeldOut, allowed: Tensor, block_length: int) -> Validation:
+    """The NELBO of a block model in evaluation mode, at one of its block lengths; further the exact nats at one call a
+    block ('one_call') where it has a head that writes from left to right."""
     start, T, runtime, config = time.perf_counter(), model.config.block_size, held_out.runtime, model.config
     ordered = config.add_sampler_head and config.sampler_order == 'left_to_right'
-    names = [f'{name}_of_{b}' for b in config.block_length for name in ('nelbo', *(['one_call'] if ordered else []))]
-    terms = held_out.zeros(len(names))
+    terms = held_out.zeros(2)
     for place, rows in held_out.batches(T):
         generator, rows = keyed(VALIDATION_SEED, 0, place.start, len(rows)), rows.to(runtime.device)
         with runtime.autocast():
-            found = [values for b in config.block_length for values in (
-                block_terms(model, rows, b, generator, allowed),
-                *([one_call_terms(model, rows, b, allowed)] if ordered else []))]
-        terms[place] = torch.stack(found, dim=1)
+            terms[place, 0] = block_terms(model, rows, block_length, generator, allowed)
+            if ordered:
+                terms[place, 1] = one_call_terms(model, rows, block_length, allowed)
     terms = runtime.total(terms)
-    means, value = terms.mean(0).tolist(), terms[:, 0].mean().item()
+    value, one_call = terms.mean(0).tolist()
     bits, unit = bits_of(value, held_out.corpus, held_out.split)
     error = (terms[:, 0].std() / math.sqrt(held_out.windows)).item() if held_out.windows > 1 else math.nan
-    further = {'bits': bits} | dict(zip(names[1:], means[1:]))
-    return Validation(value, error, further, held_out.windows, time.perf_counter() - start, unit)
+    return Validation(value, error, {'bits': bits, **({'one_call': one_call} if ordered else {})}, held_out.windows,
+                      time.perf_counter() - start, unit)
+
+
+def validate_blocks(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Masking | None = None) -> Validation:
+    """`validate_block_length` at the first of a block model's lengths, with what the others give further on
+    ('nelbo_of_8', 'one_call_of_8')."""
+    first, *others = [validate_block_length(model, held_out, allowed, b) for b in model.config.block_length]
+    further = dict(first.further)
+    for b, found in zip(model.config.block_length[1:], others):
+        further |= {f'nelbo_of_{b}': found.value} | {
+            f'{name}_of_{b}': value for name, value in found.further.items() if name != 'bits'}
+    return replace(first, further=further, seconds=first.seconds + sum(one.seconds for one in others))
 
 
 def bits_of(nats: float, corpus: Corpus, split: str) -> tuple[float, str]:

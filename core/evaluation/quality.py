@@ -68,7 +68,7 @@ class Study:
 
     def __init__(self, evaluation: Evaluation) -> None:
         config, checkpoint = evaluation.config, evaluation.checkpoint
-        if checkpoint.kind != CheckpointKind.UNMASKING:
+        if checkpoint.kind not in (CheckpointKind.UNMASKING, CheckpointKind.BLOCK):
             raise UserError(f'{config.checkpoint_name} is a checkpoint of kind {checkpoint.kind!r}, but policies write '
                             f'with a diffusion model; a causal one is compared with by --causal_checkpoint=...')
         raise_problems(_option_problems(evaluation))

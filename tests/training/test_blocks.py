@@ -1,0 +1,138 @@
+"""Training of block models: what a step learns from, micro-steps and ranks, isolation of the head, resume, bad options."""
+
+import pytest
+import torch
+
+from core.batches import unmasking_batches
+from core.common.drawing import allowed_ids
+from core.common.randomness import keyed
+from core.noise import BlockNoise, SeenNeighbours
+from core.objective import Objective
+from core.stages import Stage
+from core.validation import block_terms, one_call_terms
+from helpers.runs import equal_runs, refused, run
+from helpers.toys import V0, awake, toy_config, toy_plan
+from model import GPT, SamplerWindow
+
+T = 12
+ORDERED = {'add_sampler_head': True, 'sampler_order': 'left_to_right', 'sampler_context_left': 3,
+           'sampler_context_right': 0, 'sampler_gate': True}
+ALLOWED = allowed_ids(V0 + 4, V0)
+
+
+def block_config(*lengths, **changes):
+    return toy_config(block_size=T, attention_type='block', block_length=lengths, **changes)
+
+
+def block_plan(*lengths, **changes):
+    window = SeenNeighbours(SamplerWindow(3, 0), 'left_to_right')
+    noise = BlockNoise(lengths, whole_share=changes.pop('whole_share', 0.5))
+    return toy_plan(block_size=T, blocks=noise, neighbours=window, **changes)
+
+
+def loss_of(model, batches):
+    objective = Objective(model, ALLOWED)
+    losses = [objective(batch, Stage({'sampler': 1.0}), keyed(1, 0, 0, len(batch.rows))) for batch in batches]
+    return sum(one.main for one in losses), sum(one.heads['sampler'] for one in losses)
+
+
+@pytest.mark.parametrize('lengths', [(4,), (1, 4, 12)])
+def test_micro_steps_change_nothing(lengths):
+    model = awake(GPT(block_config(*lengths, **ORDERED)))
+    one = loss_of(model, unmasking_batches(block_plan(*lengths, batch_size=8), 3, lambda count: count))
+    plan = block_plan(*lengths, batch_size=2, micro_steps=4)
+    four = loss_of(model, unmasking_batches(plan, 3, lambda count: count))
+    torch.testing.assert_close(one, four)
+
+
+@pytest.mark.parametrize('lengths', [(4,), (2, 6)])
+def test_the_losses_are_cross_entropies_at_masked_places_of_blocks_read_one_by_one(lengths):
+    """Each block by itself: the clean text before it and its masked tokens in one plain pass; the head's input by hand."""
+    model = awake(GPT(block_config(*lengths, **ORDERED))).double()
+    batch, = unmasking_batches(block_plan(*lengths, batch_size=4, loss_weighting='masked_mean'), 1, lambda count: count)
+    main, sampler = loss_of(model, [batch])
+    trunk, head, masked = 0.0, 0.0, int((batch.inputs == V0).sum())
+    embedding = model.neighbour_embedding()
+    for text, noisy, b in zip(batch.targets, batch.inputs, batch.block_length.tolist()):
+        for first in range(0, T, b):
+            read = torch.cat((text[:first], noisy[first:first + b]))[None]
+            hidden = model.encode_blocks(read, b, model.new_cache(1), 0)[0]
+            for place in range(first, first + b):
+                if noisy[place] != V0:
+                    continue
+                logits = model.lm_head(hidden[place])
+                shown = [text[place - step] if place >= step else None for step in (3, 2, 1)]
+                slots = [torch.zeros_like(embedding[0]) if token is None else embedding[token] for token in shown]
+                new = sum(place - step >= first and int(noisy[place - step]) == V0 for step in (1, 2, 3))
+                made = model.sampler_head(torch.cat((*slots, hidden[place])), logits, model.lm_head.weight,
+                                          torch.tensor(new))
+                trunk -= logits[:V0].log_softmax(0)[text[place]] / masked
+                head -= made[:V0].log_softmax(0)[text[place]] / masked
+    assert main.item() == pytest.approx(trunk.item(), rel=1e-5)
+    assert sampler.item() == pytest.approx(head.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('gradient', ['head', 'trunk'])
+def test_the_head_moves_the_trunk_only_where_that_is_asked_for(gradient):
+    model = awake(GPT(block_config(4, sampler_gradient=gradient, **ORDERED)))
+    _, sampler = loss_of(model, unmasking_batches(block_plan(4, batch_size=4), 1, lambda count: count))
+    sampler.backward()
+    moved = {name.split('.')[0] for name, parameter in model.named_parameters()
+             if parameter.grad is not None and parameter.grad.abs().sum() > 0}
+    assert moved == ({'sampler_head'} if gradient == 'head' else {'sampler_head', 'transformer'})
+
+
+def test_the_bound_is_an_average_over_masks_and_lies_above_the_exact_value():
+    """One block of the whole window: all subsets of each size against the any-order form; b = 1 is exact."""
+    model, text = awake(GPT(block_config(1, 4))).double().eval(), torch.randint(0, V0, (400, T), generator=torch.Generator().manual_seed(1))
+    hidden = model.encode_streams(torch.full_like(text, V0), text, 1)
+    exact = -model.lm_head(hidden)[..., :V0].log_softmax(-1).gather(2, text[..., None]).squeeze(2).mean(1)
+    torch.testing.assert_close(block_terms(model, text, 1, keyed(1, 0, 0, 400), ALLOWED), exact)
+    row = text[:1].expand(4000, -1)
+    found = block_terms(model, row, 4, keyed(1, 0, 0, 4000), ALLOWED)
+    expected = 0.0
+    for first in range(0, T, 4):
+        for chosen in range(1, 16):
+            mask = torch.zeros(1, T, dtype=torch.bool)
+            mask[0, first:first + 4] = torch.tensor([bool(chosen >> bit & 1) for bit in range(4)])
+            hidden = model.encode_streams(text[:1].masked_fill(mask, V0), text[:1], 4)
+            losses = -model.lm_head(hidden)[..., :V0].log_softmax(-1).gather(2, text[:1, :, None]).squeeze(2)
+            size = int(mask.sum())
+            subsets = (4, 6, 4, 1)[size - 1]
+            expected += losses[mask].mean().item() / 4 / subsets / 3
+    assert found.mean().item() == pytest.approx(expected, abs=4 * found.std().item() / 4000 ** 0.5)
+
+
+def test_one_call_is_what_the_head_says_given_all_on_its_left():
+    model, text = awake(GPT(block_config(4, **ORDERED))).double().eval(), torch.tensor([[0, 1, 2, 0, 1, 1, 2, 2, 0, 1, 2, 0]])
+    before = one_call_terms(model, text, 4, ALLOWED)
+    for place in range(T):  # a changed token changes its own value and those after it
+        changed = text.clone()
+        changed[0, place] = (text[0, place] + 1) % V0
+        assert not torch.allclose(one_call_terms(model, changed, 4, ALLOWED), before)
+    blind = one_call_terms(model, text, 12, ALLOWED)
+    assert not torch.allclose(blind, before)
+
+
+BLOCKS = ('--attention_type=block', '--block_length=[4,16]', '--sampler_order=left_to_right', '--sampler_gate=True',
+          '--sampler_context_left=3', '--sampler_context_right=0', '--add_critic_head=False', '--dropout=0.1')
+
+
+def test_a_stopped_run_goes_on_exactly(small_corpus, capsys):
+    run(*BLOCKS, '--out_dir=whole')
+    run(*BLOCKS, '--out_dir=parts', '--max_iters=6')
+    run(*BLOCKS, '--out_dir=parts', '--init_from=resume')
+    from pathlib import Path
+    equal_runs(Path('whole'), Path('parts'))
+    assert 'one call of 16' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (('--block_length=[]',), 'block_length is empty'), (('--block_length=5',), 'must divide block_size'),
+    (('--block_length=[4,32]',), 'block_length is 32'), (('--block_length_from=[0]',), 'one iteration for each length'),
+    (('--block_mask_shares=[0.8,0.2]',), 'two rising numbers'), (('--whole_block_share=1.5',), 'whole_block_share'),
+    (('--block_mask_shares=[0.2,0.8]', '--loss_weighting=elbo'), 'a bound over [0, 1] alone'),
+    (('--add_critic_head=True', '--start_critic_iteration=6'), 'critic of a block model'),
+    (('--attention_type=bidirectional',), 'leave it out')])
+def test_wrong_options_are_named(small_corpus, arguments, words):
+    assert words in refused(*BLOCKS, *arguments)
