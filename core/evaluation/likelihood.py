@@ -1,18 +1,8 @@
-"""Exact likelihood of text under deterministic reveal policies (DUEL, arXiv 2603.01367).
+"""The measure likelihood: exact negative log-likelihood of held-out windows under deterministic reveal policies.
 
-A policy that chooses positions from revealed tokens and probabilities only makes a fixed path through every text: run
-it on the text itself, put down the true tokens where it reveals them, and add up their log-probabilities given what
-stood there before:
+What it is stands in core/sampling/path_likelihood.py.
 
-    log p(x) = sum over steps k of log q(x at the positions of step k | x at the positions of steps 0 .. k - 1)
-
-Each factor is a distribution that sums to 1 over the tokens of its step, so p does over all texts of a length, and
--log p is the negative log-likelihood of the very sampler that draws by that policy at temperature 1. Without the
-sampler head a factor is a product of the trunk's marginals; with it, of the head's conditionals wave by wave. The path
-is the sampler's own: its policies, its random keys and its fill, with tokens placed instead of drawn. The likelihood of
-a block model is the product over its blocks, each given the text before it.
-
-Letters: B rows of a batch, W windows, T window length, V vocabulary, K trunk calls.
+Letters: W windows, T window length, V vocabulary.
 """
 
 import math
@@ -25,18 +15,17 @@ import torch
 from torch import Tensor
 
 from core.checkpoints.kinds import CheckpointKind
-from core.common.drawing import DrawRule
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.precision import exact_device
-from core.common.randomness import RowRandom, keyed
+from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
 from core.common.typed_json import Seconds
 from core.evaluation.likelihood_plots import plot_likelihood
 from core.evaluation.measure import Cell, Evaluation, Measure, Result
-from core.sampling.block_network import BlockNetwork
 from core.sampling.network import Network
-from core.sampling.policies import POLICIES, Counts, Open, Policy, PolicyView, Prediction
+from core.sampling.path_likelihood import Scorer, log_likelihood
+from core.sampling.policies import POLICIES
 from core.validation import bits_of, fixed_windows
 from sample_utils import Head
 
@@ -45,59 +34,6 @@ SCORING = tuple(name for name, row in POLICIES.items() if row.deterministic)
 POLICIES_SHOWN = 'random,left_to_right,strided'
 WINDOWS = 64
 PICTURE_NAME = 'likelihood.png'
-
-
-# The likelihood -----------------------------------------------------------------------------------------------------
-
-class Scorer(NamedTuple):
-    """How text is scored. policy: of a deterministic row of POLICIES; head: who fills; allowed bool [V]: what the
-    softmax is over; block_length: of a block model that writes in blocks, None for whole windows."""
-
-    policy: Policy
-    head: Head
-    allowed: Tensor
-    block_length: int | None = None
-
-
-def log_likelihood(network: Network, tokens: Tensor, scorer: Scorer, generator: RowRandom) -> Tensor:
-    """float64 [B]: log p in nats of the texts tokens int64 [B, T] of base tokens.
-
-    Random orders follow from `generator`, one row of it per text, as they do in generation, so a text's number does not
-    depend on its batch. The trunk calls count on `network`.
-    """
-    assert scorer.policy.remask is None, 'a text has no likelihood under a policy that masks again'
-    with network.precision():
-        if scorer.block_length is None:
-            return _path_log_likelihood(network, tokens, scorer, generator, 0)
-        total, blocks = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device), \
-            BlockNetwork(network, scorer.block_length, len(tokens))
-        for number, start in enumerate(range(0, tokens.size(1), scorer.block_length)):
-            block = tokens[:, start:start + scorer.block_length]
-            blocks.begin(tokens, start, start + block.size(1))
-            first = number * scorer.policy.limit(scorer.block_length)  # as `write_blocks` numbers its steps
-            total = total + _path_log_likelihood(blocks, block, scorer, generator, first)
-        return total
-
-
-def _path_log_likelihood(network: Network, tokens: Tensor, scorer: Scorer, generator: RowRandom, first: int) -> Tensor:
-    """float64 [B]: log p of the tokens int64 [B, T] of one window, or of one block given what `network` holds before
-    it; first: the number of the first step."""
-    policy, mask_token_id, rule = scorer.policy, network.model.config.mask_token_id, DrawRule(scorer.allowed)
-    current = torch.full_like(tokens, mask_token_id)  # [B, T]
-    nothing = torch.zeros_like(tokens, dtype=torch.bool)
-    found = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
-    counts, masks = Counts(policy, [tokens.size(1)] * len(tokens), tokens.device), tokens.numel()
-    for step in range(counts.limit):
-        numbers = generator.at(first + step)
-        prediction = Prediction(network, Open(current, current == mask_token_id, masks), rule, numbers, scorer.head)
-        view = PolicyView(step=step, tokens=current, protected=nothing, mask_token_id=mask_token_id,
-                          left=counts.view(step), generator=numbers, prediction=prediction, revealed=nothing,
-                          confidence=found, critic=None)
-        masks = sum(counts.after(step))
-        fill = prediction.fill(policy.reveal(view) & view.masked, truth=tokens)
-        current, found = fill.tokens, found + fill.log_probabilities
-    assert current.equal(tokens), 'the policy left masks behind'
-    return found.sum(1)
 
 
 class Likelihood(NamedTuple):

@@ -10,10 +10,11 @@ import torch
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.timing import TimingAccumulator
-from core.evaluation.likelihood import (HEADS, SCORING, Scorer, asked_calls, call_problems, head_problems,
-                                        log_likelihood, policy_problems, window_likelihoods)
+from core.evaluation.likelihood import (HEADS, SCORING, asked_calls, call_problems, head_problems, policy_problems,
+                                        window_likelihoods)
 from core.sampling.generation import GenerationSettings, generate
 from core.sampling.network import Network
+from core.sampling.path_likelihood import Scorer, log_likelihood
 from core.sampling.policies import POLICIES
 from core.sampling.prompt import Layout
 from core.validation import fixed_windows
