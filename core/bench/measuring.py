@@ -75,7 +75,7 @@ def describe_machine() -> Machine:
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
     return {**described, 'processor': processor, 'fast_bfloat16': has_fast_bfloat16(torch.device('cpu')),
-            'load_average': round(os.getloadavg()[0], 2)}
+            'load_average': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None}
 
 
 def measure_shape(name: str, shape: Shape, groups: Sequence[str], runtime: Runtime, dtype: str, say: Say, *,

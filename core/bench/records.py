@@ -35,7 +35,7 @@ class Machine(TypedDict):
     devices: list[str]
     processor: str
     fast_bfloat16: bool
-    load_average: float
+    load_average: float | None  # None where the system tells none, as on Windows
 
 
 class ShapeFields(TypedDict):

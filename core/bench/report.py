@@ -147,9 +147,10 @@ def machine_lines(machine: Mapping[str, Any]) -> list[str]:
     """The machine and the versions in words."""
     versions = machine['versions']
     devices = ', '.join(machine['devices']) or 'no GPU'
+    load = 'unknown' if machine['load_average'] is None else machine['load_average']
     return [f'{machine["processor"]}, {machine["processors"]} processors, {machine["threads"]} threads, {devices}; '
             f'{"fast" if machine["fast_bfloat16"] else "no fast"} bfloat16 on the processor; load average '
-            f'{machine["load_average"]} at the start.',
+            f'{load} at the start.',
             f'{machine["platform"]}; Python {versions["python"]}, torch {versions["torch"]}, numpy '
             f'{versions["numpy"]}; revision {machine["git_revision"] or "unknown"}.']
 

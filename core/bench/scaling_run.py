@@ -6,7 +6,6 @@ docs/performance.md says what the columns mean.
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -50,6 +49,8 @@ ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a peak rate, a
 def run_scaling(config: BenchConfig, explicit: Mapping[str, str], say: Say) -> None:
     """Measure as `config` says, or read --from_json; print and write the report. UserError for what cannot be done."""
     raise_problems(option_problems(config, explicit))
+    if config.from_json is None:
+        process_peak()  # raises where it is not to be had
     record = read_json_record(Path(config.from_json), KIND) if config.from_json is not None else \
         measure_sizes({name: SIZES[name] for name in asked_sizes(config)}, say)
     show_and_write(config, record, scaling_report(record), KIND, say)
@@ -99,8 +100,8 @@ def measure_apart(name: str, size: Size, tidy: bool) -> dict[str, Any]:
     ranks = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={size.ranks}'] if size.ranks > 1 else []
     environment = {**os.environ, 'OMP_NUM_THREADS': str(max(1, torch.get_num_threads() // size.ranks))} | \
         ({'MALLOC_MMAP_THRESHOLD_': '131072'} if tidy else {})
-    result = subprocess.run([sys.executable, *ranks, *module], cwd=Path(__file__).parents[2], text=True,
-                            env=environment, capture_output=True)
+    result = subprocess.run([sys.executable, *ranks, *module], cwd=Path(__file__).parents[2], encoding='utf-8',
+                            errors='replace', env=environment, capture_output=True)
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or ['it said nothing'])[-1]
         raise UserError(f'{name} could not be measured, its process ended with code {result.returncode} ({last}); '
@@ -136,12 +137,23 @@ def measure_here(size: Size) -> dict[str, Any] | None:
             found['positions'].append([len(batch.positions)
                                        for batch in unmasking_batches(plan, step, runtime.total_count)])
             found['predicted'].append(runtime.total_count(sum(found['positions'][-1])))
-        # kilobytes on Linux, and what a parent held before its child began counts, so parents measure nothing
-        found['peak_bytes'] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found['peak_bytes'] = process_peak()
         state.leave_ranks()
         return found if runtime.is_writer else None
     finally:
         stop_runtime(runtime)
+
+
+def process_peak() -> int:
+    """The most bytes of memory that this process ever held; UserError on Windows, which does not tell.
+
+    What a parent held before its child began counts, so parents measure nothing.
+    """
+    try:
+        import resource
+    except ImportError as error:
+        raise UserError('this system does not say how much memory a process has held; measure on Linux') from error
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux
 
 
 # The report ---------------------------------------------------------------------------------------------------------

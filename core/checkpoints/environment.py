@@ -47,7 +47,7 @@ def _git(root: Path, *words: str) -> str | None:
     """What git says in `root`, whatever repository the environment names; None where it fails or is not installed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}
     try:
-        return subprocess.run(['git', '-C', str(root), *words], capture_output=True, text=True, timeout=10, check=True,
-                              env=environment).stdout.strip()
+        return subprocess.run(['git', '-C', str(root), *words], capture_output=True, encoding='utf-8', timeout=10,
+                              check=True, env=environment).stdout.strip()
     except (OSError, ValueError, subprocess.SubprocessError):
         return None

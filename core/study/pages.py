@@ -147,7 +147,7 @@ def training_facts(run_folder: Path) -> dict[str, Any]:
     path = run_folder / METRICS_NAME
     if not path.exists():
         return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
     steps = [line for line in lines if line['kind'] == 'iteration']
     validations = [line for line in lines if line['kind'] == 'evaluation']
     if not steps or not validations:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,10 +22,11 @@ import core.objective
 from bench import main
 from core.batches import BatchPlan, RowShare, unmasking_batches
 from core.bench.cases import SPECIAL
+from core.bench.options import BenchConfig
 from core.bench.records import SCALING_FORMAT, SCALING_VERSION, read_json_record
 from core.bench.scaling import (PLANNED, SIZES, Size, iteration_operations, link_bytes, micro_step_bytes, parameters,
                                 peak_bytes, rank_operations, staying_bytes, update_bytes, update_operations)
-from core.bench.scaling_run import KIND, measure_here, scaling_report
+from core.bench.scaling_run import KIND, measure_here, run_scaling, scaling_report
 from core.bench.training_cases import TRAINING
 from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
@@ -344,3 +346,9 @@ def test_bad_options_are_one_clear_sentence(arguments, words, tmp_path, monkeypa
     (tmp_path / 'other.json').write_text(json.dumps({'format': SCALING_FORMAT, 'version': SCALING_VERSION + 1}))
     with pytest.raises(UserError, match=words):
         main(['--scaling', *arguments])
+
+
+def test_sizes_are_refused_in_a_sentence_where_a_system_does_not_tell_the_memory_of_a_process(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'resource', None)
+    with pytest.raises(UserError, match='does not say how much memory a process has held; measure on Linux'):
+        run_scaling(BenchConfig(scaling=True), {}, lambda line: None)
