@@ -26,6 +26,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -166,12 +167,13 @@ def help_text(options: type, usage: str = '') -> str:
 
 @dataclass(frozen=True)
 class _Type:
-    """One option's type: a kind, whether None is allowed, and the choices of a Literal."""
+    """One option's type: a kind, whether None is allowed, the choices of a Literal, and the enum that these are of."""
 
     kind: Any  # int, float, bool, str, list or Literal
     optional: bool
     choices: tuple = ()
     item: type = float  # of a list
+    enum: type[StrEnum] | None = None
 
     @classmethod
     def of(cls, annotation: Any) -> '_Type':
@@ -183,6 +185,8 @@ class _Type:
         if typing.get_origin(annotation) is Literal:
             plain = tuple(choice for choice in members if choice is not None)
             return cls(Literal, len(plain) < len(members), plain)
+        if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+            return cls(Literal, False, tuple(one.value for one in annotation), enum=annotation)
         if annotation in (list[float], list[int]):
             return cls(list, False, item=typing.get_args(annotation)[0])
         assert annotation in (int, float, bool, str), f'an option cannot have the type {annotation}'
@@ -252,8 +256,8 @@ def _from_value(value: Any, kind: _Type) -> Any:
         return None
     if kind.kind is Literal:
         for choice in kind.choices:
-            if type(choice) is type(value) and choice == value:
-                return choice
+            if type(value) in (type(choice), kind.enum) and choice == value:
+                return choice if kind.enum is None else kind.enum(choice)
         nearest = closest(value, map(str, kind.choices)) if isinstance(value, str) else None
         raise Refused(f"it must be {kind.words}" + (f"; did you mean '{nearest}'?" if nearest else ''))
     if kind.kind is float and type(value) in (int, float) and math.isfinite(value):

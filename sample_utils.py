@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.common.choosing import computing_tolerance, highest_positions, tie_tolerance
-from core.common.drawing import (Chosen, DrawRule, Draws, allowed_log_probabilities, choose_tokens, completed,
-                                 draw_tokens, place_tokens, revealed_ids)
+from core.common.drawing import (Chosen, DrawRule, Draws, allowed_ids, allowed_log_probabilities, choose_tokens,
+                                 completed, draw_tokens, place_tokens, revealed_ids)
 from core.common.errors import UserError
 from core.common.precision import to_exact
-from core.common.randomness import Purpose, RowRandom
+from core.common.randomness import Purpose, RowRandom, keyed
 from model import GPT, GPTConfig, ModelMode, SamplerWindow
 
 Order = Literal['wave', 'left_to_right']
@@ -50,17 +50,29 @@ def neighbour_tokens(tokens: Tensor, flat_positions: Tensor, window: SamplerWind
     return shown.flatten()[places[:, None] + window.offsets(tokens.device)]
 
 
-def prepare_sampler_inputs(hidden: Tensor, neighbour_tokens: Tensor, embedding_weight: Tensor,
-                           left: int | None = None) -> Tensor:
-    """[N, (C + 1) D]: the sampler head's input, of hidden [N, D] and neighbour_tokens int64 [N, C].
+class SamplerInputs(NamedTuple):
+    """sampler_input [N, (C + 1) D]: what the sampler head reads; sampler_targets int64 [N]: the true tokens, None where
+    nobody knows or asks; num_positions: N."""
+
+    sampler_input: Tensor
+    sampler_targets: Tensor | None
+    num_positions: int
+
+
+def prepare_sampler_inputs(hidden: Tensor, neighbour_tokens: Tensor, embedding_weight: Tensor, left: int | None = None,
+                           targets: Tensor | None = None) -> SamplerInputs:
+    """What the sampler head reads and is to predict, of hidden [N, D], neighbour_tokens int64 [N, C] and targets int64
+    [N].
 
     A neighbour of -1 is a zero vector; the others are rows of embedding_weight [V, D]. The first `left` of the
-    neighbours, half of them where that is None, come before the hidden state and the others after it.
+    neighbours, half of them where that is None, come before the hidden state and the others after it. Nothing is
+    detached here: whoever trains the head alone hands over detached parts.
     """
     left = neighbour_tokens.size(1) // 2 if left is None else left
     embedded = embedding_weight[neighbour_tokens.clamp(min=0)].to(hidden.dtype)  # [N, C, D]
     embedded = embedded * (neighbour_tokens >= 0)[..., None]
-    return torch.cat((embedded[:, :left], hidden[:, None], embedded[:, left:]), dim=1).flatten(1)  # [N, (C + 1) D]
+    joined = torch.cat((embedded[:, :left], hidden[:, None], embedded[:, left:]), dim=1).flatten(1)  # [N, (C + 1) D]
+    return SamplerInputs(joined, targets, len(hidden))
 
 
 # What is to be filled ------------------------------------------------------------------------------------------------
@@ -437,13 +449,22 @@ FILLS: dict[Head, Callable[[Filler, FillTask], Fill]] = {
 }
 
 
-def predict_and_sample_tokens(model: GPT, tokens: Tensor, rule: DrawRule, generator: RowRandom, *,
-                              use_sampler_head: bool, positions: Tensor | None = None, order: Order = 'wave',
-                              no_grad: bool = True) -> Fill:
+def predict_and_sample_tokens(model: GPT, tokens: Tensor, rule: DrawRule | None = None,
+                              generator: RowRandom | None = None, *, use_sampler_head: bool | None = None,
+                              positions: Tensor | None = None, order: Order = 'wave', no_grad: bool = True) -> Fill:
     """One trunk call on tokens int64 [B, T], then a `Fill` of its masked positions.
 
-    no_grad=False keeps the graph of the drawn tokens' log-probabilities, as policy gradients (GRPO) need.
+    rule: None draws from the base vocabulary at temperature 1; generator: None seeds the rows by torch's own generator,
+    so every call draws other tokens and `torch.manual_seed` repeats them; use_sampler_head: None for wherever the model
+    has one. no_grad=False keeps the graph of the drawn tokens' log-probabilities, as policy gradients (GRPO) need.
     """
+    config = model.config
+    if rule is None:
+        rule = DrawRule(allowed_ids(config.vocab_size, config.mask_token_id, tokens.device))
+    if generator is None:
+        generator = keyed(int(torch.randint(2 ** 62, ())), 0, 0, len(tokens), tokens.device)
+    if use_sampler_head is None:
+        use_sampler_head = config.add_sampler_head
     with torch.set_grad_enabled(not no_grad):
         tokens = to_exact(tokens)
         hidden_states = model.encode(tokens)  # [B, T, D]

@@ -221,9 +221,9 @@ class Objective(nn.Module):
         head = self.model.sampler_head
         if self.model.config.sampler_gradient == 'head':
             hidden, logits = hidden.detach(), logits.detach()
-        sampler_input = prepare_sampler_inputs(hidden, neighbours, embedding, head.window.left)
-        logits = head(sampler_input, logits, self.model.lm_head.weight.detach(), new)  # [N, V]
-        return main, weighted_cross_entropy(logits, targets, mean_weights, self.allowed)
+        inputs = prepare_sampler_inputs(hidden, neighbours, embedding, head.window.left, targets)
+        logits = head(inputs.sampler_input, logits, self.model.lm_head.weight.detach(), new)  # [N, V]
+        return main, weighted_cross_entropy(logits, inputs.sampler_targets, mean_weights, self.allowed)
 
     def _critic_loss(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Binary cross-entropy of the wrongness of tokens [B, T], weighted per position: a second trunk call."""

@@ -159,7 +159,7 @@ def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tens
     left, new = (part.to(windows.device) for part in neighbours_shown(
         keyed(0, 0, 0, rows), *(part.cpu() for part in (windows, masked)), seen, block.cpu()))
     inputs = prepare_sampler_inputs(hidden.flatten(0, 1), left.flatten(0, 1), embedding, head.window.left)
-    logits = head(inputs, model.lm_head(hidden).flatten(0, 1), model.lm_head.weight, new.flatten())  # [B T, V]
+    logits = head(inputs.sampler_input, model.lm_head(hidden).flatten(0, 1), model.lm_head.weight, new.flatten())  # [B T, V]
     logits = logits.float().masked_fill(~allowed, -torch.inf)
     return to_exact(F.cross_entropy(logits, windows.flatten(), reduction='none')).double().view(rows, T).mean(1)
 

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import Literal, Optional
 
 import pytest
@@ -9,6 +10,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from configurator import bound_problems, configure, help_text, option
 from core.common.errors import UserError, raise_problems
+
+
+class Size(StrEnum):
+    SMALL, LARGE = 'small', 'large'
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Options:
     masking_ratios: list[float] | None = option(None, 'shares')
     betas: list[float] = option([0.9, 0.95], 'two numbers')
     schedule: Literal['linear', 'cosine'] = option('linear', 'form')
+    size: Size = option(Size.SMALL, 'of the work')
     report: str | None = option(None, 'page', bare='docs/results.md')
     baseline: bool = option(False, 'the yardstick too', bare='True')
 
@@ -54,6 +60,16 @@ def test_defaults_and_fresh_lists():
     first, second = configure(Options, []), configure(Options, [])
     assert first.config == Options() and first.explicit == {} and first.notes == []
     assert first.config.betas is not second.config.betas
+
+
+def test_a_choice_may_be_an_enum(tmp_path):
+    """The members' values are what a person writes; the option is the member."""
+    for found in (configure(Options, ['--size=large']), from_file(tmp_path, "size = 'large'"),
+                  configure(Options, [], defaults={'size': 'large'}, source='config.json'),
+                  configure(Options, [], defaults={'size': Size.LARGE}, source='config.json')):
+        assert found.config.size is Size.LARGE
+    assert "it must be one of 'small', 'large'; did you mean 'large'?" in refusals(['--size=larg'])[0]
+    assert '--size=small' in help_text(Options) and 'small|large' in help_text(Options)
 
 
 def test_an_option_may_be_given_bare():
@@ -218,7 +234,7 @@ def test_help_names_every_option_and_stops(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert stopped.value.code == 0 and lines[0] == 'python train.py'
     assert '\n'.join(lines) == help_text(Options, 'python train.py')
-    assert len([line for line in lines if line.startswith('  --')]) == 15
+    assert len([line for line in lines if line.startswith('  --')]) == len(fields(Options))
     assert any('--iterations=50' in line and 'also --diffusion_iterations' in line for line in lines)
 
 

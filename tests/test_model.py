@@ -109,7 +109,8 @@ def test_tables_give_what_the_whole_matrix_gives(context, output, residual, chan
     hidden = torch.randn(5, 8)
     neighbours = torch.randint(-1, 3, (5, 2 * context))
     trunk_logits = model.lm_head(hidden)
-    whole = head(prepare_sampler_inputs(hidden, neighbours, embedding), trunk_logits, model.lm_head.weight)
+    whole = head(prepare_sampler_inputs(hidden, neighbours, embedding).sampler_input, trunk_logits,
+                 model.lm_head.weight)
     tables = head.neighbour_tables(embedding)  # [2C, V, D]
     projection = head.hidden_projection(hidden)
     for slot in range(2 * context):
@@ -124,7 +125,7 @@ def test_a_head_with_zero_hidden_sees_its_neighbours_alone():
     head, neighbours = model.sampler_head, torch.tensor([[0, 1], [2, -1]])
 
     def logits(hidden, beside):
-        sampler_input = prepare_sampler_inputs(hidden, beside, model.neighbour_embedding())
+        sampler_input = prepare_sampler_inputs(hidden, beside, model.neighbour_embedding()).sampler_input
         return head(sampler_input, model.lm_head(hidden), model.lm_head.weight)
 
     base, moved = logits(torch.randn(2, 8), neighbours), logits(torch.randn(2, 8), neighbours)
@@ -159,8 +160,8 @@ def test_slots_stand_where_they_should():
         for changed in range(4):
             other = base.clone()
             other[0, changed] = (other[0, changed] + 1) % 3
-            outputs = [model.sampler_head(prepare_sampler_inputs(hidden, one, embedding), torch.zeros(1, 7),
-                                          model.lm_head.weight) for one in (base, other)]
+            inputs = [prepare_sampler_inputs(hidden, one, embedding).sampler_input for one in (base, other)]
+            outputs = [model.sampler_head(one, torch.zeros(1, 7), model.lm_head.weight) for one in inputs]
             assert torch.allclose(*outputs) == (changed != slot)
 
 

@@ -171,7 +171,8 @@ def slow_fill(model, tokens, hidden, uniform, stage):
             logits = model.lm_head(hidden[row, column])[None]
             if wave > 1:
                 beside = neighbour_tokens(before, flat, SamplerWindow(2, 2), MASK)
-                inputs = prepare_sampler_inputs(hidden[row, column][None], beside, model.neighbour_embedding())
+                inputs = prepare_sampler_inputs(hidden[row, column][None], beside,
+                                                model.neighbour_embedding()).sampler_input
                 logits = model.sampler_head(inputs, logits, model.lm_head.weight)
             log_probabilities = allowed_log_probabilities(logits, RULE.allowed)
             token = draw_tokens(log_probabilities, uniform[row, column][None])
@@ -231,11 +232,11 @@ def test_a_changed_neighbour_moves_the_logits_and_a_missing_one_is_zero(model):
     assert beside.tolist() == [[-1, -1, 4, -1], [-1, 4, -1, 5], [-1, 5, -1, -1]]
     hidden = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     embedding = model.neighbour_embedding()
-    inputs = prepare_sampler_inputs(hidden, beside, embedding).view(3, 5, 16)
+    inputs = prepare_sampler_inputs(hidden, beside, embedding).sampler_input.view(3, 5, 16)
     assert inputs[:, 2].equal(hidden) and (inputs[0, [0, 1, 4]] == 0).all() and inputs[0, 3].equal(embedding[4])
     changed = beside.clone()
     changed[1, 1] = 7
-    logits = [model.sampler_head(prepare_sampler_inputs(hidden, tokens, embedding), model.lm_head(hidden),
+    logits = [model.sampler_head(prepare_sampler_inputs(hidden, tokens, embedding).sampler_input, model.lm_head(hidden),
                                  model.lm_head.weight) for tokens in (beside, changed)]
     assert logits[0][0].equal(logits[1][0]) and (logits[0][1] - logits[1][1]).abs().max() > 1e-3
 
@@ -271,6 +272,32 @@ def test_log_probabilities_of_draws_have_their_true_gradient(changes):
                 parameter.sub_(direction, alpha=step)
         assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-3, abs=1e-4), name
         assert 'transformer' not in name or parameter.grad.abs().sum() > 0, name
+
+
+def test_the_inputs_of_the_sampler_head_are_named(model):
+    hidden, targets = torch.ones(3, 16, dtype=torch.float64), torch.tensor([4, 5, 6])
+    beside = torch.tensor([[-1, 1, 2, 3], [0, 1, -1, 3], [0, 1, 2, -1]])
+    inputs = prepare_sampler_inputs(hidden, beside, model.neighbour_embedding(), 2, targets)
+    assert inputs._fields == ('sampler_input', 'sampler_targets', 'num_positions')
+    assert inputs.sampler_targets is targets and inputs.num_positions == 3 and inputs.sampler_input.shape == (3, 5 * 16)
+    assert (inputs.sampler_input[0, :16] == 0).all() and (inputs.sampler_input[:, 32:48] == 1).all()
+
+
+def test_a_prediction_finds_head_rule_and_generator_by_itself(model):
+    """As the documents call it: a model and tokens. torch's own seed repeats the draws, and the next call has others."""
+    tokens = torch.full((32, T), MASK)
+    torch.manual_seed(3)
+    first, second = predict_and_sample_tokens(model, tokens), predict_and_sample_tokens(model, tokens)
+    torch.manual_seed(3)
+    again = predict_and_sample_tokens(model, tokens)
+    assert first.tokens.equal(again.tokens) and not first.tokens.equal(second.tokens)
+    assert first.statistics.waves > 1 and first.tokens.unique().tolist() == [*range(BASE)]  # the head, and no special id
+    given = {'rule': RULE, 'generator': keyed(1, 0, 0, 32)}
+    assert predict_and_sample_tokens(model, tokens, **given).tokens.equal(
+        predict_and_sample_tokens(model, tokens, **given, use_sampler_head=True).tokens)
+    assert predict_and_sample_tokens(model, tokens, use_sampler_head=False).statistics is None
+    headless = awake(GPT(GPTConfig(**SHAPE | {'add_sampler_head': False}), seed=3)).eval()
+    assert predict_and_sample_tokens(headless, tokens).statistics is None
 
 
 def test_drawing_keeps_no_graph_unless_it_is_asked_for(model):
@@ -371,7 +398,8 @@ def test_the_fill_from_left_to_right_is_the_plain_one(ordered, grouped, with_con
                 shown = neighbour_tokens(wide, torch.tensor([column + 3]), window, MASK)
                 was = neighbour_tokens(torch.tensor([*before, *tokens[row].tolist(), MASK])[None],
                                        torch.tensor([column + 3]), window, MASK)
-                inputs = prepare_sampler_inputs(hidden[row, column][None], shown, ordered.neighbour_embedding(), 3)
+                inputs = prepare_sampler_inputs(hidden[row, column][None], shown, ordered.neighbour_embedding(),
+                                                3).sampler_input
                 new = ((shown >= 0) & (was < 0)).sum(1)
                 logits = ordered.sampler_head(inputs, logits, ordered.lm_head.weight, new)
             log_probabilities = allowed_log_probabilities(logits, RULE.allowed)

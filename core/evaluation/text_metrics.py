@@ -306,24 +306,24 @@ def make_yardstick(corpus: Corpus, held_out: str = 'val', reference: Reference |
     return Yardstick(GramTable(text_of(held_out)), frozenset(words_of(train)), CopyIndex(train), reference)
 
 
-class QualityMetric(NamedTuple):
+class TextMetric(NamedTuple):
     """unit: of the figure; make: the statistic of texts against a yardstick."""
 
     unit: str
     make: Callable[[Texts, Yardstick], Statistic]
 
 
-METRICS: dict[str, QualityMetric] = {
-    'reference_bits': QualityMetric('bits/character', lambda texts, yardstick: reference_bits(
+METRICS: dict[str, TextMetric] = {
+    'reference_bits': TextMetric('bits/character', lambda texts, yardstick: reference_bits(
         texts, yardstick.reference)),
-    **{f'entropy_{size}': QualityMetric('nats', lambda texts, _, size=size: entropy(texts, size)) for size in SIZES},
-    **{f'divergence_{size}': QualityMetric('nats', lambda texts, yardstick, size=size: divergence(
+    **{f'entropy_{size}': TextMetric('nats', lambda texts, _, size=size: entropy(texts, size)) for size in SIZES},
+    **{f'divergence_{size}': TextMetric('nats', lambda texts, yardstick, size=size: divergence(
         texts, size, yardstick.held_out)) for size in SIZES},
-    **{f'distinct_{size}': QualityMetric('share', lambda texts, _, size=size: distinct(texts, size))
+    **{f'distinct_{size}': TextMetric('share', lambda texts, _, size=size: distinct(texts, size))
        for size in SIZES},
-    'known_words': QualityMetric('share', lambda texts, yardstick: known_words(texts, yardstick.words)),
-    'copied_span': QualityMetric('characters', lambda texts, yardstick: copied_span(texts, yardstick.copies)),
-    'repetition': QualityMetric('share', lambda texts, _: repetition(texts)),
+    'known_words': TextMetric('share', lambda texts, yardstick: known_words(texts, yardstick.words)),
+    'copied_span': TextMetric('characters', lambda texts, yardstick: copied_span(texts, yardstick.copies)),
+    'repetition': TextMetric('share', lambda texts, _: repetition(texts)),
 }
 
 

@@ -1,9 +1,19 @@
 """The options of sample.py."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
 
 from configurator import option
+
+
+class QualityMetric(StrEnum):
+    """What is computed of the texts after generation. A new one is a member, a branch of `scored` in run.py and a line
+    of `tell_totals` in result.py (docs/extending.md)."""
+
+    NONE = 'none'
+    SELF = 'self'
+    JUDGE = 'judge'
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,8 @@ class SampleConfig:
     parallel_factor: float = option(1.0, 'more reveals more at once (fast_dllm_factor)')
     selection_noise: float = option(0.5, 'noise in the choice of positions, annealed to 0 (token_critic)')
     # what to tell
-    quality_metric: Literal['none', 'self', 'judge'] = option(
-        'self', "self: log-probability of what was written; judge: a judge model's score")
+    quality_metric: QualityMetric = option(
+        QualityMetric.SELF, "self: log-probability of what was written; judge: a judge model's score")
     confidence_groups: int = option(8, 'network calls that quality_metric=self takes per block; more is finer',
         minimum=1, maximum=10**6)
     show_progress: bool = option(True, 'progress bar on a terminal')

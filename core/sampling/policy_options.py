@@ -13,7 +13,7 @@ from configurator import bound_problems
 from core.checkpoints.kinds import CheckpointKind
 from core.common.expressions import closest
 from core.noise import LINEAR, NoiseSchedule
-from core.sampling.options import SampleConfig
+from core.sampling.options import QualityMetric, SampleConfig
 from core.sampling.policies import POLICIES, REMASKING, Policy
 from model import GPTConfig
 from sample_utils import cosine_remasking_schedule, linear_remasking_schedule
@@ -114,13 +114,13 @@ def _applicability_problems(config: SampleConfig, explicit: Mapping[str, str]) -
              ('end_ratio', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
              ('randomness_strength', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
              ('masking_ratios', config.schedule_type == 'custom', 'schedule_type=custom'),
-             ('confidence_groups', config.quality_metric == 'self', 'quality_metric=self'),
-             ('judge_checkpoint_name', config.quality_metric == 'judge', 'quality_metric=judge'))
+             ('confidence_groups', config.quality_metric is QualityMetric.SELF, 'quality_metric=self'),
+             ('judge_checkpoint_name', config.quality_metric is QualityMetric.JUDGE, 'quality_metric=judge'))
     problems += [f'{name} was given, but applies only with {condition}; add that or leave {name} out'
                  for name, holds, condition in needs if name in explicit and not holds
                  and method in METHODS_OF.get(name, (method,))
                  and (name not in REMASKING or config.sampling_policy == 'remask')]
-    if config.quality_metric == 'judge' and not config.judge_checkpoint_name:
+    if config.quality_metric is QualityMetric.JUDGE and not config.judge_checkpoint_name:
         problems.append('quality_metric is judge, but no judge is named; add --judge_checkpoint_name=...')
     exclusive = (('start_text', 'infill_text'), ('max_new_tokens', 'sequence_length'),
                  ('max_new_tokens', 'infill_text'))

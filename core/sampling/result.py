@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.common.timing import TimingAccumulator
 from core.sampling.loading import Loaded
-from core.sampling.options import SampleConfig
+from core.sampling.options import QualityMetric, SampleConfig
 from core.sampling.trace import Trace
 
 PATTERN_LENGTH = 3  # characters
@@ -137,11 +137,11 @@ def tell_totals(config: SampleConfig, loaded: Loaded, result: SamplingResult, ti
     say(f'{result.new_tokens} tokens in {result.seconds:.2f} s ({result.new_tokens / result.seconds:.0f} tokens/s), '
         f'{result.trunk_calls} trunk calls, {result.network_calls} network calls{waves}')
     mean = result.score_total / result.samples
-    if config.quality_metric == 'self':
+    if config.quality_metric is QualityMetric.SELF:
         way = 'left to right' if loaded.model.config.attention_type == 'causal' else \
             f'masked pseudo-likelihood in {config.confidence_groups} groups'
         say(f'self-confidence {mean:.3f} nats per token ({way})')
-    elif config.quality_metric == 'judge':
+    elif config.quality_metric is QualityMetric.JUDGE:
         say(f'judge score {mean:.3f} (1 - evaluation; 1 is real text), '
             f'{result.tokens_judged / result.judge_seconds:.0f} tokens/s')
     say('characters: ' + ', '.join(f'{character!r} {share:.1%}'

@@ -20,7 +20,7 @@ from core.sampling.animation import TerminalAnimation
 from core.sampling.generation import generate, parts_of, reads_blocks, score_confidence
 from core.sampling.loading import Loaded, lay_out, load, make_network, read_prompts, require_blocks
 from core.sampling.network import Network
-from core.sampling.options import SampleConfig
+from core.sampling.options import QualityMetric, SampleConfig
 from core.sampling.outputs import OUTPUTS, Outputs, holds_all, output_problems
 from core.sampling.policy_options import option_problems
 from core.sampling.progress import Progress
@@ -152,11 +152,11 @@ def _scored(config: SampleConfig, loaded: Loaded, network: Network, layout: Layo
             tokens: Tensor) -> Batch:
     """The batch of samples made int64 [B, L], the same on the CPU as `tokens`, with the asked scores."""
     own = judged = None
-    if config.quality_metric == 'self':
+    if config.quality_metric is QualityMetric.SELF:
         scored = score_confidence(network, made, layout.protected, loaded.settings.rule.allowed, rows,
                                   config.confidence_groups, loaded.settings.block_length)
         own = (scored.total / scored.count.clamp(min=1)).tolist()
-    elif config.quality_metric == 'judge':
+    elif config.quality_metric is QualityMetric.JUDGE:
         with network.precision(), network.timer.measure('judge'):
             scores = judge_scores(loaded.judge, made)
             judged = scores.tolist()

@@ -294,7 +294,7 @@ def test_a_trained_head_knows_more_than_the_trunk(small_corpus):
         found = {}
         for name, shown in (('both', (left, right)), ('left', (left, torch.full_like(left, -1))),
                             ('none', (torch.full_like(left, -1),) * 2)):
-            inputs = prepare_sampler_inputs(hidden, torch.stack(shown, 1), model.neighbour_embedding())
+            inputs = prepare_sampler_inputs(hidden, torch.stack(shown, 1), model.neighbour_embedding()).sampler_input
             found[name] = cost(model.sampler_head(inputs, trunk, model.lm_head.weight))
     assert found['both'] < cost(trunk) - 0.4 and found['left'] < cost(trunk) - 0.15
     assert abs(found['none'] - cost(trunk)) < 0.3
