@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoints.checkpoint import (TRAINING_FIELDS, Checkpoint, build_model, load_checkpoint,
-                                         model_config_from_dict, model_config_to_dict, save_checkpoint)
+from core.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from core.checkpoints.kinds import CheckpointKind
+from core.checkpoints.weights import TRAINING_FIELDS, build_model, model_config_from_dict, model_config_to_dict
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
 from core.common.printing import say

@@ -11,10 +11,10 @@ from typing import NoReturn
 import torch.distributed as distributed
 
 from core.batches import BatchPlan, RowShare
-from core.checkpoints.checkpoint import (Checkpoint, check_resume, initialise_from, load_checkpoint, load_weights,
-                                         model_config_to_dict)
+from core.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from core.checkpoints.heads import SAMPLER, heads_of
 from core.checkpoints.run_folder import LATEST, METRICS, RunFolder, latest_checkpoint
+from core.checkpoints.weights import check_resume, initialise_from, load_weights, model_config_to_dict
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.precision import exact_device

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from configurator import configure
-from core.checkpoints.checkpoint import Checkpoint, build_model, load_checkpoint, model_config_to_dict, save_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from core.checkpoints.weights import build_model, model_config_to_dict
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, run_script
 from core.common.runtime import Runtime

@@ -7,7 +7,8 @@
 import argparse
 from pathlib import Path
 
-from core.checkpoints.checkpoint import CONFIG_FILE, WEIGHTS_FILE, export_checkpoint, verify_checkpoint
+from core.checkpoints.checkpoint import export_checkpoint, verify_checkpoint
+from core.checkpoints.sharing import CONFIG_FILE, WEIGHTS_FILE
 from core.common.errors import run_script
 from core.common.printing import say
 

@@ -4,45 +4,28 @@ A checkpoint is one zip file as `torch.save` writes it. Every member carries a C
 which is compared here before anything is unpickled; unpickling admits tensors and built-in types only.
 """
 
-import base64
-import hashlib
-import json
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from enum import Enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import BinaryIO
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.checkpoints.kinds import CheckpointKind
+from core.checkpoints.sharing import WEIGHTS_FILE, read_folder, write_folder
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import excerpt, shown, shown_name
-from core.common.files import atomic_files, atomic_writer, unwritable
+from core.common.files import atomic_writer
 from core.data.corpus import file_hash
 from core.noise import SCHEDULES, NoiseSchedule
-from model import GPT, GPTConfig
 
 FORMAT_VERSION = 1
-WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'  # an exported folder
 HOW_TO_TRAIN = CheckpointKind.UNMASKING.command
-SHOWN_KEYS = 5  # of a long list of differing names
-
-# Fields of GPTConfig that change how a model is trained, not what its weights mean: a resumed run may change them.
-TRAINING_FIELDS = frozenset((
-    'dropout', 'ignore_index', 'freeze_transformer', 'init_from_checkpoint', 'unfreeze_at_iteration',
-    'unfreeze_lr_multiplier', 'critic_alpha', 'critic_target_scope', 'critic_gradient', 'critic_row_stride',
-    'start_critic_iteration', 'end_critic_iteration', 'start_sampler_iteration', 'sampler_min_neighbors_ratio'))
-
-# Fields of GPTConfig that the corpus decides.
-VOCABULARY_FIELDS = frozenset(('vocab_size', 'mask_token_id', 'wrong_token_id', 'pad_token_id', 'cls_token_id'))
 
 
 @dataclass
@@ -114,7 +97,6 @@ _FIELD_TYPES = {'kind': (str,), 'model_config': (dict,), 'config': (dict,), 'voc
                 'vocabulary_hash': (str,), 'data_hash': (str,), 'data_sizes': (dict,), 'model': (dict,),
                 'iteration': (int,), 'ema': (dict, type(None)), 'optimizers': (list,), 'scaler': (dict, type(None)),
                 'guard': (dict, type(None)), 'best_value': (float, type(None)), 'extra': (dict,)}
-_LEFT_OUT = ('model', 'ema', 'optimizers', 'scaler', 'guard')  # of an exported description
 
 
 @dataclass(frozen=True)
@@ -215,13 +197,13 @@ def load_checkpoint(path: Path | str, device: torch.device | str = 'cpu') -> Che
 
 def _load(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
     if path.name == WEIGHTS_FILE:
-        return _import_folder(path.parent, device)
+        return Checkpoint.from_payload(read_folder(path.parent, device), path)
     if path.is_dir():
         if not (path / WEIGHTS_FILE).is_file():
             there = sorted(one.name for one in path.glob('*.pt'))
             raise UserError(f'{path} is a folder without {WEIGHTS_FILE}; '
                             + (f'name a file in it, such as {path / there[0]}' if there else 'name a checkpoint'))
-        return _import_folder(path, device)
+        return Checkpoint.from_payload(read_folder(path, device), path / WEIGHTS_FILE)
     return _read(path, mapped, device)
 
 
@@ -284,248 +266,18 @@ def normalise_names(state: Mapping[str, Tensor], source: Path) -> dict[str, Tens
         plain[short] = tensor
     return plain
 
-
-# ---------------------------------------------------------------- models from checkpoints
-
-def model_config_to_dict(config: GPTConfig) -> dict[str, object]:
-    """`config` in built-in types."""
-    return {name: _plain(value) for name, value in asdict(config).items()}
-
-
-def _plain(value: object) -> object:
-    """A field's value as JSON has it too."""
-    if isinstance(value, Enum):
-        return value.value
-    return list(value) if isinstance(value, tuple) else value
-
-
-def model_config_from_dict(values: Mapping[str, object], source: Path | str) -> GPTConfig:
-    """The reverse of `model_config_to_dict`; a field that is missing takes its default, an unknown one is an error."""
-    unknown = [str(name) for name in values if name not in {one.name for one in fields(GPTConfig)}]
-    if unknown:
-        raise UserError(f'{source} describes its model with unknown options ({_shortened(unknown)}); '
-                        f'update this program')
-    try:
-        return GPTConfig(**values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f'{source} describes a model that cannot be built: {excerpt(str(error))}; take another '
-                        f'checkpoint') from error
-
-
-def build_model(checkpoint: Checkpoint, device: torch.device | str = 'cpu', use_ema: bool = True) -> GPT:
-    """The checkpoint's model on `device`, ready for evaluation, with averaged weights where there are any. UserError
-    where they are not numbers."""
-    model = GPT(model_config_from_dict(checkpoint.model_config, 'the checkpoint'))
-    weights = checkpoint.weights(use_ema)
-    load_weights(model, weights, 'the checkpoint')
-    broken = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.isfinite().all()]
-    if broken:
-        raise UserError(f'the checkpoint of kind {checkpoint.kind!r} has weights that are not numbers (NaN or infinite: '
-                        f'{_shortened(broken)}); its training diverged: take an earlier checkpoint')
-    return model.to(device).eval()
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
-    """Copy `weights` into `model`; UserError that lists the names unless they are the model's, shapes included."""
-    own = model.state_dict()
-    missing = _missing(own, weights)
-    superfluous = [name for name in weights if name not in own]
-    shapes = _shape_differences(own, weights)
-    raise_problems([f'{source} {words} ({_shortened(names)}); it belongs to another model' for names, words in
-                    ((missing, 'lacks weights of this model'), (superfluous, 'has weights this model does not have'),
-                     (shapes, 'has weights of other shapes')) if names])
-    model.load_state_dict(weights, strict=False)  # names were compared above, where tied ones count as one
-
-
-def initialise_from(model: nn.Module, path: Path | str, vocabulary_hash: str, say: Callable[[str], None]) -> None:
-    """Start `model` from the weights (averaged where there are any) of the checkpoint at `path`.
-
-    Heads, which are all weights outside `transformer`, may differ: those the checkpoint lacks stay fresh, those the
-    model lacks are dropped, and `say` is told. Any other difference is a UserError, as is another vocabulary.
-    """
-    checkpoint = load_checkpoint(path)
-    weights, own = checkpoint.weights(), model.state_dict()
-    if checkpoint.vocabulary_hash != vocabulary_hash:
-        raise UserError(f'{path} has another vocabulary ({checkpoint.model_config.get("vocab_size")} ids, this model '
-                        f'{own["transformer.wte.weight"].size(0)}); initialise from a checkpoint of the same corpus')
-    missing, superfluous = _missing(own, weights), [name for name in weights if name not in own]
-    fresh = _heads(missing) - _heads(weights)
-    dropped = _heads(superfluous) - _heads(own)
-    differing = [name for name in missing if _head(name) not in fresh]
-    differing += [name for name in superfluous if _head(name) not in dropped]
-    differing += _shape_differences(own, weights)
-    if differing:
-        raise UserError(f'{path} does not fit this model ({_shortened(differing)}); give the model the same shape, or '
-                        f'initialise from another checkpoint')
-    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in own}, strict=False)
-    say(f'initialised from {path} (iteration {checkpoint.iteration})')
-    for head in sorted(fresh):
-        say(f'{head} is not in the checkpoint and starts fresh')
-    for head in sorted(dropped):
-        say(f'{head} of the checkpoint is not part of this model and was dropped')
-
-
-def check_resume(saved: Checkpoint, model_config: Mapping[str, object], vocabulary_hash: str, data_hash: str,
-                 force: bool = False, dataset: str | None = None) -> list[str]:
-    """Lines to print about a run that goes on from `saved` with other options or (if forced) other data.
-
-    UserError where the architecture or the heads differ, always; where corpus or vocabulary differ, unless `force` (which
-    cannot help where the vocabularies have different sizes). `dataset` is the name of the corpus now.
-    """
-    other_vocabulary, before_name = saved.vocabulary_hash != vocabulary_hash, saved.config.get('dataset')
-    before = {**{one.name: one.default for one in fields(GPTConfig)}, **saved.model_config}  # it may lack newer fields
-    from_corpus = VOCABULARY_FIELDS if other_vocabulary else frozenset()  # these differ for that reason
-    differences = {name: f'{shown_name(name)}: {shown(before.get(name))} in the checkpoint, '
-                         f'{shown(model_config.get(name))} now'
-                   for name in sorted({*saved.model_config, *model_config}, key=str)
-                   if name not in from_corpus and _plain(before.get(name)) != model_config.get(name)}
-    other_model = [words for name, words in differences.items() if name not in TRAINING_FIELDS]
-    notes = [f'resuming with another {words}' for name, words in differences.items() if name in TRAINING_FIELDS]
-    other_data = [f'another {name}: {old[:12]} in the checkpoint, {new[:12]} now' for name, old, new in (
-        ('vocabulary', saved.vocabulary_hash, vocabulary_hash), ('corpus', saved.data_hash, data_hash)) if old != new]
-    problems = [f'cannot resume with another model, {words}; use the old value, or start a new run with another --out_dir'
-                for words in other_model]
-    sizes = [before.get('vocab_size'), model_config.get('vocab_size')]
-    too_different = other_vocabulary and sizes[0] != sizes[1]
-    if other_data and (too_different or not force):
-        renamed = dataset is not None and before_name is not None and dataset != before_name
-        reason = f'dataset is {dataset}, but the run was trained on {before_name}' if renamed else \
-            f'corpus {dataset or before_name} was replaced since the run was saved'
-        cure = f'take --dataset={before_name}' if renamed else 'prepare the old text again'
-        further = f' (its vocabulary has {sizes[1]} ids in place of {sizes[0]})' if too_different else ''
-        other = ', or start a new run with another --out_dir' if too_different else ', or add --force_resume=True to go on ' \
-            'with the new text'
-        problems.append(f'cannot resume with {", ".join(other_data)}: {reason}{further}; {cure}{other}')
-    raise_problems(problems)
-    return notes + [f'resuming with {words}' for words in other_data]
-
-
-def _missing(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """Names of `own` that `weights` gives neither under that name nor under that of a tied tensor."""
-    given = {tensor.data_ptr() for name, tensor in own.items() if name in weights}
-    return [name for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in given]
-
-
-def _shape_differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    return [f'{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}' for name, tensor in own.items()
-            if name in weights and weights[name].shape != tensor.shape]
-
-
-def _head(name: str) -> str | None:
-    """The head a weight belongs to; None for the trunk."""
-    first = name.split('.')[0]
-    return None if first == 'transformer' else first
-
-
-def _heads(names: Mapping[str, Tensor] | list[str]) -> set[str]:
-    return {head for head in map(_head, names) if head is not None}
-
-
-def _shortened(names: list[str]) -> str:
-    more = len(names) - SHOWN_KEYS
-    return ', '.join(map(shown_name, names[:SHOWN_KEYS])) + (f' and {more} more' if more > 0 else '')
-
-
 # ---------------------------------------------------------------- sharing
-
-def _require_export_folder(folder: Path) -> None:
-    """UserError unless `folder` is new, empty, or holds what an earlier export wrote."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f'cannot export to {folder}: it is a file; name a folder')
-    names = sorted(one.name for one in folder.iterdir())
-    try:
-        earlier = {'tied', 'sha256', 'format_version'} <= set(json.loads((folder / CONFIG_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        earlier = False
-    if names and not earlier:
-        raise UserError(f'{folder} holds files that no export wrote ({_shortened(names)}); name a new or an empty folder')
 
 
 def export_checkpoint(path: Path | str, folder: Path | str) -> Path:
     """Write the checkpoint's weights (averaged where there are any) and its description into `folder`; returns it.
 
-    model.safetensors holds each tensor once; config.json the rest, the vocabulary and the weights' SHA-256 included,
-    without optimizer state: one can sample, evaluate and initialise from the folder, but not resume. UserError where the
-    folder holds other files than an earlier export's.
+    One can sample, evaluate and initialise from the folder, but not resume. UserError where it holds other files than
+    an earlier export's.
     """
-    folder = Path(folder)
-    _require_export_folder(folder)
-    checkpoint = load_checkpoint(path)
-    tensors, tied, first_names = {}, {}, {}
-    for name, tensor in checkpoint.weights().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
-        if place in first_names:
-            tied[name] = first_names[place]
-        else:
-            first_names[place] = name
-            tensors[name] = tensor.contiguous().clone()  # views of one storage become tensors of their own
-    data = safetensors.torch.save(tensors)
-    payload = checkpoint.to_payload()
-    description = {name: payload[name] for name in payload if name not in _LEFT_OUT}
-    description |= {'tied': tied, 'averaged': checkpoint.ema is not None, 'sha256': hashlib.sha256(data).hexdigest()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    with atomic_files([folder / WEIGHTS_FILE, folder / CONFIG_FILE]) as (weights, described):
-        weights.write(data)
-        described.write(json.dumps(_to_json(description), indent=2, ensure_ascii=False).encode())
-    return folder
-
-
-def _import_folder(folder: Path, device: torch.device | str) -> Checkpoint:
-    """Read what `export_checkpoint` wrote."""
-    source = folder / WEIGHTS_FILE
-    try:
-        data = source.read_bytes()
-        description = _from_json(json.loads((folder / CONFIG_FILE).read_bytes()))
-        tied = description.pop('tied')
-        if description.pop('sha256') != hashlib.sha256(data).hexdigest():
-            raise UserError(f'{source} is damaged or belongs to another {CONFIG_FILE}: its SHA-256 does not agree; '
-                            f'export it again')
-        weights = {name: tensor.to(device) for name, tensor in safetensors.torch.load(data).items()}
-        weights |= {name: weights[first] for name, first in tied.items()}
-    except OSError as error:
-        raise UserError(f'cannot read {error.filename}: {error.strerror}; an exported folder holds {WEIGHTS_FILE} '
-                        f'and {CONFIG_FILE}') from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
-            safetensors.SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f'{folder} is damaged or was not exported by this program ({type(error).__name__}: '
-                        f'{excerpt(str(error))}); export it again') from error
-    return Checkpoint.from_payload({**description, 'model': weights, 'ema': None, 'optimizers': [], 'scaler': None},
-                                   source)
+    return write_folder(Path(folder), load_checkpoint(path).to_payload())
 
 
 def checkpoint_hash(path: Path) -> str:
     """SHA-256 (hex) of a checkpoint file, or of the weights of an exported folder."""
     return file_hash(path / WEIGHTS_FILE if path.is_dir() else path)
-
-
-def _to_json(value: object) -> object:
-    """`value` in what JSON can say: bytes as base64, dicts with other keys than strings as pairs, tuples as lists."""
-    if isinstance(value, bytes):
-        return {'$bytes': base64.b64encode(value).decode()}
-    if isinstance(value, dict):
-        if all(isinstance(key, str) and not key.startswith('$') for key in value):
-            return {key: _to_json(one) for key, one in value.items()}
-        return {'$pairs': [[_to_json(key), _to_json(one)] for key, one in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(one) for one in value]
-    return value
-
-
-def _from_json(value: object) -> object:
-    """The reverse of `_to_json`, with lists for tuples."""
-    if isinstance(value, list):
-        return [_from_json(one) for one in value]
-    if isinstance(value, dict):
-        if set(value) == {'$bytes'}:
-            return base64.b64decode(value['$bytes'])
-        if set(value) == {'$pairs'}:
-            return {_from_json(key): _from_json(one) for key, one in value['$pairs']}
-        return {key: _from_json(one) for key, one in value.items()}
-    return value

@@ -19,12 +19,12 @@ from types import TracebackType
 
 from filelock import lock_descriptor
 
-from core.checkpoints.checkpoint import (HOW_TO_TRAIN, WEIGHTS_FILE, Checkpoint, CheckpointSummary, save_checkpoint,
-                                         verify_checkpoint)
+from core.checkpoints.checkpoint import HOW_TO_TRAIN, Checkpoint, CheckpointSummary, save_checkpoint, verify_checkpoint
 from core.checkpoints.environment import environment
 from core.checkpoints.kinds import CheckpointKind
+from core.checkpoints.sharing import WEIGHTS_FILE
 from core.common.errors import UserError
-from core.common.expressions import excerpt, shown_name
+from core.common.expressions import excerpt, shown_names
 from core.common.files import (NOT_OFFERED, TEMPORARY_SUFFIX, own_stream, sync_folder, temporary_name, unwritable,
                                write_whole)
 from core.common.printing import complain_once
@@ -34,7 +34,6 @@ CONFIG, ENVIRONMENT, METRICS, PICTURE = 'config.json', 'environment.json', 'metr
 LOCK_FILE = 'run.lock'
 MARKER, PROGRAM, FOLDER_FORMAT = 'run.json', 'masked-diffusion-gpt', 1
 EARLIER_RUN = 'earlier_run'  # begins the name of the folder that a replaced run is moved to
-SHOWN_FILES = 4  # of a folder that is refused
 
 _SNAPSHOT = rf'ckpt_(?:{"|".join(CheckpointKind)})[a-z_]*_\d+\.pt'
 _CHECKPOINT = re.compile(rf'ckpt(_previous|_best)?\.pt|{_SNAPSHOT}')
@@ -117,7 +116,7 @@ class RunFolder:
         saved = [name for name in files if _CHECKPOINT.fullmatch(name)]
         if saved and not overwrite:
             resume = 'go on with it (--init_from=resume), ' if {LATEST, PREVIOUS} & {*saved} else ''
-            raise UserError(f'{self.path} holds an earlier run ({_shortened(saved)}); {resume}choose another folder '
+            raise UserError(f'{self.path} holds an earlier run ({shown_names(saved)}); {resume}choose another folder '
                             f'(--out_dir=...), or start again here and keep it under a dated name (--overwrite=True)')
         metrics = self.path / METRICS
         if saved or metrics.exists() and metrics.stat().st_size:
@@ -256,7 +255,7 @@ def require_run(path: Path, resume: bool) -> None:
         return
     if resume and not whole:
         _newest(path, lambda line: None)  # says what is wrong
-    raise UserError(f'{path} holds files that no run of this program wrote ({_shortened(foreign or names)}), so it is '
+    raise UserError(f'{path} holds files that no run of this program wrote ({shown_names(foreign or names)}), so it is '
                     f'left alone; choose a new or an empty folder with --out_dir=...')
 
 
@@ -324,11 +323,6 @@ def _free(path: Path) -> Path:
     return free
 
 
-def _shortened(names: list[str]) -> str:
-    more = len(names) - SHOWN_FILES
-    return ', '.join(map(shown_name, names[:SHOWN_FILES])) + (f' and {more} more' if more > 0 else '')
-
-
 # ---- finding checkpoints
 
 def find_checkpoint(out_dir: Path | str, name: str, given: bool) -> tuple[Path, list[str]]:
@@ -352,7 +346,7 @@ def find_checkpoint(out_dir: Path | str, name: str, given: bool) -> tuple[Path, 
                         f'--checkpoint_name={folder.name}')
     there = sorted(one.name for one in folder.glob('*.pt')) if folder.is_dir() else []
     if there:
-        raise UserError(f'there is no checkpoint {path}; {folder} has {_shortened(there)}: name one with '
+        raise UserError(f'there is no checkpoint {path}; {folder} has {shown_names(there)}: name one with '
                         f'--checkpoint_name={LATEST if LATEST in there else there[0]}')
     raise UserError(f'there is no checkpoint {path}; name its folder with --out_dir=..., or make one with: '
                     f'{HOW_TO_TRAIN}, or with the config that writes into {folder}')
@@ -386,7 +380,8 @@ def _newest(folder: Path, say: Callable[[str], None]) -> tuple[CheckpointSummary
         raise UserError(f'{path} holds weights to sample from, and no state of a run (it was a best checkpoint, a '
                         f'snapshot or a merged model): a run cannot go on from it; start one from its weights with '
                         f'--init_from_checkpoint={path} --out_dir=...'
-                        + (f', or move it away to go on from {other.path} (iteration {other.iteration})' if other else ''))
+                        + (f', or move it away to go on from {other.path} (iteration {other.iteration})'
+                           if other else ''))
     newest = max(resumable, key=lambda summary: summary.iteration)  # the first, ckpt.pt, among equals
     for problem in problems:
         say(f'{problem.splitlines()[0]}; going on from {newest.path} (iteration {newest.iteration})')

@@ -8,7 +8,7 @@ import ast
 import difflib
 import operator
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ LARGEST_TEXT = 100_000  # characters; a concatenation that doubles itself line b
 LARGEST_INTEGER = 2 ** 64
 DEEPEST_EXPRESSION = 100
 LARGEST_EXCERPT = 300  # characters of what is quoted in a message
+SHOWN_NAMES = 5  # of a long list
 
 
 class Refused(Exception):
@@ -162,6 +163,12 @@ def shown_name(name: str | Path) -> str:
     """A name or path for a message, as written where that is printable and short."""
     text = str(name)
     return text if text.isprintable() and 0 < len(text) <= 200 else shown(text)
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """Several names or paths for a message: the first few, and how many more there are."""
+    more = len(names) - SHOWN_NAMES
+    return ', '.join(map(shown_name, names[:SHOWN_NAMES])) + (f' and {more} more' if more > 0 else '')
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from configurator import bound_problems
-from core.checkpoints.checkpoint import build_model, checkpoint_hash, load_checkpoint
+from core.checkpoints.checkpoint import checkpoint_hash, load_checkpoint
 from core.checkpoints.heads import started_heads
 from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.run_folder import find_checkpoint
+from core.checkpoints.weights import build_model
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest

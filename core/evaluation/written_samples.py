@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.checkpoints.checkpoint import build_model, load_checkpoint
+from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.kinds import CheckpointKind
+from core.checkpoints.weights import build_model
 from core.common.drawing import DrawRule
 from core.common.errors import UserError
 from core.common.randomness import keyed

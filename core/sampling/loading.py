@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from core.checkpoints.checkpoint import build_model, load_checkpoint, model_config_from_dict
+from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.heads import started_heads
 from core.checkpoints.helpers import load_judge, load_remasking_model, require_block
 from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.run_folder import find_checkpoint
+from core.checkpoints.weights import build_model, model_config_from_dict
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.precision import exact_device

@@ -1,7 +1,6 @@
 """Checkpoints under faults: whatever happens to a save or to a file, no state is lost and none is mistaken."""
 
 import errno
-import json
 import os
 import pickle
 import resource
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,41 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.checkpoints import checkpoint as room
-from core.checkpoints.__main__ import main
-from core.checkpoints.checkpoint import (build_model, check_resume, export_checkpoint, initialise_from, load_checkpoint,
-                                         load_weights, model_config_from_dict, model_config_to_dict, save_checkpoint,
-                                         verify_checkpoint)
+from core.checkpoints.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from core.common.errors import UserError
 from core.common.files import TEMPORARY_SUFFIX
-from helpers.checkpoints import SMALL, checkpoint_of
-from model import GPT, GPTConfig, ModelMode
+from helpers.checkpoints import HEADS, SMALL, assert_same, checkpoint_of
+from model import GPT
 
 ROOT = Path(__file__).parent.parent.parent
-HEADS = replace(SMALL, add_sampler_head=True, add_critic_head=True)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    path = tmp_path / 'ckpt.pt'
-    save_checkpoint(path, checkpoint_of(GPT(HEADS)).to_payload())
-    return path
-
-
-def assert_same(first: object, second: object) -> None:
-    """Equal down to the bits and the types."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype and torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert list(first) == list(second)
-        for key in first:
-            assert_same(first[key], second[key])
-    elif isinstance(first, list):
-        assert len(first) == len(second)
-        for one, other in zip(first, second):
-            assert_same(one, other)
-    else:
-        assert first == second
 
 
 def test_round_trip_is_bitwise(tmp_path: Path) -> None:
@@ -362,7 +332,7 @@ def test_a_checkpoint_of_another_program(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / 'c.pt')
 
 
-# ---------------------------------------------------------------- names, models, initialising, resuming
+# ---------------------------------------------------------------- names
 
 @pytest.mark.parametrize('prefix', ['_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.'])
 def test_prefixes_are_stripped(tmp_path: Path, prefix: str) -> None:
@@ -379,211 +349,3 @@ def test_prefixes_inside_names_and_doubles(tmp_path: Path) -> None:
     assert list(room.normalise_names({'transformer.h.0._orig_mod.x': one}, source)) == ['transformer.h.0.x']
     with pytest.raises(UserError, match='holds the weight x twice'):
         room.normalise_names({'x': one, 'module.x': one}, source)
-
-
-def test_build_model_takes_the_averaged_weights(saved: Path) -> None:
-    checkpoint = load_checkpoint(saved)
-    averaged, last = build_model(checkpoint), build_model(checkpoint, use_ema=False)
-    assert not averaged.training and averaged.config == HEADS
-    assert torch.equal(averaged.lm_head.weight, checkpoint.ema['transformer.wte.weight'])
-    assert torch.equal(last.lm_head.weight, checkpoint.model['transformer.wte.weight'])
-    assert not torch.equal(averaged.lm_head.weight, last.lm_head.weight)
-    without = build_model(replace(checkpoint, ema=None))
-    assert torch.equal(without.critic_head.bias, last.critic_head.bias)
-
-
-def test_other_weights_are_listed(saved: Path) -> None:
-    weights = dict(load_checkpoint(saved).model)
-    names = [name for name in weights if name.startswith('sampler_head.')]
-    assert len(names) > 5
-    for name in names:
-        del weights[name]
-    weights['extra.weight'] = torch.ones(1)
-    weights['critic_head.bias'] = torch.ones(3)
-    model = GPT(HEADS, seed=5)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError) as error:
-        load_weights(model, weights, 'here')
-    missing, superfluous, shapes = str(error.value).splitlines()
-    assert f'here lacks weights of this model ({", ".join(names[:5])} and {len(names) - 5} more)' in missing
-    assert '(extra.weight)' in superfluous and '(critic_head.bias (3,) instead of (1,))' in shapes
-    assert_same(dict(model.state_dict()), before)
-
-
-def test_model_config_travels_as_built_in_types() -> None:
-    config = replace(HEADS, dropout=0.25)
-    values = model_config_to_dict(config)
-    assert {type(value) for value in values.values()} <= {int, float, str, bool, list, type(None)}
-    assert model_config_from_dict(values, 'c.pt') == config
-    with pytest.raises(UserError, match=r'c.pt describes its model with unknown options \(n_wheels\)'):
-        model_config_from_dict(values | {'n_wheels': 4}, 'c.pt')
-    with pytest.raises(UserError, match='c.pt describes a model that cannot be built: n_embd'):
-        model_config_from_dict(values | {'n_embd': 7}, 'c.pt')
-    with pytest.raises(UserError, match='c.pt describes a model that cannot be built'):
-        model_config_from_dict(values | {'n_embd': 'wide'}, 'c.pt')
-
-
-def initialised(config: GPTConfig, path: Path, vocabulary_hash: str = 'v' * 64) -> tuple[GPT, list[str]]:
-    model, said = GPT(config, seed=99), []
-    initialise_from(model, path, vocabulary_hash, said.append)
-    return model, said
-
-
-def test_initialising_drops_superfluous_heads(saved: Path) -> None:
-    ema = load_checkpoint(saved).ema
-    model, said = initialised(SMALL, saved)
-    assert all(torch.equal(parameter, ema[name]) for name, parameter in model.named_parameters())
-    assert [line.split()[0] for line in said] == ['initialised', 'critic_head', 'sampler_head']
-    assert said[1].endswith('was dropped')
-
-
-def test_initialising_starts_missing_heads_fresh(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / 'c.pt', checkpoint_of(GPT(SMALL)).to_payload())
-    model, said = initialised(HEADS, tmp_path / 'c.pt')
-    fresh = GPT(HEADS, seed=99)
-    assert torch.equal(model.sampler_head.input.weight, fresh.sampler_head.input.weight)
-    assert torch.equal(model.lm_head.weight, load_checkpoint(tmp_path / 'c.pt').ema['transformer.wte.weight'])
-    assert said[1:] == ['critic_head is not in the checkpoint and starts fresh',
-                        'sampler_head is not in the checkpoint and starts fresh']
-    classifier, said = initialised(replace(SMALL, mode=ModelMode.TOKEN_CLASSIFIER), tmp_path / 'c.pt')
-    assert torch.equal(classifier.transformer['wte'].weight, model.lm_head.weight)
-    assert said[1] == 'classifier is not in the checkpoint and starts fresh'
-
-
-@pytest.mark.parametrize(('change', 'words'), [
-    ({'n_layer': 2}, r'does not fit this model \(transformer.h.1'),
-    ({'n_embd': 16}, r'transformer.wte.weight \(9, 8\) instead of \(9, 16\)'),
-    ({'position_encoding': 'absolute'}, 'transformer.wpe.weight'),
-    ({'sampler_context': 2}, r'sampler_head.input.weight \(8, 24\) instead of \(8, 40\)'),
-    ({'sampler_output': 'shared_detached'}, 'sampler_head.output_head.weight'),
-])
-def test_initialising_refuses_other_shapes(saved: Path, change: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        initialised(replace(HEADS, **change), saved)
-
-
-def test_initialising_refuses_half_a_head(tmp_path: Path) -> None:
-    """A head counts as a whole: one that lacks a matrix is not a fresh head."""
-    partial = GPT(replace(HEADS, sampler_output='shared_detached'))
-    save_checkpoint(tmp_path / 'c.pt', checkpoint_of(partial).to_payload())
-    with pytest.raises(UserError, match=r'does not fit this model \(sampler_head.output_head.weight\)'):
-        initialised(HEADS, tmp_path / 'c.pt')
-
-
-def test_initialising_refuses_another_vocabulary(saved: Path) -> None:
-    with pytest.raises(UserError, match=r'another vocabulary \(9 ids, this model 12\)'):
-        initialised(replace(HEADS, vocab_size=12), saved, 'w' * 64)
-
-
-def test_resuming_lists_differences(saved: Path) -> None:
-    checkpoint = load_checkpoint(saved)
-    same = model_config_to_dict(HEADS)
-    assert check_resume(checkpoint, same, 'v' * 64, 'd' * 64) == []
-    older = replace(checkpoint, model_config={name: value for name, value in checkpoint.model_config.items()
-                                              if name not in ('sampler_n_embd', 'sampler_zero_hidden')})
-    assert check_resume(older, same, 'v' * 64, 'd' * 64) == [] and build_model(older).sampler_head is not None
-    with pytest.raises(UserError, match='sampler_zero_hidden: False in the checkpoint, True now'):
-        check_resume(older, same | {'sampler_zero_hidden': True}, 'v' * 64, 'd' * 64)
-    assert check_resume(checkpoint, same | {'dropout': 0.5}, 'v' * 64, 'd' * 64) == [
-        'resuming with another dropout: 0.0 in the checkpoint, 0.5 now']
-    for force in (False, True):
-        with pytest.raises(UserError) as error:
-            check_resume(checkpoint, same | {'n_layer': 3, 'add_critic_head': False}, 'v' * 64, 'd' * 64, force)
-        first, second = str(error.value).splitlines()
-        assert 'add_critic_head: True in the checkpoint, False now' in first
-        assert 'n_layer: 1 in the checkpoint, 3 now' in second
-
-
-def test_resuming_on_other_data_needs_force(saved: Path) -> None:
-    checkpoint, same = load_checkpoint(saved), model_config_to_dict(HEADS)
-    with pytest.raises(UserError, match='another corpus: dddddddddddd in the checkpoint, eeeeeeeeeeee now'):
-        check_resume(checkpoint, same, 'v' * 64, 'e' * 64)
-    with pytest.raises(UserError, match='another vocabulary'):
-        check_resume(checkpoint, same, 'w' * 64, 'd' * 64)
-    assert len(check_resume(checkpoint, same, 'w' * 64, 'e' * 64, force=True)) == 2
-
-
-# ---------------------------------------------------------------- sharing
-
-def test_export_and_import(saved: Path, tmp_path: Path) -> None:
-    checkpoint, folder = load_checkpoint(saved), export_checkpoint(saved, tmp_path / 'to share' / 'é')
-    assert sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
-    for source in (folder, folder / 'model.safetensors'):
-        loaded = load_checkpoint(source)
-        assert loaded.model.keys() == checkpoint.ema.keys()
-        assert all(torch.equal(loaded.model[name], tensor) for name, tensor in checkpoint.ema.items())
-        assert (loaded.ema, loaded.optimizers, loaded.scaler) == (None, [], None)
-        for name in ('kind', 'model_config', 'config', 'vocabulary', 'vocabulary_hash', 'data_hash', 'data_sizes',
-                     'iteration', 'best_value', 'extra'):
-            assert getattr(loaded, name) == getattr(checkpoint, name)
-        assert torch.equal(build_model(loaded).lm_head.weight, build_model(checkpoint).lm_head.weight)
-
-
-def test_export_keeps_tied_weights_once(tmp_path: Path) -> None:
-    model = GPT(SMALL)
-    save_checkpoint(tmp_path / 'c.pt', checkpoint_of(model, ema=None).to_payload())
-    folder = export_checkpoint(tmp_path / 'c.pt', tmp_path / 'shared')
-    loaded = load_checkpoint(folder)
-    assert loaded.model.keys() == model.state_dict().keys()
-    assert all(torch.equal(loaded.model[name], tensor) for name, tensor in model.state_dict().items())
-    assert (folder / 'model.safetensors').stat().st_size < 4 * model.parameter_count() + 3000
-
-
-def test_damaged_export(saved: Path, tmp_path: Path) -> None:
-    folder = export_checkpoint(saved, tmp_path / 'shared')
-    weights, description = folder / 'model.safetensors', folder / 'config.json'
-    data, text = bytearray(weights.read_bytes()), description.read_text()
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    with pytest.raises(UserError, match='SHA-256 does not agree'):
-        load_checkpoint(folder)
-    for broken in ('', '[]', '{}', text[:-3], '{"tied": 3, "sha256": 4}', '[' * 100_000):
-        description.write_text(broken)
-        with pytest.raises(UserError):
-            load_checkpoint(folder)
-    description.unlink()
-    with pytest.raises(UserError, match='cannot read .*config.json'):
-        load_checkpoint(folder)
-
-
-_short = st.text(max_size=4) | st.binary(max_size=4)
-_plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _short,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        _short | st.just('$bytes') | st.just('$pairs'), inner, max_size=3), max_leaves=5)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(_plain)
-def test_json_form_is_reversible(value: object) -> None:
-    text = json.dumps(room._to_json(value))
-    assert_same(room._from_json(json.loads(text)), value)
-
-
-def test_commands(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(['verify', str(saved)])
-    assert 'is whole: unmasking, iteration 7' in capsys.readouterr().out
-    main(['export', str(saved), str(tmp_path / 'shared')])
-    assert load_checkpoint(tmp_path / 'shared').iteration == 7
-    saved.write_bytes(saved.read_bytes()[:-1])
-    done = subprocess.run([sys.executable, '-m', 'core.checkpoints', 'verify', str(saved)], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
-
-
-@pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'notes.md', 'ckpt.pt', '.git'])
-def test_an_export_replaces_nothing_but_an_export(saved: Path, tmp_path: Path, name: str) -> None:
-    folder = tmp_path / 'run'
-    folder.mkdir()
-    (folder / name).write_text('{"out_dir": "out"}')
-    with pytest.raises(UserError, match='holds files that no export wrote .*name a new or an empty folder'):
-        export_checkpoint(saved, folder)
-    assert os.listdir(folder) == [name] and (folder / name).read_text() == '{"out_dir": "out"}'
-    (folder / name).unlink()
-    for _ in range(2):  # an empty folder is fine, and so is an earlier export with a page of the user's
-        export_checkpoint(saved, folder)
-        (folder / 'README.md').write_text('mine')
-    assert verify_checkpoint(folder).iteration == load_checkpoint(saved).iteration
-    assert not verify_checkpoint(folder).resumable
-    with pytest.raises(UserError, match='it is a file; name a folder'):
-        export_checkpoint(saved, saved)

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from configurator import configure
-from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from core.checkpoints.weights import model_config_to_dict
 from core.data.vocabulary import Vocabulary
 from core.sampling.options import SampleConfig
 from core.sampling.result import SamplingResult

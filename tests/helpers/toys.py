@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from core.batches import BatchPlan, RowShare
-from core.checkpoints.checkpoint import Checkpoint, model_config_to_dict, save_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from core.checkpoints.kinds import CheckpointKind
+from core.checkpoints.weights import model_config_to_dict
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
 from core.noise import Masking, SeenNeighbours

@@ -7,7 +7,8 @@ import torch
 
 import train as script
 from configurator import configure
-from core.checkpoints.checkpoint import build_model, load_checkpoint, save_checkpoint
+from core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from core.checkpoints.weights import build_model
 from core.common.errors import UserError
 from core.data.vocabulary import Vocabulary
 from core.merging import main

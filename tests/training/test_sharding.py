@@ -10,7 +10,8 @@ import torch
 
 import train as script
 from configurator import configure
-from core.checkpoints.checkpoint import build_model, load_checkpoint, verify_checkpoint
+from core.checkpoints.checkpoint import load_checkpoint, verify_checkpoint
+from core.checkpoints.weights import build_model
 from core.common.errors import UserError
 from core.logger import read_metrics
 from core.trainer import train
