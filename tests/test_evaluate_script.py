@@ -78,12 +78,15 @@ def test_likelihood_gives_a_table_a_picture_and_a_cache_that_grows(checkpoints, 
     kept = json.loads(Path('out/evaluation.json').read_text())
     assert len(kept['results']) == 12 and kept['format'] == CACHE_FORMAT
     computed = []
-    monkeypatch.setattr(likelihood, '_result', lambda *given: computed.append(given[2:]) or {
+    monkeypatch.setattr(likelihood, '_result', lambda *given: computed.append(given[2].head) or {
         'nats': 1.0, 'standard_error': 0.5, 'bits': 1.4, 'unit': 'character', 'seconds': 0.1, 'window_nats': [1.0],
         'head_share': 0.0})
     monkeypatch.setattr(likelihood, 'plot_likelihood', lambda *given: None)
     again, said = evaluate(*options, '--trunk_calls=[1,2,4]')
-    assert computed == [(policy, 2, head) for policy in ('random', 'margin') for head in likelihood.HEADS]
+    assert computed == [*likelihood.HEADS] * 2
+    new = [row for row in again['likelihood'] if row['nats'] == 1.0]
+    assert [(row['policy'], row['head']) for row in new] == [(policy, head) for policy in ('random', 'margin')
+                                                             for head in likelihood.HEADS]
     assert '12 of 18 results are known already' in said
     assert [row for row in again['likelihood'] if row['trunk_calls'] != 2] == found['likelihood']
     evaluate(*options, '--trunk_calls=[1]', '--seed=2')
