@@ -320,8 +320,10 @@ class Run:
         weights = self.checkpoint(with_optimizers=False) if is_best or due else None
         latest = self.checkpoint(with_optimizers=True)
         if self.folder is not None:
-            self.folder.save(latest, weights if is_best else None, weights if due else None, run_label(config),
-                             config.keep_snapshots)
+            aside = self.folder.save(latest, weights if is_best else None, weights if due else None, run_label(config),
+                                     config.keep_snapshots)
+            if aside is not None:
+                self.logger.message(f'the earlier run of {config.out_dir} is now in {aside}')
             self.logger.record_in(self.folder.place(METRICS))
         self.has_saved = True
 

@@ -157,27 +157,30 @@ class RunFolder:
     # ---- saving
 
     def save(self, latest: Checkpoint, best: Checkpoint | None = None, snapshot: Checkpoint | None = None,
-             label: str = '', keep: int = 1) -> None:
+             label: str = '', keep: int = 1) -> Path | None:
         """Save `best` as ckpt_best.pt, `snapshot` as ckpt_<label>_<iteration>.pt, and last `latest` as ckpt.pt.
 
         The ckpt.pt that was there becomes ckpt_previous.pt, once the new one has verified. Of the label's snapshots
         the last `keep` (at least 1) stay. A first save gets its names together: a kill leaves none of it or all.
+        Returns the folder that the files of an earlier run have now gone to, if there were any.
         """
         assert keep >= 1 and re.fullmatch(r'\w*', label)
         self._holding_back |= not (self.path / LATEST).exists()
+        aside: Path | None = None
         names = {BEST: best, f'ckpt_{label}_{latest.iteration}.pt': snapshot}
         for name, checkpoint in names.items():
             if checkpoint is not None:
                 save_checkpoint(self.place(name), checkpoint.to_payload())
         if self._holding_back:
             save_checkpoint(self.place(LATEST), latest.to_payload())
-            self._settle_all()
+            aside = self._settle_all()
         else:
             self._rotate(latest)
         if snapshot is not None:
             older = [one for one in self.snapshots(label) if one.name not in names]
             for one in older[:max(0, len(older) - (keep - 1))]:
                 one.unlink(missing_ok=True)
+        return aside
 
     def _rotate(self, latest: Checkpoint) -> None:
         path, arriving = self.path / LATEST, temporary_name(self.path / LATEST)
@@ -192,14 +195,14 @@ class RunFolder:
                 arriving.unlink(missing_ok=True)
             raise unwritable(path, error) from error
 
-    def _settle_all(self) -> None:
-        """Move the earlier run's files aside, if there is one, and this run's to their places.
+    def _settle_all(self) -> Path | None:
+        """Move the earlier run's files aside, if there is one, and this run's to their places; returns where they are.
 
         All moves are written down first, and whoever opens the folder next makes those that a kill left out.
         """
-        aside = _free(self.path / f'{EARLIER_RUN}_{time.strftime("%Y-%m-%d_%H%M%S")}')
+        aside, displaced = _free(self.path / f'{EARLIER_RUN}_{time.strftime("%Y-%m-%d_%H%M%S")}'), bool(self._earlier)
         try:
-            if self._earlier:
+            if displaced:
                 aside.mkdir()
             moves = [[name, f'{aside.name}/{name}'] for name in self._earlier]
             moves += [[path.name, name] for name, path in self._waiting.items() if path.exists()]
@@ -208,6 +211,7 @@ class RunFolder:
         except OSError as error:
             raise unwritable(self.path, error) from error
         self._earlier, self._waiting, self._holding_back = [], {}, False
+        return aside if displaced else None
 
     def _make(self, moves: list[list[str]]) -> None:
         """Make those of the moves that are not made yet. The first ones fill a new folder, the others empty names that

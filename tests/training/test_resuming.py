@@ -67,8 +67,10 @@ def test_overwriting_keeps_the_earlier_run_whole(small_corpus, capsys):
     run('--max_iters=8', '--out_dir=whole')
     run('--max_iters=8', '--seed=7', '--out_dir=out')
     earlier = contents('out')
+    assert 'earlier run' not in capsys.readouterr().out
     run('--max_iters=8', '--overwrite=True')
     kept, = Path('out').glob('earlier_run_*')
+    assert capsys.readouterr().out.count(f'the earlier run of out is now in {kept}\n') == 1  # saved twice, moved once
     assert {name: data for name, data in earlier.items() if name != 'run.json'} == contents(str(kept))
     equal_runs(Path('whole'), Path('out'))
     assert len(read_metrics(Path('out/metrics.jsonl'))) == 8 + 3  # from its very beginning
