@@ -1,15 +1,15 @@
 """Sampling utilities: pure functions that return new tensors and take their random numbers from a `RowRandom`.
 
-The sampler head's wavefront fill, independent draws, remasking, the critic's filled-in text and self-confidence. Exact
-draws from logits are in core/common/drawing.py; the loop that calls the network again and again is
-core/sampling/generation.py.
+The sampler head's wavefront fill, independent draws, remasking and the critic's filled-in text. Exact draws from logits
+are in core/common/drawing.py, the order of a fill is in core/common/waves.py; the loop that calls the network again and
+again is core/sampling/generation.py.
 
 Letters: B batch (rows), T sequence length, V vocabulary with the special ids, D = n_embd, L and R neighbours of a
 position on the left and on the right, C = L + R, W width of the sampler head, N positions picked out of a batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -24,9 +24,9 @@ from core.common.drawing import (Chosen, DrawRule, Draws, allowed_ids, allowed_l
 from core.common.errors import UserError
 from core.common.precision import to_exact
 from core.common.randomness import Purpose, RowRandom, keyed
+from core.common.waves import Order, distance_to_last, distance_to_next, follow_on_schedule, stage_schedule
 from model import GPT, GPTConfig, ModelMode, SamplerWindow
 
-Order = Literal['wave', 'left_to_right']
 Head = Literal['none', 'wave', 'left_to_right']  # who fills: `lm_head` alone, or the sampler head in that order
 _CHUNK = 1 << 24  # most logits held at once
 
@@ -138,47 +138,6 @@ class Fill(NamedTuple):
     statistics: WaveStatistics | None
 
 
-def _distance_to_last(flags: Tensor, missing: int) -> Tensor:
-    """int64 [B, T]: steps back to the last True of flags [B, T]; `missing` or more where there is none on the left."""
-    position = torch.arange(flags.size(1), device=flags.device)
-    return position - torch.where(flags, position, -missing).cummax(1).values
-
-
-def _distance_to_next(flags: Tensor, missing: int) -> Tensor:
-    """int64 [B, T]: steps ahead to the next True of flags [B, T]; `missing` or more where there is none."""
-    return _distance_to_last(flags.flip(1), missing).flip(1)
-
-
-def wave_schedule(masked: Tensor, order: Order = 'wave') -> Tensor:
-    """int64 [B, T]: the wave that fills each position of masked bool [B, T], from 1 on; 0 where nothing is masked.
-
-    'wave': the distance to the nearest revealed token; where two fronts meet at two adjacent positions of equal
-    distance, the right one waits one wave. 'left_to_right': the distance from the last revealed token on the left; a
-    gap at the row's start has none and is filled from its right end towards the left, so that every position still has
-    a filled neighbour. Either way no two adjacent positions share a wave. Every row needs a revealed token.
-    """
-    T = masked.size(1)
-    left = _distance_to_last(~masked, missing=2 * T)  # [B, T]
-    right = _distance_to_next(~masked, missing=2 * T)  # [B, T]
-    if order == 'wave':
-        return torch.minimum(left, right + (right == left - 1)) * masked
-    return torch.where(left < 2 * T, left, right) * masked
-
-
-def group_schedule(positions: Tensor, order: Order = 'wave') -> Tensor:
-    """int64 [B, T]: the stage that fills each position of a group, positions bool [B, T]; 0 outside the group.
-
-    In each run of adjacent positions one, its middle ('wave') or its left end ('left_to_right'), comes in stage 1 and
-    the others follow by their distance from it. No two adjacent positions share a stage.
-    """
-    T = positions.size(1)
-    position = torch.arange(T, device=positions.device)
-    start = position - _distance_to_last(~positions, missing=1) + 1  # [B, T], first position of the run
-    end = position + _distance_to_next(~positions, missing=1) - 1
-    first = (start + end) // 2 if order == 'wave' else start
-    return ((position - first).abs() + 1) * positions
-
-
 def _bootstrap_fill_by_confidence(confidence: Tensor, key: Tensor, count: int, tolerance: float) -> Tensor:
     """bool [B, T]: `count` (at most (T + 1) // 2) positions of each row, by highest confidence, never adjacent.
 
@@ -190,8 +149,8 @@ def _bootstrap_fill_by_confidence(confidence: Tensor, key: Tensor, count: int, t
     free = torch.ones_like(confidence, dtype=torch.bool)
     chosen = torch.zeros_like(free)
     for remaining in range(count - 1, -1, -1):
-        left = _distance_to_last(~free, missing=1) - 1  # [B, T], free positions on the left in the same run
-        right = _distance_to_next(~free, missing=1) - 1
+        left = distance_to_last(~free, missing=1) - 1  # [B, T], free positions on the left in the same run
+        right = distance_to_next(~free, missing=1) - 1
         room = (free & (left % 2 == 0)).sum(1, keepdim=True)  # most positions that still fit, none adjacent
         lost = (left + right + 2) // 2 - left // 2 - right // 2  # how much of it a choice takes
         score = confidence.masked_fill(~(free & (room - lost >= remaining)), -math.inf)
@@ -215,40 +174,10 @@ def _bootstrap_rows(model: GPT, hidden_states: Tensor, rows: Tensor, rule: DrawR
     return seeds
 
 
-def follow_on_schedule(masked: Tensor, positions: Tensor, left: int) -> Tensor:
-    """int64 [B, T]: the stage that fills each position of a group through a head that was trained from left to right
-    and sees `left` neighbours there; 0 outside the group, 1 from `lm_head`, 2 and above by the head in that order.
-
-    masked, positions: bool [B, T]. The head draws a position unless its left neighbour stays masked; a boundary is what
-    it has seen in training. It waits for every position that it sees on its left, so positions farther apart than that
-    share a stage.
-    """
-    stays = F.pad(masked & ~positions, (1, 0))[:, :-1]  # [B, T], the left neighbour is masked and no part of the group
-    by_head = positions & ~stays
-    since = F.pad(_distance_to_last(by_head, missing=2 * left) + 1, (1, 0), value=2 * left)[:, :-1]  # to the last before
-    number = by_head.cumsum(1)
-    first = torch.where(by_head & (since > left), number, 0).cummax(1).values  # of those that wait for each other
-    return torch.where(by_head, number - first + 2, positions.long())
-
-
-def _stages(masked: Tensor, positions: Tensor, seeds: Tensor, order: Order) -> Tensor:
-    """int64 [B, T]: 0 stays, 1 is drawn from `lm_head`, 2 and above by the head in that order.
-
-    A row that is to be filled completely runs in waves from its revealed tokens, or from bootstrapped ones (`seeds`).
-    In a row of which only a group is filled, the hidden states know every revealed token already, so the head serves
-    only where a neighbour was filled since.
-    """
-    remaining = masked & ~seeds
-    waves = wave_schedule(remaining, order)
-    whole = torch.where(seeds, 1, torch.where(remaining, waves + 1, 0))
-    complete = (positions == masked).all(1, keepdim=True)  # [B, 1]
-    return torch.where(complete, whole, group_schedule(positions, order))
-
-
 @torch.no_grad()
 def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: Tensor, rule: DrawRule, key: Tensor,
                  order: Order) -> tuple[Tensor, list[int]]:
-    """`_stages` int64 [B, T] and how many positions each stage has, [T + 3].
+    """`stage_schedule` int64 [B, T] and how many positions each stage has, [T + 3].
 
     The host must know these counts to end the waves, so here it waits for the device: once, and once more where rows
     hold no revealed token.
@@ -258,11 +187,11 @@ def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: T
         return stage, _counted(stage).tolist()
     empty = (masked & positions).all(1)  # [B]
     seeds, others = torch.zeros_like(masked), ~empty[:, None]
-    stage = _stages(masked & others, positions & others, seeds, order)
+    stage = stage_schedule(masked & others, positions & others, seeds, order)
     *counts, empty_rows = torch.cat((_counted(stage), empty.sum(0, keepdim=True))).tolist()
     if empty_rows:
         rows = flat_positions(empty, empty_rows)
-        stage = _stages(masked, positions, _bootstrap_rows(model, hidden_states, rows, rule, key), order)
+        stage = stage_schedule(masked, positions, _bootstrap_rows(model, hidden_states, rows, rule, key), order)
         counts = _counted(stage).tolist()
     return stage, counts
 
@@ -317,49 +246,59 @@ def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', ta
     the log-probabilities keep the graph of head and trunk. tables: `neighbour_tables` of the model, made here if None;
     wave: `draw_wave`, or the same compiled.
     """
-    tokens, rule, hidden_states = task.tokens, task.rule, task.hidden_states
-    head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, hidden_states.shape
-    window, V = head.window, model.config.vocab_size
-    masked = tokens == mask_token_id
+    masked = task.tokens == model.config.mask_token_id
     positions = masked if task.positions is None else task.positions & masked
-    stage, counts = _fill_stages(model, masked, positions, hidden_states, rule,
-                                 task.generator.uniform(Purpose.BOOTSTRAP, T), order)
+    stage, counts = _fill_stages(model, masked, positions, task.hidden_states, task.rule,
+                                 task.generator.uniform(Purpose.BOOTSTRAP, masked.size(1)), order)
     picked = stage.flatten().argsort(stable=True)[counts[0]:]  # [N], in the order of filling
-    sizes = [size for size in counts[1:] if size]
+    found = _run_waves(model, task, picked, counts[1:], neighbour_tables(model) if tables is None else tables, wave)
+    waves = tuple(counts[2:counts.index(0, 2)]) if 0 in counts[2:] else tuple(counts[2:])
+    statistics = WaveStatistics(len(waves), counts[1], waves)
+    return _scatter_draws(task.tokens, picked, _in_parts(found), positions, statistics)
 
-    tables = neighbour_tables(model) if tables is None else tables
-    slot = torch.arange(window.size, device=tokens.device) * V  # [C]
-    starts = torch.arange(len(picked), device=tokens.device) * window.size  # [N], of a position's rows in a wave
+
+def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int], tables: Tensor,
+               wave: Callable[..., Chosen]) -> Iterator[Chosen]:
+    """The tokens of the flat positions picked int64 [N], wave by wave: first counts[0] that come from `lm_head`, then
+    counts[1], counts[2], ... through the head, each given what was found before."""
+    head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, task.hidden_states.shape
+    window, device, sizes = head.window, picked.device, [size for size in counts if size]
+    slot = torch.arange(window.size, device=device) * model.config.vocab_size  # [C]
+    starts = torch.arange(len(picked), device=device) * window.size  # [N], of a position's rows in a wave
     padded = task.padded(window, mask_token_id).flatten()  # [B (L + T + R)]
     unread = padded == mask_token_id  # by the trunk call
     padded_positions = picked + window.size * (picked // T) + window.left  # [N]
-    neighbours = padded_positions[:, None] + window.offsets(tokens.device)  # [N, C]
-    hidden = hidden_states.reshape(B * T, D)[picked]  # [N, D]
-    projection = head.hidden_projection(hidden)  # [N, W]
+    neighbours = padded_positions[:, None] + window.offsets(device)  # [N, C]
+    hidden = task.hidden_states.reshape(B * T, D)[picked]  # [N, D]
     seen = task.seen(model.config)
     choose, choices = task.choice()
     parts = zip(_trunk_logits(model, hidden, sizes), *(part.split(sizes) for part in (
-        choices[picked], picked // T, padded_positions, neighbours, projection)))
-    draws, chosen, held = [], [], 0
+        choices[picked], picked // T, padded_positions, neighbours, head.hidden_projection(hidden))))
     for number, (logits, choice, row, position, neighbour, projected) in enumerate(parts):
         seen_here = None if seen is None else seen[row]
-        if number == 0 and counts[1] > 0:  # bootstrapped, or the first of a group
-            found = choose(logits, rule, choice, seen_here)
+        if number == 0 and counts[0] > 0:  # bootstrapped, or the first of a group
+            found = choose(logits, task.rule, choice, seen_here)
         else:
             shown = padded.take(neighbour)  # [n, C]
             new = None if head.gate is None else (unread.take(neighbour) & (shown != mask_token_id)).sum(1)
-            found = wave(choose, model, tables, rule, Wave((shown + slot).flatten(), starts[:len(position)], projected,
-                                                           logits, new, choice, seen_here))
+            found = wave(choose, model, tables, task.rule, Wave((shown + slot).flatten(), starts[:len(position)],
+                                                                projected, logits, new, choice, seen_here))
         padded[position] = found.tokens
         if seen is not None:
             seen[row, found.tokens] = True
-        chosen.append(found)
-        held += found.scores.numel()
-        if held >= _CHUNK or number == len(sizes) - 1:
-            draws.append(completed(chosen))
-            chosen, held = [], 0
-    waves = tuple(counts[2:counts.index(0, 2)]) if 0 in counts[2:] else tuple(counts[2:])
-    return _scatter_draws(tokens, picked, draws, positions, WaveStatistics(len(waves), counts[1], waves))
+        yield found
+
+
+def _in_parts(found: Iterable[Chosen]) -> list[Draws]:
+    """`completed` of all that was found, a part whenever `_CHUNK` scores have come together."""
+    draws, waiting, held = [], [], 0
+    for one in found:
+        waiting.append(one)
+        held += one.scores.numel()
+        if held >= _CHUNK:
+            draws.append(completed(waiting))
+            waiting, held = [], 0
+    return draws + ([completed(waiting)] if waiting else [])
 
 
 def _trunk_logits(model: GPT, hidden: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
@@ -594,54 +533,3 @@ def judge_scores(judge: GPT, tokens: Tensor) -> Tensor:
     """
     cls = torch.full_like(tokens[:, :1], judge.config.cls_token_id)
     return 1 - judge.sequence_scores(torch.cat((cls, tokens), dim=1))
-
-
-# Self-confidence ----------------------------------------------------------------------------------------------------
-
-class SelfConfidence(NamedTuple):
-    """total float64 [B]: summed log-probability in nats; count int64 [B]: tokens scored; network_calls spent."""
-
-    total: Tensor
-    count: Tensor
-    network_calls: int
-
-
-@torch.no_grad()
-def pseudo_log_likelihood(model: GPT, tokens: Tensor, scored: Tensor, allowed: Tensor, generator: RowRandom,
-                          groups: int, block_length: int | None = None) -> Tensor:
-    """float64 [B, T]: masked pseudo-likelihood of tokens int64 [B, T] at positions scored bool [B, T] (Salazar et al.
-    2020, in groups), 0 elsewhere: `groups` network calls.
-
-    The positions of a row are dealt at random into `groups`; each group is masked at once and its tokens are read from
-    the trunk, at temperature 1, given everything else. So no token is judged while the model can see it. block_length:
-    of a block model, in which a token is read given the rest of its block and the blocks before it.
-    """
-    rank = torch.where(scored, generator.uniform(Purpose.ORDER, tokens.size(1)), 2.0).argsort(1).argsort(1)  # [B, T]
-    group = torch.where(scored, rank % groups, -1)
-    found = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
-    for index in range(groups):
-        picked = group == index  # [B, T]
-        masked = tokens.masked_fill(picked, model.config.mask_token_id)
-        hidden = model.encode(masked) if block_length is None else model.encode_streams(masked, tokens, block_length)
-        hidden = hidden[picked]  # [N, D]
-        log_probabilities = allowed_log_probabilities(model.lm_head(hidden), allowed)  # [N, V]
-        found[picked] = log_probabilities.gather(1, tokens[picked][:, None]).squeeze(1)  # [N]
-    return found
-
-
-def self_confidence(model: GPT, tokens: Tensor, scored: Tensor, allowed: Tensor, generator: RowRandom,
-                    groups: int, block_length: int | None = None) -> SelfConfidence:
-    """Summed `pseudo_log_likelihood` of each row."""
-    values = pseudo_log_likelihood(model, tokens, scored, allowed, generator, groups, block_length)
-    return SelfConfidence(values.sum(1), scored.sum(1), groups)
-
-
-def causal_confidence(model: GPT, tokens: Tensor, scored: Tensor, allowed: Tensor) -> SelfConfidence:
-    """Exact log-likelihood of a causal model at positions scored bool [B, T], each given the tokens before it.
-
-    Position 0 has nothing before it and is not scored.
-    """
-    with torch.no_grad():
-        log_probabilities = allowed_log_probabilities(model(tokens).logits[:, :-1], allowed)  # [B, T - 1, V]
-    values = log_probabilities.gather(2, tokens[:, 1:, None]).squeeze(2)  # [B, T - 1]
-    return SelfConfidence(torch.where(scored[:, 1:], values, 0.0).sum(1), scored[:, 1:].sum(1), 1)

@@ -8,10 +8,10 @@ import torch
 from core.common.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw, draw_tokens, penalise_repetition
 from core.common.errors import UserError
 from core.common.randomness import keyed
+from core.sampling.self_confidence import self_confidence
 from model import GPT, GPTConfig
 from sample_utils import (FillTask, apply_remasking_step, build_critic_artifacts_from_logits, cosine_remasking_schedule,
-                          independent_fill, linear_remasking_schedule, nucleus_sample, predict_and_sample_tokens,
-                          self_confidence)
+                          independent_fill, linear_remasking_schedule, nucleus_sample, predict_and_sample_tokens)
 
 V, BASE, MASK = 9, 5, 5
 ALLOWED = allowed_ids(V, BASE)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 import sample_utils
 from core.common.drawing import DrawRule, allowed_ids, allowed_log_probabilities, draw_tokens
 from core.common.randomness import RowRandom, keyed
+from core.common.waves import follow_on_schedule, group_schedule, wave_schedule
 from helpers.toys import awake
 from model import GPT, GPTConfig, SamplerWindow
-from sample_utils import (FillTask, Filler, _bootstrap_fill_by_confidence, draw_wave, follow_on_schedule,
-                          group_schedule, independent_fill, neighbour_tokens, predict_and_sample_tokens,
-                          prepare_sampler_inputs, sampler_wavefront_fill, wave_schedule)
+from sample_utils import (FillTask, Filler, _bootstrap_fill_by_confidence, draw_wave, independent_fill,
+                          neighbour_tokens, predict_and_sample_tokens, prepare_sampler_inputs, sampler_wavefront_fill)
 
 BASE, MASK, V, T = 10, 10, 14, 24
 SHAPE = {'block_size': T, 'vocab_size': V, 'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'mask_token_id': MASK,

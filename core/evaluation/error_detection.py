@@ -49,9 +49,10 @@ from core.evaluation.measure import Cell, Evaluation, Measure, Result
 from core.evaluation.text_metrics import FEWEST_TEXTS, Statistic, bootstrap
 from core.noise import apply_mask, draw_exact_mask
 from core.sampling.calibration import CalibrationMap, calibration_error, fit_calibration, reliability, write_calibration
+from core.sampling.self_confidence import pseudo_log_likelihood
 from core.validation import VALIDATION_SEED, fixed_windows
 from model import GPT, ModelMode
-from sample_utils import FillTask, Filler, pseudo_log_likelihood, wrong_probabilities
+from sample_utils import FillTask, Filler, wrong_probabilities
 
 SHARES = tuple(tenths / 10 for tenths in range(1, 10))  # of positions masked
 SHOWN_SHARE = 0.5  # whose errors the printed summary and the reliability diagram are of

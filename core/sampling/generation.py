@@ -27,9 +27,10 @@ from core.sampling.block_network import BlockNetwork
 from core.sampling.network import LOGITS, Network, Soundness
 from core.sampling.policies import Counts, Open, Policy, PolicyView, Prediction
 from core.sampling.prompt import Layout
+from core.sampling.self_confidence import SelfConfidence, causal_confidence, self_confidence
 from core.sampling.trace import Event, TraceStep, Watch
 from model import GPTConfig
-from sample_utils import Fill, FillTask, Head, SelfConfidence, causal_confidence, self_confidence
+from sample_utils import Fill, FillTask, Head
 
 Method = Literal['diffusion', 'sampler', 'multinomial', 'standard']
 
