@@ -43,6 +43,16 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def use_precision(device: torch.device, dtype: str) -> None:
+    """What every script does before its first matrix product, `dtype` being its option: refuse float16 where there is
+    no hardware for it (UserError), and let a CUDA GPU multiply float32 matrices as TF32, with a float32 sum."""
+    if dtype == 'float16' and device.type != 'cuda':
+        raise UserError("dtype is 'float16', but only CUDA GPUs compute in it; take --dtype=float32 or "
+                        '--dtype=bfloat16')
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for `device`, so that a clock can be read."""
     if device.type == 'cuda':
@@ -123,6 +133,7 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
     dtype 'auto' and compile None choose by what pays; anything else is taken as it is. backend None: nccl on a GPU,
     gloo on a CPU. Raises UserError for what cannot be had.
     """
+    use_precision(torch.device(device), dtype)
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world_size > 1 and device == 'mps':
         raise UserError(f'device is mps, but {world_size} ranks cannot share an Apple GPU; start one, or take --device=cpu')
@@ -140,8 +151,6 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
     runtime.reasons.append(f'compile {runtime.compile}: {reason}')
     if world_size > 1:
         runtime.reasons.append(f'{world_size} ranks over {backend}')
-    if runtime.device.type == 'cuda':
-        torch.set_float32_matmul_precision('high')
     if runtime.device.type == 'cpu':
         torch.set_flush_denormal(True)  # numbers near zero would cost a hundred times as much
         _keep_freed_memory()
@@ -227,8 +236,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 def _choose_dtype(device: torch.device, dtype: str, width: int) -> tuple[torch.dtype, str]:
     if dtype != 'auto':
-        if dtype == 'float16' and device.type != 'cuda':
-            raise UserError("dtype is 'float16', but only CUDA GPUs train in it; take float32, bfloat16 or auto")
         return DTYPES[dtype], 'as asked for'
     if not has_fast_bfloat16(device):
         return torch.float32, 'this processor has no fast bfloat16'

@@ -18,7 +18,7 @@ from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
 from core.common.printing import say
 from core.common.progress import ProgressBar
-from core.common.runtime import DTYPES, Runtime, resolve_device
+from core.common.runtime import DTYPES, Runtime, resolve_device, use_precision
 from core.common.typed_json import FARTHEST
 from core.data.folders import recorded_data_folder
 from core.data.prepare import ensure_corpus
@@ -110,8 +110,7 @@ def option_problems(config: EvaluateConfig) -> list[str]:
 def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Callable[[str], None]) -> Evaluation:
     """The checkpoint and its corpus as the options name them; UserError where they do not fit each other."""
     device = torch.device(resolve_device(config.device))
-    if config.dtype == 'float16' and device.type == 'cpu':
-        raise UserError("dtype is 'float16', but a CPU has no fast float16; take float32 or bfloat16")
+    use_precision(device, config.dtype)
     out_dir = Path(config.out_dir)
     path, found = find_checkpoint(out_dir, config.checkpoint_name, 'checkpoint_name' in explicit)
     for line in found:

@@ -17,15 +17,16 @@ from core.common.drawing import DrawRule, allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.precision import exact_device
 from core.common.randomness import RowRandom
-from core.common.runtime import COMPILING_SECONDS, DTYPES, compile_problem, resolve_device
+from core.common.runtime import COMPILING_SECONDS, DTYPES, compile_problem, resolve_device, use_precision
 from core.common.timing import TimingAccumulator
 from core.data.vocabulary import Vocabulary
 from core.sampling.calibration import find_calibration
 from core.sampling.generation import GenerationSettings, reads_blocks
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
-from core.sampling.policy_options import (DIFFUSION, block_defaults, build_policy, guidance_problems, make_policy,
-                                          model_problems, reads_thresholds)
+from core.sampling.policies import POLICIES
+from core.sampling.policy_options import (DIFFUSION, block_defaults, build_policy, choose_guide, guidance_problems,
+                                          make_policy, model_problems, reads_thresholds, remasking_levels, remasks)
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill, start_token
 from model import GPT
 from sample_utils import draw_wave
@@ -94,6 +95,7 @@ class Loaded:
 def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
     """The checkpoint of `config` and all that it needs; UserError where something does not suit the options."""
     device = torch.device(resolve_device(config.device))
+    use_precision(device, config.dtype)
     path, found = find_checkpoint(config.out_dir, config.checkpoint_name, 'checkpoint_name' in explicit)
     checkpoint = load_checkpoint(path, device='cpu')
     model_config = model_config_from_dict(checkpoint.model_config, path)
@@ -102,23 +104,24 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
     if config.sampling_method == 'sampler' and not sampler:
         raise UserError(f'sampling_method is sampler, but {said[0]}; train longer or take --sampling_method=diffusion')
     why = said[-1] if model_config.add_critic_head and not critic else 'the checkpoint has none'
+    asks = POLICIES[config.sampling_policy].needs_critic
     through_head = config.sampling_method in DIFFUSION and sampler and config.use_sampler_head
     config, chosen = block_defaults(config, explicit, model_config,
                                     through_head and model_config.sampler_order == 'left_to_right')
     said += chosen
     raise_problems(guidance_problems(config, critic, why))
     said = [*found, *said]
+    if remasks(config) and remasking_levels(config):
+        guide, line = choose_guide(config, critic, why)
+        config, asks = replace(config, guidance=guide), guide in ('model', 'critic')
+        said.append(line)
     vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
     model = build_model(checkpoint, device).requires_grad_(False)
-    remasking_model = judge = None
-    if config.remasking_checkpoint_name:
-        remasking_model = load_remasking_model(config.remasking_checkpoint_name, config.out_dir, vocabulary, device)
-    if config.judge_checkpoint_name:
-        judge = load_judge(config.judge_checkpoint_name, config.out_dir, vocabulary, device)
+    remasking_model, judge = _load_helpers(config, vocabulary, device)
     rule = DrawRule(allowed_ids(model_config.vocab_size, vocabulary.base_size, device), config.temperature,
                     config.top_k or None, config.top_p, config.repetition_penalty)
     diffusing, calibrate = config.sampling_method in DIFFUSION, None
-    if diffusing and critic and remasking_model is None and reads_thresholds(config):
+    if diffusing and config.guidance == 'critic' and reads_thresholds(config):
         calibration, line = find_calibration(path)
         said.append(line)
         calibrate = None if calibration is None else calibration.to(exact_device(device)).error_rate
@@ -127,11 +130,21 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
         policy = make_policy('left_to_right', iterations=config.block_length)  # one position a call
     settings = GenerationSettings(config.sampling_method, rule, policy, config.iterations,
                                   model_config.sampler_order if through_head else 'none',
-                                  diffusing and (critic or remasking_model is not None), start_token(vocabulary),
+                                  diffusing and asks, start_token(vocabulary),
                                   config.block_length)
     if config.compile:
         said.append(_compile_line(device))
     return Loaded(model, remasking_model, judge, vocabulary, settings, device, said)
+
+
+def _load_helpers(config: SampleConfig, vocabulary: Vocabulary, device: torch.device) -> tuple[GPT | None, GPT | None]:
+    """The remasking model and the judge, as far as they are named."""
+    remasking_model = judge = None
+    if config.remasking_checkpoint_name:
+        remasking_model = load_remasking_model(config.remasking_checkpoint_name, config.out_dir, vocabulary, device)
+    if config.judge_checkpoint_name:
+        judge = load_judge(config.judge_checkpoint_name, config.out_dir, vocabulary, device)
+    return remasking_model, judge
 
 
 def _compile_line(device: torch.device) -> str:

@@ -62,7 +62,9 @@ class SampleConfig:
         'ratio', 'threshold remasks whatever is wrong with more than the scheduled probability')
     start_threshold: float = option(0.1, 'wrongness above which a token is remasked, at first')
     end_threshold: float = option(0.9, 'and at last')
-    intelligent_remasking: bool = option(True, 'False: without critic or remasking model, chosen at random')
+    guidance: Literal['auto', 'critic', 'self', 'random', 'model'] = option(
+        'auto', 'who says what is wrong; auto: remasking model, else critic, else self-confidence')
+    intelligent_remasking: bool = option(True, 'False: as guidance=random')
     randomness_strength: float = option(0.4, 'share of the remasked positions that is chosen at random all the same')
     # other policies
     idle_cache: bool = option(True, 'False: a trunk call also at steps that reveal nothing (mdlm, remdm_*)')

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -39,7 +39,8 @@ def option_problems(config: SampleConfig, explicit: Mapping[str, str]) -> list[s
         return [f'sampling_policy is {config.sampling_policy!r}, but must be one of {", ".join(POLICIES)}'
                 + (f"; did you mean '{nearest}'?" if nearest else '')]
     return [*_range_problems(config), *_policy_range_problems(config), *_applicability_problems(config, explicit),
-            *_policy_problems(config, explicit), *_custom_problems(config, explicit)]
+            *_policy_problems(config, explicit), *_custom_problems(config, explicit),
+            *_guidance_contradictions(config, explicit)]
 
 
 def _range_problems(config: SampleConfig) -> list[str]:
@@ -131,8 +132,7 @@ def _applicability_problems(config: SampleConfig, explicit: Mapping[str, str]) -
 
 def _custom_problems(config: SampleConfig, explicit: Mapping[str, str]) -> list[str]:
     """A custom schedule of N ratios is N remaskings, hence N + 1 predictions."""
-    remasks = config.sampling_method in DIFFUSION and config.sampling_policy == 'remask'
-    if config.schedule_type != 'custom' or not remasks:
+    if config.schedule_type != 'custom' or not remasks(config):
         return []
     if not config.masking_ratios:
         return ['schedule_type is custom, but masking_ratios is empty; give one ratio per remasking, as in '
@@ -227,18 +227,76 @@ def block_defaults(config: SampleConfig, explicit: Mapping[str, str], model_conf
     return replace(config, block_length=length), said
 
 
-def guidance_problems(config: SampleConfig, critic: bool, why: str) -> list[str]:
-    """Policies and modes that must be told what is wrong, and nothing tells them; critic: there is a trained one, and
-    if not, `why` says so."""
-    if config.sampling_method not in DIFFUSION or critic or config.remasking_checkpoint_name:
+# Who guides -------------------------------------------------------------------------------------------------------------
+
+Guide = Literal['model', 'critic', 'self', 'random']
+
+
+def remasks(config: SampleConfig) -> bool:
+    """Whether the policy remask is followed."""
+    return config.sampling_method in DIFFUSION and config.sampling_policy == 'remask'
+
+
+def _guidance_contradictions(config: SampleConfig, explicit: Mapping[str, str]) -> list[str]:
+    """Options of the policy remask that exclude each other, each a sentence."""
+    if not remasks(config):
         return []
-    if POLICIES[config.sampling_policy].needs_critic:
+    guide, helper, problems = config.guidance, config.remasking_checkpoint_name, []
+    random = guide == 'random' or guide == 'auto' and not config.intelligent_remasking
+    asked = 'guidance=random' if guide == 'random' else 'intelligent_remasking=False'
+    if guide == 'model' and not helper:
+        problems.append(f'guidance is model, but no remasking model is named; add --remasking_checkpoint_name=..., '
+                        f'trained with: {CheckpointKind.REMASKING.command}')
+    if guide in ('critic', 'self') and helper:
+        problems.append(f'remasking_checkpoint_name was given, but guidance={guide} does not ask it; take guidance=model, '
+                        f'or leave remasking_checkpoint_name out')
+    if random and helper:
+        problems.append(f'remasking_checkpoint_name was given, but {asked} remasks at random; leave one of them out')
+    if guide not in ('auto', 'random') and not config.intelligent_remasking:
+        problems.append(f'guidance is {guide}, but intelligent_remasking is False, which remasks at random; leave one of '
+                        f'them out')
+    if guide == 'random' and config.intelligent_remasking and 'intelligent_remasking' in explicit:
+        problems.append('guidance is random, but intelligent_remasking is True; leave one of them out')
+    if random and config.schedule_mode == 'threshold':
+        problems.append(f'schedule_mode is threshold, but with {asked} nothing tells how wrong a token is; take another '
+                        f'guidance, or schedule_mode=ratio')
+    elif random and 'randomness_strength' in explicit:
+        problems.append(f'randomness_strength does not apply to {asked}, which draws every position; leave it out')
+    elif (guide != 'auto' or helper) and not random and config.schedule_mode == 'ratio' and \
+            config.randomness_strength == 1:
+        told = f'guidance={guide}' if guide != 'auto' else 'the remasking model'
+        problems.append(f'randomness_strength is 1, which leaves {told} nothing to choose; lower it, or take '
+                        f'guidance=random')
+    return problems
+
+
+def guidance_problems(config: SampleConfig, critic: bool, why: str) -> list[str]:
+    """Policies and guidance that need a critic where there is none; critic: there is a trained one, and if not, `why`
+    says so."""
+    if config.sampling_method not in DIFFUSION or critic:
+        return []
+    if POLICIES[config.sampling_policy].needs_critic and not config.remasking_checkpoint_name:
         return [f'sampling_policy={config.sampling_policy} needs a critic, but {why}; take another policy, a '
                 f'checkpoint trained with add_critic_head=True, or a remasking model (remasking_checkpoint_name)']
-    if config.schedule_mode == 'threshold' and not config.intelligent_remasking:
-        return [f'schedule_mode is threshold, but nothing tells how wrong a token is: {why}; use '
-                f'intelligent_remasking=True, a remasking model (remasking_checkpoint_name), or schedule_mode=ratio']
+    if config.guidance == 'critic' and remasks(config):
+        return [f'guidance is critic, but {why}; take guidance=self, or a checkpoint trained with add_critic_head=True']
     return []
+
+
+def choose_guide(config: SampleConfig, critic: bool, why: str) -> tuple[Guide, str]:
+    """(who guides the policy remask, the line that says so); critic: there is a trained one, and if not, `why` says
+    so."""
+    if config.guidance != 'auto':
+        guide, reason = config.guidance, 'as asked for'
+    elif not config.intelligent_remasking:
+        guide, reason = 'random', 'intelligent_remasking is False'
+    elif config.schedule_mode == 'ratio' and config.randomness_strength == 1:
+        guide, reason = 'random', 'randomness_strength is 1'
+    elif config.remasking_checkpoint_name:
+        guide, reason = 'model', f'remasking_checkpoint_name is {config.remasking_checkpoint_name}'
+    else:
+        guide, reason = ('critic', 'the checkpoint has a critic') if critic else ('self', f'no critic, as {why}')
+    return guide, f'guidance {guide}: {reason}'
 
 
 # From options to what generation takes -------------------------------------------------------------------------------
@@ -265,7 +323,7 @@ def build_policy(config: SampleConfig, calibrate: Callable[[Tensor], Tensor] | N
     row = POLICIES[config.sampling_policy]
     if config.sampling_policy == 'remask':
         return row.make(remasking_levels(config), config.schedule_mode, config.randomness_strength,
-                        config.intelligent_remasking, calibrate)
+                        config.intelligent_remasking and config.guidance != 'random', calibrate)
     timed = {'schedule': schedule} if row.timed else {}
     return row.make(**{name: getattr(config, name) for name in row.options}, **timed)
 

@@ -1,5 +1,6 @@
 """Choices of device, precision and compilation, each with its reason."""
 
+import importlib
 import os
 import platform
 import subprocess
@@ -41,6 +42,29 @@ def test_precision_follows_the_processor(monkeypatch):
     assert runtime.start_runtime('cpu', 'bfloat16', False, width=8, iterations=1).dtype is torch.bfloat16
     with pytest.raises(UserError, match='float16'):
         runtime.start_runtime('cpu', 'float16', False, width=8, iterations=1)
+
+
+@pytest.mark.parametrize('script', ['train', 'sample', 'evaluate', 'bench'])
+def test_float16_on_a_cpu_is_refused_alike_by_every_script(script, data_here):
+    with pytest.raises(UserError) as caught:
+        importlib.import_module(script).main(['--dtype=float16', '--device=cpu'])
+    assert str(caught.value) == ("dtype is 'float16', but only CUDA GPUs compute in it; take --dtype=float32 or "
+                                 '--dtype=bfloat16')
+
+
+@pytest.mark.parametrize('script', ['train', 'sample', 'evaluate'])
+def test_every_script_lets_a_gpu_multiply_in_tf32(script, data_here, monkeypatch):
+    """On a GPU by name alone; what comes after is missing, so that no kernel is started."""
+    chosen = []
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', chosen.append)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(runtime, '_described', str)
+    monkeypatch.setattr(runtime, 'has_fast_bfloat16', lambda device: False)
+    nothing = '--dataset=nothing' if script == 'train' else '--out_dir=nothing'
+    for device, expected in (('cpu', []), ('cuda', ['high'])):
+        with pytest.raises(UserError, match='nothing'):
+            importlib.import_module(script).main([f'--device={device}', '--dtype=float32', nothing])
+        assert chosen == expected
 
 
 def test_threads_change_no_number_on_a_cpu_while_a_run_lasts():

@@ -167,7 +167,7 @@ def test_an_interval_needs_enough_texts_and_follows_from_the_seed():
 # The reference model ------------------------------------------------------------------------------------------------
 
 def reference(tokens='abcdefgh', block_size=8, kind='characters'):
-    vocabulary = Vocabulary(kind, tuple(tokens), '.' if kind == 'bpe' else '')
+    vocabulary = Vocabulary(kind, tuple(tokens), r'\w+|\W+' if kind == 'bpe' else '')
     config = GPTConfig(block_size=block_size, vocab_size=vocabulary.size, n_layer=1, n_head=2, n_embd=16,
                        attention_type='causal', mask_token_id=vocabulary.mask_token_id)
     model = GPT(config).double().eval().requires_grad_(False)

@@ -16,7 +16,7 @@ __all__ = ['POLICIES', 'REMASKING', 'Counts', 'Open', 'Policy', 'PolicyRow', 'Po
            'remask_policy']
 
 REMASKING = ('start_ratio', 'end_ratio', 'schedule_type', 'masking_ratios', 'schedule_mode', 'start_threshold',
-             'end_threshold', 'intelligent_remasking', 'randomness_strength')
+             'end_threshold', 'guidance', 'intelligent_remasking', 'randomness_strength')
 
 
 class PolicyRow(NamedTuple):

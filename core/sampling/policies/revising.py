@@ -18,12 +18,16 @@ def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], 
     Guidance in this order of preference: the view's critic (an external remasking model, else the critic head),
     self-confidence (1 - the probability that a token had when it was drawn, one scale for old and new tokens), none.
     calibrate: maps the critic's wrongness to error rates; for thresholds only, since it may make unequal ones equal.
+    Where all positions are drawn at random no guide is asked.
     """
     assert calibrate is None or mode == 'threshold'
+    by_lot = mode == 'ratio' and randomness_strength == 1
 
     def remask(view: PolicyView) -> Tensor:
         wrongness = None
-        if view.critic is not None:
+        if by_lot:
+            pass
+        elif view.critic is not None:
             wrongness = view.critic() if calibrate is None else calibrate(view.critic())
         elif intelligent:
             wrongness = 1.0 - view.confidence.exp()
