@@ -59,7 +59,8 @@ def option(default: Any, help: str, *, alias: str | None = None, bare: str | Non
     """A field of an options class: its default, one line that says its unit or when to change it, a second name, and
     the text that `--key` alone stands for, where it may be given without a value.
 
-    path: it names a file or folder, so that `~` is the home folder; minimum, maximum: the bounds of a number, inclusive.
+    path: it names a file or folder, so that `~` is the home folder; minimum, maximum: the bounds of a number,
+    inclusive.
     """
     given = {'help': help, 'alias': alias, 'bare': bare, 'path': path, 'minimum': minimum, 'maximum': maximum}
     metadata = {key: value for key, value in given.items() if value is not None and value is not False}
@@ -333,8 +334,8 @@ def _split_arguments(arguments: Sequence[str], keys: _Keys,
             texts.append((name, text))
             words = _loose_words(waiting) if keys.is_text(name) else []
             if words:
-                problems.append(f'{shown_name(" ".join(words))} on the {COMMAND_LINE}: a text of several words is put in '
-                                f'quotes: --{name}="{shown_name(" ".join([text, *words]))}"')
+                problems.append(f'{shown_name(" ".join(words))} on the {COMMAND_LINE}: a text of several words is put '
+                                f'in quotes: --{name}="{shown_name(" ".join([text, *words]))}"')
         elif argument.startswith('-'):
             value, key = 'VALUE', keys.find(name) or name
             if not equals and waiting and not waiting[0].startswith('-') and not re.search(r'=|\.py$', waiting[0]):

@@ -116,11 +116,12 @@ class GPTConfig:
 
     def _block_problems(self) -> list[str]:
         if self.attention_type != 'block':
-            return [f'block_length is {self.block_length}, but attention_type is {self.attention_type}; leave it out or '
-                    f'take attention_type=block'] if self.block_length else []
+            return [f'block_length is {self.block_length}, but attention_type is {self.attention_type}; leave it out '
+                    f'or take attention_type=block'] if self.block_length else []
         problems = []
         if not self.block_length:
-            problems.append('attention_type is block, but block_length is empty; give one length, such as 8, or several')
+            problems.append('attention_type is block, but block_length is empty; give one length, such as 8, or '
+                            'several')
         problems += [f'block_length is {length}, but must divide block_size ({self.block_size})'
                      for length in self.block_length if not 1 <= length <= self.block_size or self.block_size % length]
         if len(set(self.block_length)) < len(self.block_length):

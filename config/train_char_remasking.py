@@ -2,8 +2,8 @@
 # Variants, each by one flag: --remasking_loss_type=corrupted_only (A), all_positions (B) or balanced;
 # --remasking_corruption=model (errors of the main checkpoint, which train_char_diffusion_sampler.py makes);
 # --remasking_kind=binary.
-# Two CPU cores: 4 minutes 15 seconds with the errors and the weights of the main checkpoint (docs/remasking.md). One GPU:
-# 6 layers, 384 channels, 2400 iterations; not measured yet.
+# Two CPU cores: 4 minutes 15 seconds with the errors and the weights of the main checkpoint (docs/remasking.md). One
+# GPU: 6 layers, 384 channels, 2400 iterations; not measured yet.
 base_config = 'config/train_char_diffusion.py'
 out_dir = 'out-remasking'
 training_type = 'remasking'

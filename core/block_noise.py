@@ -1,8 +1,8 @@
 """Noise of block models: the block length of each row, one probability of a mask for each block.
 
-A block model (Arriola et al. 2025, BD3-LM, arXiv 2503.09573) factors a text into blocks and runs masked diffusion inside
-each of them, given the clean text before it. Its bound is the sum of the bounds of its blocks, so every block draws a
-probability of its own. All numbers depend on (seed, iteration, global row) alone.
+A block model (Arriola et al. 2025, BD3-LM, arXiv 2503.09573) factors a text into blocks and runs masked diffusion
+inside each of them, given the clean text before it. Its bound is the sum of the bounds of its blocks, so every block
+draws a probability of its own. All numbers depend on (seed, iteration, global row) alone.
 
 Letters: B rows held here, G rows of the global batch, T sequence length, M blocks of the global batch.
 """

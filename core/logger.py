@@ -47,7 +47,8 @@ class IterationRecord:
 
 
 class RunLogger:
-    """Says and records everything of one training run, in `metrics` (`folder`/metrics.jsonl by default); with `enabled=False` (ranks above 0) it does nothing."""
+    """Says and records everything of one training run, in `metrics` (`folder`/metrics.jsonl by default); with
+    `enabled=False` (ranks above 0) it does nothing."""
 
     def __init__(self, folder: Path, *, wandb_log: bool, project: str, run_name: str, config: dict[str, Any],
                  start_iteration: int, total_iterations: int, enabled: bool, metrics: Path | None = None) -> None:
@@ -176,7 +177,8 @@ class _WandbRun:
                  say: Callable[[str], None]) -> None:
         self._say = say
         self._failures = 0
-        wandb = optional(f'W&B is not available (pip install wandb), metrics go to {METRICS_NAME} only', _import_wandb, say)
+        wandb = optional(f'W&B is not available (pip install wandb), metrics go to {METRICS_NAME} only', _import_wandb,
+                         say)
         self._run = None if wandb is None else optional(
             f'W&B did not start (WANDB_MODE=offline keeps numbers for later), metrics go to {METRICS_NAME} only',
             lambda: self._start(wandb, folder, project, run_name, config), say)

@@ -78,7 +78,8 @@ def _draw_training(axes: 'Axes', iterations: np.ndarray, values: np.ndarray, nam
     return smooth
 
 
-def _draw_validation(axes: 'Axes', records: Sequence[Mapping[str, Any]], key: str, name: str, colour: str) -> np.ndarray:
+def _draw_validation(axes: 'Axes', records: Sequence[Mapping[str, Any]], key: str, name: str,
+                     colour: str) -> np.ndarray:
     iterations, values = _series(records, key)
     if not len(values):
         return values

@@ -35,8 +35,8 @@ def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, sa
     if not 0 <= weight <= 1:
         raise UserError(f'weight is {weight}, but must lie in [0, 1]: it is the share of {second}')
     if os.path.lexists(output):
-        raise UserError(f'{output} is there already and is not replaced; choose another name with --output=..., or move it '
-                        f'away')
+        raise UserError(f'{output} is there already and is not replaced; choose another name with --output=..., or '
+                        f'move it away')
     one, other = load_checkpoint(first), load_checkpoint(second)
     _require_equal_shape(one, other, first, second)
     merged = _between(one, other, weight)

@@ -20,7 +20,8 @@ class TrainConfig:
     init_from: Literal['scratch', 'resume'] = option('scratch', 'resume goes on exactly where the run stopped')
     init_from_checkpoint: str | None = option(
         None, 'start from the weights of this checkpoint; heads may differ (not read by init_from=resume)', path=True)
-    overwrite: bool = option(False, 'start from scratch in a folder that holds a run; its files move to earlier_run_<date>')
+    overwrite: bool = option(False,
+                             'start from scratch in a folder that holds a run; its files move to earlier_run_<date>')
     force_resume: bool = option(False, 'resume although the corpus has changed')
     # evaluation and output
     eval_interval: int = option(500, 'iterations between validations, each with a sample and a save',

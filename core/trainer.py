@@ -182,8 +182,8 @@ class Run:
                 distributed.barrier()  # a damaged file has been put aside
             self.resume(path or latest_checkpoint(config.out_dir, say), say)
             if self.is_finished():
-                say(f'the run in {config.out_dir} is finished: it has done {self.iteration} iterations and max_iters is '
-                    f'{config.max_iters}; raise it to go on (--max_iters={2 * self.iteration})')
+                say(f'the run in {config.out_dir} is finished: it has done {self.iteration} iterations and max_iters '
+                    f'is {config.max_iters}; raise it to go on (--max_iters={2 * self.iteration})')
                 return False
             if self.folder is not None:
                 self.folder.write_description(options)

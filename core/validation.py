@@ -140,7 +140,8 @@ def block_terms(model: GPT, windows: Tensor, block_length: int, generator: RowRa
     mask = (order < counts[..., None]).view(rows, T).to(windows.device)
     weights = to_exact(1.0 / counts.double()).repeat_interleave(b, dim=1) / (T // b)  # [B, T]
     positions = mask.flatten().nonzero().squeeze(1)  # [N]
-    hidden = model.encode_streams(apply_mask(windows, mask, model.config.mask_token_id), windows, b, positions)  # [N, D]
+    hidden = model.encode_streams(apply_mask(windows, mask, model.config.mask_token_id), windows, b,
+                                  positions)  # [N, D]
     logits = model.lm_head(hidden).float().masked_fill(~allowed, -torch.inf)  # [N, V]
     losses = to_exact(F.cross_entropy(logits, windows.flatten()[positions], reduction='none')).double()  # [N]
     terms = torch.zeros(rows, dtype=torch.float64, device=losses.device)
@@ -159,7 +160,8 @@ def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tens
     left, new = (part.to(windows.device) for part in neighbours_shown(
         keyed(0, 0, 0, rows), *(part.cpu() for part in (windows, masked)), seen, block.cpu()))
     inputs = prepare_sampler_inputs(hidden.flatten(0, 1), left.flatten(0, 1), embedding, head.window.left)
-    logits = head(inputs.sampler_input, model.lm_head(hidden).flatten(0, 1), model.lm_head.weight, new.flatten())  # [B T, V]
+    logits = head(inputs.sampler_input, model.lm_head(hidden).flatten(0, 1), model.lm_head.weight,
+                  new.flatten())  # [B T, V]
     logits = logits.float().masked_fill(~allowed, -torch.inf)
     return to_exact(F.cross_entropy(logits, windows.flatten(), reduction='none')).double().view(rows, T).mean(1)
 

@@ -52,7 +52,8 @@ def trained(out, *arguments):
 
 def values(folder):
     kept = ('train/loss', 'train/loss_main', 'train/loss_sampler', 'train/loss_critic', 'val/nelbo', 'val/value')
-    return [{name: record[name] for name in kept if name in record} for record in read_metrics(folder / 'metrics.jsonl')]
+    return [{name: record[name] for name in kept if name in record}
+            for record in read_metrics(folder / 'metrics.jsonl')]
 
 
 @pytest.mark.parametrize('further', [(), ('--attention_type=causal', '--add_sampler_head=False',
@@ -75,7 +76,8 @@ def test_a_run_is_taken_up(small_corpus):
         torch.testing.assert_close(parts.model[name], tensor)
 
 
-@pytest.mark.parametrize('kind', [('--training_type=remasking',), ('--training_type=remasking', '--remasking_kind=binary'),
+@pytest.mark.parametrize('kind',
+                         [('--training_type=remasking',), ('--training_type=remasking', '--remasking_kind=binary'),
                                   ('--training_type=judge',)])
 def test_helpers_train(small_corpus, kind):
     trained('helper', *kind, '--add_sampler_head=False', '--add_critic_head=False')

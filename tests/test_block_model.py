@@ -14,7 +14,8 @@ T, MASK = 12, V0
 
 
 def block_model(*lengths: int, **changes) -> GPT:
-    return awake(GPT(toy_config(block_size=T, attention_type='block', block_length=lengths, n_layer=2, **changes))).eval()
+    return awake(GPT(toy_config(block_size=T, attention_type='block', block_length=lengths, n_layer=2,
+                                **changes))).eval()
 
 
 def texts(rows: int, seed: int = 0) -> torch.Tensor:
@@ -111,7 +112,7 @@ def test_the_cache_changes_nothing(b, positions):
     for first in range(b, T, b):
         call = torch.cat((clean[:, first - b:first], noisy[:, first:first + b]), dim=1)
         found.append(model.encode_blocks(call, b, cache, b)[:, b:])
-        again = model.encode_blocks(noisy[:, first:first + b], b, cache, 0)  # a second call reads the block in work alone
+        again = model.encode_blocks(noisy[:, first:first + b], b, cache, 0)  # now it reads the block in work alone
         assert torch.allclose(again, found[-1], atol=1e-5)
     assert torch.allclose(torch.cat(found, dim=1), whole, atol=1e-5)
 
@@ -121,7 +122,8 @@ def test_gradients_of_two_streams_are_those_of_one_pass_for_each_block():
     noisy = clean.masked_fill(torch.rand(2, T, generator=torch.Generator().manual_seed(6)) < 0.7, MASK)
     weight = torch.randn(2, T, model.config.n_embd, generator=torch.Generator().manual_seed(7))
     (model.encode_streams(noisy, clean, 3) * weight).sum().backward()
-    together = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    together = {name: parameter.grad.clone() for name, parameter in model.named_parameters()
+                if parameter.grad is not None}
     model.zero_grad()
     for first in range(0, T, 3):
         text = torch.cat((clean[:, :first], noisy[:, first:first + 3]), dim=1)

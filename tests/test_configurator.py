@@ -285,7 +285,8 @@ def bounded_refusal(*arguments):
 
 
 @pytest.mark.parametrize('argument, said', [
-    ('--batch_size=0', 'batch_size is 0, but must be at least 1'), ('--warmup=-1', 'warmup is -1, but must not be negative'),
+    ('--batch_size=0', 'batch_size is 0, but must be at least 1'),
+    ('--warmup=-1', 'warmup is -1, but must not be negative'),
     ('--batch_size=1000001', 'batch_size is 1000001, but must be at most 1,000,000'),
     ('--seed=9223372036854775808', 'must be at most 9,223,372,036,854,775,807'), ('--top=0', 'must be at least 1'),
     ('--out_dir=' + 'é' * 128, 'a name of 256 bytes'), ('--out_dir=a/' + 'b' * 256 + '/c', 'at most 255; shorten it'),
@@ -297,7 +298,8 @@ def test_bounds_are_stated_with_the_option_and_checked_for_all(argument, said):
 def test_every_bound_is_reported_and_its_ends_are_taken(tmp_path):
     assert bounded_refusal('--batch_size=0', '--warmup=-1').count('\n') == 1
     assert 'batch_size is 0' in bounded_refusal(written(tmp_path, 'batch_size = 0'))
-    taken = configure(Bounded, ['--batch_size=1000000', f'--seed={-2**63}', '--top=None', '--out_dir=' + 'b' * 255]).config
+    taken = configure(Bounded, ['--batch_size=1000000', f'--seed={-2**63}', '--top=None',
+                                '--out_dir=' + 'b' * 255]).config
     assert bound_problems(taken) == []
     assert (taken.batch_size, taken.seed, taken.top) == (10**6, -2**63, None)
 
@@ -320,7 +322,8 @@ def test_config_files_are_found_however_they_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setattr('configurator.CONFIGS', tmp_path / 'sub')
-    for arguments in ([path], [f'--config={path}'], ['--config', path], [f'config={path}'], ['x.py'], ['x'], ['~/sub/x.py'],
+    for arguments in ([path], [f'--config={path}'], ['--config', path], [f'config={path}'], ['x.py'], ['x'],
+                      ['~/sub/x.py'],
                       ['sub\\x.py'], ['--start_text=a', 'x']):
         assert configure(Bounded, arguments).config.batch_size == 3, arguments
     assert 'no such config file' in bounded_refusal('--config=none.py')

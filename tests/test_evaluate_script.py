@@ -98,7 +98,8 @@ def test_likelihood_gives_a_table_a_picture_and_a_cache_that_grows(checkpoints, 
     (['--measure=nelbos'], "measure is 'nelbos'.*did you mean 'nelbo'"),
     (['--measure=nelbo', '--windows=1'], 'windows is 1, but a standard error needs at least 2'),
     (['--measure=nelbo', '--batch_size=0'], 'batch_size is 0'),
-    (['--measure=nelbo', '--checkpoint_name=none.pt'], 'there is no checkpoint out/none.pt; out has .*ckpt_best.pt.* --checkpoint_name='),
+    (['--measure=nelbo', '--checkpoint_name=none.pt'],
+     'there is no checkpoint out/none.pt; out has .*ckpt_best.pt.* --checkpoint_name='),
     (['--measure=nelbo', '--split=ref'], 'corpus tiny has no ref.bin'),
     (['--measure=nelbo', '--dataset=nothing'], "unknown dataset 'nothing'"),
     (['--measure=nelbo', '--dtype=float16'], "dtype is 'float16'"),
@@ -125,7 +126,8 @@ def test_checkpoints_that_do_not_fit_are_named(small_corpus):
     write_checkpoint(small_corpus, 'young.pt', add_sampler_head=True, start_sampler_iteration=500)
     write_checkpoint(small_corpus, 'broken.pt', broken=True)
     for name, words in (('other.pt', 'vocabulary of 3 tokens, corpus tiny another one'),
-                        ('judge.pt', "of kind 'judge'"), ('nameless.pt', '--dataset='), ('long.pt', 'windows of 100000 are asked for'),
+                        ('judge.pt', "of kind 'judge'"), ('nameless.pt', '--dataset='),
+                        ('long.pt', 'windows of 100000 are asked for'),
                         ('broken.pt', 'weights that are not numbers')):
         with pytest.raises(UserError, match=words):
             evaluate('--measure=nelbo', '--windows=4', f'--checkpoint_name={name}')

@@ -172,7 +172,8 @@ def test_modes_give_their_shapes_and_ranges():
     scores = scorer.sequence_scores(TOKENS)
     assert scores.shape == (2,) and (0 < scores).all() and (scores < 1).all()
     critic = awake(GPT(toy_config(add_critic_head=True)))
-    assert torch.allclose(critic.critic_scores(TOKENS), torch.sigmoid(critic.critic_logits(critic.encode(TOKENS)).double()))
+    assert torch.allclose(critic.critic_scores(TOKENS),
+                          torch.sigmoid(critic.critic_logits(critic.encode(TOKENS)).double()))
 
 
 def test_the_count_of_operations_is_that_of_the_matrices():

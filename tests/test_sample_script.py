@@ -49,7 +49,8 @@ def test_the_script_prints_texts_scores_and_times(folder):
                            '--sampling_method=diffusion', '--diffusion_iterations=4', '--seed_text=ab'], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for part in ('--- sample 1 (self-confidence -', '\nab', '28 tokens in', '4 trunk calls, 7 network calls', 'characters: ',
+    for part in ('--- sample 1 (self-confidence -', '\nab', '28 tokens in', '4 trunk calls, 7 network calls',
+                 'characters: ',
                  'patterns: ', 'trunk', 'remask', '8 groups'):
         assert part in done.stdout
     assert done.stderr == ''
@@ -111,7 +112,8 @@ def test_help_lists_every_policy_in_one_line():
 
 
 def test_infilling_and_json(folder, tmp_path):
-    result, said = sample(folder, '--infill_text=ab##cd#', '--infill_char=#', '--iterations=3', '--end_ratio=0.5', '--num_samples=2',
+    result, said = sample(folder, '--infill_text=ab##cd#', '--infill_char=#', '--iterations=3', '--end_ratio=0.5',
+                          '--num_samples=2',
                           f'--save_json={tmp_path}/run.json', f'--output_file={tmp_path}/texts.txt')
     assert all(text[:2] == 'ab' and text[4:6] == 'cd' and len(text) == 7 for text in result.texts)
     saved = json.loads((tmp_path / 'run.json').read_text())
@@ -124,7 +126,8 @@ def test_infilling_and_json(folder, tmp_path):
 
 def test_the_replay_page_holds_the_run_and_the_animation_shows_it(folder, tmp_path, capsys):
     plain, _ = sample(folder, '--iterations=3', '--num_samples=2')
-    result, said = sample(folder, '--iterations=3', '--num_samples=2', f'--save_html={tmp_path}/run.html', '--animate=True')
+    result, said = sample(folder, '--iterations=3', '--num_samples=2', f'--save_html={tmp_path}/run.html',
+                          '--animate=True')
     assert result.texts == plain.texts and f'replay written to {tmp_path}/run.html' in said
     data = json.loads(re.search(r'id="trace">(.*?)</script>', (tmp_path / 'run.html').read_text(), re.S)[1])
     assert [frame['event'] for frame in data['samples'][1]['frames']] == ['predict', 'remask'] * 2 + ['predict']

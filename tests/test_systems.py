@@ -75,8 +75,9 @@ WORK = '''
 import runpy
 from core.data.corpus import load_corpus
 SMALL = ('--dataset=custom --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_interval=4 '
-         '--eval_iters=1 --warmup_iters=1 --log_interval=1 --device=cpu --compile=False --sample_length=12 --add_sampler_head=True '
-         '--start_sampler_iteration=2 --add_critic_head=True --start_critic_iteration=3 --end_critic_iteration=5').split()
+         '--eval_iters=1 --warmup_iters=1 --log_interval=1 --device=cpu --compile=False --sample_length=12 '
+         '--add_sampler_head=True --start_sampler_iteration=2 --add_critic_head=True --start_critic_iteration=3 '
+         '--end_critic_iteration=5').split()
 
 def run(script, *words):
     sys.argv = [script, *words]

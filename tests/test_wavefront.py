@@ -284,14 +284,16 @@ def test_the_inputs_of_the_sampler_head_are_named(model):
 
 
 def test_a_prediction_finds_head_rule_and_generator_by_itself(model):
-    """As the documents call it: a model and tokens. torch's own seed repeats the draws, and the next call has others."""
+    """As the documents call it: a model and tokens. torch's own seed repeats the draws, and the next call has
+    others."""
     tokens = torch.full((32, T), MASK)
     torch.manual_seed(3)
     first, second = predict_and_sample_tokens(model, tokens), predict_and_sample_tokens(model, tokens)
     torch.manual_seed(3)
     again = predict_and_sample_tokens(model, tokens)
     assert first.tokens.equal(again.tokens) and not first.tokens.equal(second.tokens)
-    assert first.statistics.waves > 1 and first.tokens.unique().tolist() == [*range(BASE)]  # the head, and no special id
+    assert first.statistics.waves > 1  # the head
+    assert first.tokens.unique().tolist() == [*range(BASE)]  # no special id
     given = {'rule': RULE, 'generator': keyed(1, 0, 0, 32)}
     assert predict_and_sample_tokens(model, tokens, **given).tokens.equal(
         predict_and_sample_tokens(model, tokens, **given, use_sampler_head=True).tokens)
@@ -354,7 +356,7 @@ def test_the_most_logits_held_at_once_change_nothing(model, monkeypatch, tempera
         assert (whole.confidence == whole.log_probabilities).all() == (temperature == penalty == 1)
 
 
-# A head trained from left to right --------------------------------------------------------------------------------------
+# A head trained from left to right ------------------------------------------------------------------------------------
 
 ORDERED = {**SHAPE, 'sampler_order': 'left_to_right', 'sampler_context_left': 3, 'sampler_context_right': 1,
            'sampler_gate': True}

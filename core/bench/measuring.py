@@ -1,7 +1,8 @@
 """Speed: what bench.py measures. Raw seconds go into one record of built-in types; core/bench/report.py reads it.
 
 A noisy machine drifts, so the cases of a group run in turns (A B C A B C) together with the machine's own rates, and
-every ratio is taken within a round. core/bench/training_cases.py and core/bench/sampling_cases.py say what the cases are.
+every ratio is taken within a round. core/bench/training_cases.py and core/bench/sampling_cases.py say what the cases
+are.
 """
 
 import math

@@ -89,7 +89,8 @@ class Fill(TypedDict):
 
 
 class Run(TypedDict):
-    """A policy's run: tokens written, calls, and seconds of it, inside trunk calls and inside network calls, per round."""
+    """A policy's run: tokens written, calls, and seconds of it, inside trunk calls and inside network calls, per
+    round."""
 
     tokens: Dimension
     seconds: Rounds

@@ -237,7 +237,8 @@ def option_problems(config: BenchConfig, explicit: Mapping[str, str]) -> list[st
     problems += [f'critic_row_stride is {config.critic_row_stride}, but must be at least 1'] \
         if config.critic_row_stride < 1 else []
     problems += [*name_problems('shapes', config.shapes.split(','), SHAPES),
-                 *name_problems('groups', config.groups.split(','), GROUPS), *measurement_problems(explicit, scaling=False)]
+                 *name_problems('groups', config.groups.split(','), GROUPS),
+                 *measurement_problems(explicit, scaling=False)]
     if config.baseline and not {'training', 'sampling'} & set(config.groups.split(',')):
         problems.append(f'baseline adds rows to training and sampling, but groups is {config.groups!r}; name one of '
                         f'them or leave --baseline out')

@@ -73,7 +73,8 @@ def measure_sizes(sizes: Mapping[str, Size], say: Say) -> ScalingRecord:
     """The record of `sizes`, in built-in types: of each what `measure_here` finds in a process of its own, its
     'peak_bytes' as 'process_bytes', and 'tensor_bytes', those of a second process that gives every large block back at
     once. Both are less what a process holds that trains `EMPTY` on as many ranks in the same way."""
-    record: ScalingRecord = {'format': SCALING_FORMAT, 'version': SCALING_VERSION, 'machine': describe_machine(), 'sizes': {}}
+    record: ScalingRecord = {'format': SCALING_FORMAT, 'version': SCALING_VERSION, 'machine': describe_machine(),
+                             'sizes': {}}
     empty: dict[tuple[Size, bool], int] = {}
     for name, size in sizes.items():
         nothing = replace(EMPTY, ranks=size.ranks, sharded=size.sharded, optimizer=size.optimizer)

@@ -26,9 +26,11 @@ TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves behind
 LONGEST_STEM = 120  # bytes of a name that its temporary name repeats; a name may have 255 with all that follows
 # Files that no output named by the user may replace: checkpoints, corpora, programs and configs, files of a run.
 OTHERS_SUFFIXES = frozenset({'.pt', '.safetensors', '.bin', '.pkl', '.py', '.damaged'})
-OTHERS_NAMES = frozenset({'config.json', 'environment.json', 'metrics.jsonl', 'run.lock', 'evaluation.json', 'calibration.json',
+OTHERS_NAMES = frozenset({'config.json', 'environment.json', 'metrics.jsonl', 'run.lock', 'evaluation.json',
+                          'calibration.json',
                           'loss.png'})
-NOT_OFFERED = frozenset(getattr(errno, name) for name in ('EINVAL', 'ENOSYS', 'ENOTSUP', 'EOPNOTSUPP', 'ENOLCK', 'EBADF')
+NOT_OFFERED = frozenset(getattr(errno, name)
+                        for name in ('EINVAL', 'ENOSYS', 'ENOTSUP', 'EOPNOTSUPP', 'ENOLCK', 'EBADF')
                         if hasattr(errno, name))  # of an fsync or a lock that a file system does not have
 
 
@@ -168,7 +170,8 @@ def why_unwritable(path: str) -> str | None:
         if mode is not None and stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if mode is not None and stat.S_ISREG(mode) and belongs_elsewhere(Path(os.path.realpath(place))):
-            return 'that is a checkpoint, a corpus, a program, a config or a file of a run, which stays; choose another name'
+            return ('that is a checkpoint, a corpus, a program, a config or a file of a run, which stays; choose another '
+                    'name')
         if mode is None or stat.S_ISREG(mode):
             NewFile(place).discard()
         elif not os.access(place, os.W_OK):  # a pipe is not opened, which could wait for a reader

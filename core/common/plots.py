@@ -1,7 +1,7 @@
 """One way to draw a picture: its figure, its look and its file.
 
-Pictures are extras: whatever fails while one is drawn, a sentence says so and the work goes on. Matplotlib takes seconds
-to import, so it is imported where a picture is drawn.
+Pictures are extras: whatever fails while one is drawn, a sentence says so and the work goes on. Matplotlib takes
+seconds to import, so it is imported where a picture is drawn.
 """
 
 import os

@@ -64,7 +64,8 @@ def _losing_output() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputLost(f'standard output cannot be written ({error.strerror or error}); give it another place') from None
+        raise OutputLost(f'standard output cannot be written ({error.strerror or error}); give it another '
+                         f'place') from None
 
 
 def say_if_heard(text: str = '') -> None:
@@ -132,8 +133,8 @@ failed_decorations: dict[str, BaseException] = {}  # what `optional` has caught 
 def optional(what: str, call: Callable[[], Answer], tell: Callable[[str], None] = complain) -> Answer | None:
     """The answer of `call`, or None where it fails: for pictures, progress bars and other services that no run needs.
 
-    `what`, what did not come about, and the error are told in one line, the first time that it fails. Even SystemExit is caught, which libraries
-    raise; an interrupt is not.
+    `what`, what did not come about, and the error are told in one line, the first time that it fails. Even SystemExit
+    is caught, which libraries raise; an interrupt is not.
     """
     try:
         return call()

@@ -89,6 +89,6 @@ class RowRandom:
 
 
 def keyed(seed: int, iteration: int, first_row: int, count: int, device: torch.device | str = 'cpu') -> RowRandom:
-    """`RowRandom` of the `count` consecutive global rows from `first_row` on, for a network on `device`: its numbers are
-    made where float64 exists."""
+    """`RowRandom` of the `count` consecutive global rows from `first_row` on, for a network on `device`: its numbers
+    are made where float64 exists."""
     return RowRandom(seed, iteration, torch.arange(first_row, first_row + count, device=exact_device(device)))

@@ -136,7 +136,8 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
     use_precision(torch.device(device), dtype)
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world_size > 1 and device == 'mps':
-        raise UserError(f'device is mps, but {world_size} ranks cannot share an Apple GPU; start one, or take --device=cpu')
+        raise UserError(f'device is mps, but {world_size} ranks cannot share an Apple GPU; start one, or take '
+                        f'--device=cpu')
     if world_size > 1:
         backend = backend or ('nccl' if device.startswith('cuda') else 'gloo')
         if device == 'cuda':
@@ -204,7 +205,8 @@ def is_compile_error(error: BaseException) -> bool:
     """Whether `error` comes from torch.compile, its compiler or its worker processes."""
     seen: BaseException | None = error
     while seen is not None:
-        if type(seen).__module__.startswith(('torch._dynamo', 'torch._inductor', 'torch._functorch', 'concurrent.futures',
+        if type(seen).__module__.startswith(('torch._dynamo', 'torch._inductor', 'torch._functorch',
+                                             'concurrent.futures',
                                              'subprocess')):
             return True
         seen = seen.__cause__ or seen.__context__
@@ -227,8 +229,8 @@ def handling(signals: Iterable[signal.Signals], handler: Callable[[int, object],
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device is known to multiply bfloat16 matrices faster than float32 ones: a CUDA GPU since Ampere, a CPU
-    with AMX."""
+    """Whether the device is known to multiply bfloat16 matrices faster than float32 ones: a CUDA GPU since Ampere, a
+    CPU with AMX."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == 'cpu' and torch.cpu._is_amx_tile_supported()

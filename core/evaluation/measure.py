@@ -61,8 +61,8 @@ class Evaluation:
 
 
 class Cell(NamedTuple):
-    """settings: everything that the result depends on beside the checkpoint, in built-in types; kind: the TypedDict that
-    a result fits; compute: makes it; cost: its share of the work, for the progress bar, in any unit."""
+    """settings: everything that the result depends on beside the checkpoint, in built-in types; kind: the TypedDict
+    that a result fits; compute: makes it; cost: its share of the work, for the progress bar, in any unit."""
 
     settings: Result
     kind: type

@@ -1,4 +1,5 @@
-"""The measure `nelbo`: the bound of a diffusion or block checkpoint, the exact negative log-likelihood of a causal one."""
+"""The measure `nelbo`: the bound of a diffusion or block checkpoint, the exact negative log-likelihood of a causal
+one."""
 
 from functools import partial
 from typing import TypedDict
@@ -39,5 +40,6 @@ def nelbo_cells(evaluation: Evaluation) -> list[Cell]:
             for length in lengths]
 
 
-NELBO = Measure(nelbo_cells, ('split', 'kind', 'block_length', 'nats', 'standard_error', 'bits', 'unit', 'windows', 'seconds'),
+NELBO = Measure(nelbo_cells, ('split', 'kind', 'block_length', 'nats', 'standard_error', 'bits', 'unit', 'windows',
+                              'seconds'),
                 'upper bound on the negative log-likelihood, nats per token (causal: the likelihood itself)')

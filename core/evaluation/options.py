@@ -26,13 +26,15 @@ class EvaluateConfig:
         maximum=10**7)
     trunk_calls: list[float] | None = option(None, "budgets; each measure has its own by default")
     policies: str | None = option(None, 'sampling policies, separated by commas; each measure has its own by default')
-    heads: str | None = option(None, 'none, wave, left_to_right: who fills a step; all there is by default (likelihood)')
+    heads: str | None = option(None,
+                               'none, wave, left_to_right: who fills a step; all there is by default (likelihood)')
     remasking_checkpoint_name: str | None = option(
         None, 'remasking model that also looks for errors (errors): file in out_dir, or path', path=True)
     # samples (measures quality, policies and curves)
     num_samples: int = option(16, 'texts per setting; more for narrower intervals', minimum=1, maximum=10**9)
     sequence_length: int | None = option(None, 'tokens per text; the block size by default', minimum=1, maximum=10**6)
-    guidance: str | None = option(None, 'critic, model (remasking_checkpoint_name), self, random: who guides the policy '
+    guidance: str | None = option(None,
+                                  'critic, model (remasking_checkpoint_name), self, random: who guides the policy '
                                   'remask, separated by commas; the critic if there is one by default')
     use_sampler_head: bool = option(True, 'False: masked positions are drawn independently')
     temperature: float = option(SampleConfig.temperature, 'of quality and policies')

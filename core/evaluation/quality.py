@@ -1,7 +1,8 @@
 """The measures of evaluate.py that look at samples: quality, policies and curves.
 
 Their cells write texts (core/evaluation/written_samples.py) and measure them (core/evaluation/text_metrics.py); what
-they say of all cells is core/evaluation/quality_tables.py. Metrics stand in a result as `name`, with their 95 % interval as `name_interval`.
+they say of all cells is core/evaluation/quality_tables.py. Metrics stand in a result as `name`, with their 95 %
+interval as `name_interval`.
 """
 
 import math

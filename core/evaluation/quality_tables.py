@@ -1,7 +1,8 @@
 """What the samples' measures say: tables in Markdown, pictures, and the small records that docs keep.
 
-`rows` are settings and result of a cell in one dict, as core/evaluation/quality.py makes them; a control has a name under
-'control', every other row one under 'policy'. All figures are read from rows, so a kept record makes the same page.
+`rows` are settings and result of a cell in one dict, as core/evaluation/quality.py makes them; a control has a name
+under 'control', every other row one under 'policy'. All figures are read from rows, so a kept record makes the same
+page.
 """
 
 import json
@@ -131,7 +132,8 @@ def quality_text(rows: Sequence[Row], command: str) -> str:
 def draw_quality(evaluation: Evaluation, rows: Sequence[Result]) -> None:
     """quality.md and quality.png in the run folder."""
     folder = evaluation.out_dir
-    write_whole(folder / 'quality.md', quality_text(rows, command_of(evaluation.config, evaluation.explicit, 'quality')) + '\n')
+    write_whole(folder / 'quality.md',
+                quality_text(rows, command_of(evaluation.config, evaluation.explicit, 'quality')) + '\n')
     evaluation.say(f'table written to {folder / "quality.md"}')
     plot_quality(rows, [f'{name_of(row)} {row["wanted_calls"] or ""}'.strip() if 'policy' in row else name_of(row)
                         for row in rows], folder / 'quality.png', evaluation.say)
@@ -161,7 +163,8 @@ def at_equal_entropy(rows: Sequence[Row]) -> list[Equal]:
     found = []
     for (policy, name, wanted), group in groups.items():
         entropies = [row['entropy_3'] for row in group]
-        figures = {name: at_entropy([(row['entropy_3'], row[name]) for row in group if row.get(name) is not None], target)
+        figures = {name: at_entropy([(row['entropy_3'], row[name]) for row in group if row.get(name) is not None],
+                                    target)
                    for name in (*COSTS, 'temperature', 'reference_bits', 'known_words', 'copied_span', 'repetition')}
         for end, place in (('low', 0), ('high', 1)):
             figures[end] = at_entropy([(row['entropy_3'], interval[place]) for row in group
@@ -235,7 +238,8 @@ def _argument(value: object) -> str:
 
 def _record(evaluation: Evaluation, measure: str, rows: Sequence[Row]) -> Result:
     """What the docs keep of a measure: enough to write its page again."""
-    return {'measure': measure, 'command': command_of(evaluation.config, evaluation.explicit, measure), 'checkpoint': evaluation.checkpoint_hash,
+    return {'measure': measure, 'command': command_of(evaluation.config, evaluation.explicit, measure),
+            'checkpoint': evaluation.checkpoint_hash,
             'common': {name: rows[0][name] for name in COMMON},
             'rows': [{name: rounded(row[name]) for name in KEPT if name in row} for row in rows]}
 

@@ -77,7 +77,8 @@ def run_evaluation(config: EvaluateConfig, explicit: Mapping[str, str],
 
 
 def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Callable[[str], None]) -> list[Result]:
-    """The rows of one measure of one checkpoint, from its cache as far as they are known; nothing is printed of them."""
+    """The rows of one measure of one checkpoint, from its cache as far as they are known; nothing is printed of
+    them."""
     say(f'{config.measure} of {config.out_dir}/{config.checkpoint_name}')
     evaluation = load_evaluation(config, explicit, say)
     cache = ResultCache(evaluation.out_dir / CACHE_NAME, say)
@@ -102,8 +103,8 @@ def option_problems(config: EvaluateConfig) -> list[str]:
                         f'leave report out')
     guided = config.measure in ('quality', 'curves') and 'model' in (config.guidance or '').split(',')
     if config.remasking_checkpoint_name is not None and config.measure not in ('errors', 'all') and not guided:
-        problems.append(f'remasking_checkpoint_name does not apply to measure={config.measure}; take measure=errors, or '
-                        f'measure=quality or curves with guidance=model, or leave it out')
+        problems.append(f'remasking_checkpoint_name does not apply to measure={config.measure}; take measure=errors, '
+                        f'or measure=quality or curves with guidance=model, or leave it out')
     return problems
 
 
@@ -142,7 +143,8 @@ def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Ca
 def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: Sequence[Cell]) -> list[Result]:
     """Settings and result of each cell in one dict, from the cache or computed now and kept there.
 
-    `elapsed` is added to a result: the seconds that it took. A progress bar on a terminal, a line per new cell otherwise.
+    `elapsed` is added to a result: the seconds that it took. A progress bar on a terminal, a line per new cell
+    otherwise.
     """
     waiting = [cell for cell in cells if cache.find(evaluation.checkpoint_hash, name, cell) is None]
     if len(waiting) < len(cells):

@@ -119,7 +119,8 @@ class TerminalAnimation:
 
     def _printable(self, text: str) -> str:
         """No character that could move the cursor, and none that the stream cannot write."""
-        signs = escaped(text, self._signs.control).replace('\n', self._signs.line_break).replace('\t', self._signs.control)
+        signs = escaped(text, self._signs.control)
+        signs = signs.replace('\n', self._signs.line_break).replace('\t', self._signs.control)
         return signs if self._encodes(signs) else signs.encode('ascii', 'replace').decode()
 
     def _wrap(self, cells: list[tuple[str, str]], width: int) -> tuple[list[str], int]:

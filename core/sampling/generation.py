@@ -40,7 +40,8 @@ class GenerationSettings:
     """How to generate. policy, and head, which says who fills: of 'diffusion' and 'sampler'; iterations: of
     'multinomial'; start_token: what a causal model reads before an empty prompt; block_length: the policy completes
     this many positions after one another (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025), None for all at
-    once. Of a block model it is the length of its blocks; use_critic: the policy may ask how wrong tokens are, of the network's remasking model or critic head."""
+    once. Of a block model it is the length of its blocks; use_critic: the policy may ask how wrong tokens are, of the
+    network's remasking model or critic head."""
 
     method: Method
     rule: DrawRule

@@ -59,7 +59,8 @@ def _file_text(option: str, path: Path) -> str:
             raise ValueError(f'it has more than {LONGEST_PROMPT:,} characters')
         return text.removesuffix('\n')
     except (OSError, ValueError) as error:  # ValueError: too long, or bytes that are no UTF-8
-        reason = 'it is not UTF-8' if isinstance(error, UnicodeDecodeError) else getattr(error, 'strerror', None) or error
+        reason = getattr(error, 'strerror', None) or error
+        reason = 'it is not UTF-8' if isinstance(error, UnicodeDecodeError) else reason
         raise UserError(f'{option} is @{path}, but the file cannot be read ({reason}); write @@ for a text that begins '
                         f'with an @') from None
 

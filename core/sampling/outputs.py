@@ -30,8 +30,9 @@ def output_problems(config: SampleConfig) -> list[str]:
         problems = _shared_places({'checkpoint_name': Path(config.out_dir) / config.checkpoint_name,
                                    **{option: Path(path) for option, path in asked.items()}})
     if not holds_all(config):
-        problems += [f'{option} holds every step of every sample, but num_samples is {config.num_samples}; take at most '
-                     f'{KEPT} with it, or only output_file' for option in ('save_json', 'save_html') if option in asked]
+        problems += [f'{option} holds every step of every sample, but num_samples is {config.num_samples}; take at '
+                     f'most {KEPT} with it, or only output_file'
+                     for option in ('save_json', 'save_html') if option in asked]
     return problems
 
 

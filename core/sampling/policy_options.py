@@ -192,8 +192,8 @@ def _block_problems(config: SampleConfig, model_config: GPTConfig) -> list[str]:
         problems.append(f'remasking_checkpoint_name reads whole texts, but a block model writes blocks; leave it out, '
                         f'or {cure}')
     if config.sampling_method == 'multinomial':
-        problems.append(f'sampling_method is multinomial, which redraws a whole window; take --sampling_method=diffusion '
-                        f'or {cure}')
+        problems.append(f'sampling_method is multinomial, which redraws a whole window; take '
+                        f'--sampling_method=diffusion or {cure}')
     return problems
 
 

@@ -28,7 +28,8 @@ DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal', 
 
 Records = Mapping[str, Record]
 Say = Callable[[str], object]  # where lines for the user go
-Evaluate = Callable[[EvaluateConfig, Mapping[str, str]], list[Result]]  # rows, from evaluate.py's options and those given
+Evaluate = Callable[[EvaluateConfig, Mapping[str, str]],
+                    list[Result]]  # rows, from evaluate.py's options and those given
 
 
 @dataclass(frozen=True)

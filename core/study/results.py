@@ -256,7 +256,8 @@ def errors_text(records: Records) -> str:
 
 
 ERRORS = Section('errors', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'errors'),), errors_text,
-                 lambda records, folder, say: plot_errors([row for row in records['main']['rows'] if 'mask_share' in row],
+                 lambda records, folder,
+                 say: plot_errors([row for row in records['main']['rows'] if 'mask_share' in row],
                                                           SHOWN_SHARE, folder / 'errors.png', say))
 
 

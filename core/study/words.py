@@ -1,4 +1,5 @@
-"""How the pages of the study word their records: commands, figures with their errors, differences, spreads over seeds."""
+"""How the pages of the study word their records: commands, figures with their errors, differences, spreads over
+seeds."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -335,7 +335,8 @@ def test_absurd_records_are_one_sentence(damage, words, tmp_path):
 
 @pytest.mark.parametrize('arguments, words', [
     (['--sizes=small,huge'], "sizes names 'huge'"), (['--sizes=small,small'], "'small' twice"),
-    (['--json=nowhere/a.json'], 'the folder nowhere does not exist; create it'), (['--report=missing.md'], 'cannot read'),
+    (['--json=nowhere/a.json'], 'the folder nowhere does not exist; create it'),
+    (['--report=missing.md'], 'cannot read'),
     (['--report=bare.md'], 'must hold the lines'), (['--from_json=a.json', '--sizes=small'], 'sizes was given'),
     (['--from_json=missing.json'], 'cannot read'), (['--from_json=bare.md'], 'is not JSON'),
     (['--from_json=other.json'], 'is not a record'), (['--shapes=small'], 'shapes')])

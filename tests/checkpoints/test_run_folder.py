@@ -234,7 +234,8 @@ def test_foreign_files_stay_through_any_number_of_runs(tmp_path: Path) -> None:
         a_run(out, number, overwrite=True)
     after = contents(out)
     assert {name: after[name] for name in FOREIGN} == {name: text.encode() for name, text in FOREIGN.items()}
-    kept = sorted(one.name for one in out.iterdir() if re.fullmatch(r'earlier_run_\d{4}-\d\d-\d\d_\d{6}(_\d)?', one.name))
+    kept = sorted(one.name for one in out.iterdir()
+                  if re.fullmatch(r'earlier_run_\d{4}-\d\d-\d\d_\d{6}(_\d)?', one.name))
     assert len(kept) == 3  # each run in a folder of its own, whole
     assert [iteration_of(out / one / 'ckpt.pt') for one in kept] == [501, 1, 2]
     for name, iteration in zip((*kept, '.'), (500, 0, 1, 2)):
@@ -376,7 +377,8 @@ def test_a_folder_of_the_program_before_markers_is_a_run(tmp_path: Path) -> None
 def test_a_marker_of_a_newer_program_and_a_damaged_one(tmp_path: Path) -> None:
     for text, words in (('{"program": "masked-diffusion-gpt", "format": 2}', 'format 2.*update'), ('{"prog', 'damaged'),
                         ('{"program": "other", "format": 1}', 'another program'), ('[]', 'damaged'),
-                        ('{"program": "masked-diffusion-gpt", "format": 1, "moves": [["/etc/passwd", "x"]]}', 'damaged'),
+                        ('{"program": "masked-diffusion-gpt", "format": 1, "moves": [["/etc/passwd", "x"]]}',
+                         'damaged'),
                         ('{"program": "masked-diffusion-gpt", "format": 1, "moves": [["a", "../b"]]}', 'damaged'),
                         ('{"program": "masked-diffusion-gpt", "format": 1, "moves": [["a", 3]]}', 'damaged')):
         (tmp_path / 'run.json').write_text(text)
@@ -431,7 +433,8 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(room, 'lock_descriptor', lambda *given, **named: (_ for _ in ()).throw(OSError(number, 'no')))
     a_run(tmp_path / 'out', 1)
     assert iteration_of(tmp_path / 'out' / 'ckpt.pt') == 2 and 'has no locks' in capsys.readouterr().err
-    monkeypatch.setattr(room, 'lock_descriptor', lambda *given, **named: (_ for _ in ()).throw(OSError(errno.EIO, 'I/O')))
+    monkeypatch.setattr(room, 'lock_descriptor', lambda *given,
+                        **named: (_ for _ in ()).throw(OSError(errno.EIO, 'I/O')))
     with pytest.raises(UserError, match='cannot write .*I/O'):
         RunFolder(tmp_path / 'other')
 
@@ -475,8 +478,8 @@ def test_the_checkpoint_that_the_options_mean(tmp_path: Path, monkeypatch: pytes
     assert find_checkpoint('out', 'ckpt_best.pt', False) == (out / 'ckpt_best.pt', [])
     (out / 'ckpt_best.pt').unlink()
     path, said = find_checkpoint('out', 'ckpt_best.pt', False)
-    assert path == out / 'ckpt.pt' and said == ['there is no out/ckpt_best.pt, so the latest checkpoint, out/ckpt.pt, is '
-                                                'taken']
+    assert path == out / 'ckpt.pt' and said == ['there is no out/ckpt_best.pt, so the latest checkpoint, out/ckpt.pt, '
+                                                'is taken']
     with pytest.raises(UserError, match='no checkpoint out/ckpt_best.pt; out has ckpt.pt, .*--checkpoint_name=ckpt.pt'):
         find_checkpoint('out', 'ckpt_best.pt', True)
     with pytest.raises(UserError, match='a file; give its folder .*--out_dir=out --checkpoint_name=ckpt.pt'):
@@ -486,7 +489,8 @@ def test_the_checkpoint_that_the_options_mean(tmp_path: Path, monkeypatch: pytes
     assert find_checkpoint('out', 'shared', True) == (Path('shared'), [])
     export_checkpoint('out/ckpt.pt', 'out/shared')
     assert find_checkpoint('out', 'shared', True) == (out / 'shared', [])
-    with pytest.raises(UserError, match='is an exported model, which has no state of a run.*--init_from_checkpoint=shared'):
+    with pytest.raises(UserError,
+                       match='is an exported model, which has no state of a run.*--init_from_checkpoint=shared'):
         latest_checkpoint('shared', print)
 
 

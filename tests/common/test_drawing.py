@@ -18,7 +18,8 @@ def softmax(values):
 
 
 @pytest.mark.parametrize('temperature, top_k, top_p, kept', [
-    (1.0, None, 1.0, 4), (0.5, None, 1.0, 4), (1.0, 2, 1.0, 2), (2.0, 3, 1.0, 3), (1.0, None, 0.7, 2), (0.25, None, 0.7, 1)])
+    (1.0, None, 1.0, 4), (0.5, None, 1.0, 4), (1.0, 2, 1.0, 2), (2.0, 3, 1.0, 3), (1.0, None, 0.7, 2),
+    (0.25, None, 0.7, 1)])
 def test_the_distribution_is_that_of_the_formula(temperature, top_k, top_p, kept):
     """Of the four allowed ids; special ids never come out though their logits are the highest."""
     found = allowed_log_probabilities(LOGITS, ALLOWED, temperature, top_k, top_p)[0].exp().tolist()

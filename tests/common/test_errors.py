@@ -66,7 +66,8 @@ def test_other_errors_are_not_taken_for_memory(capsys):
 
 
 def test_the_amount_is_named():
-    said = out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 800 bytes."), ())
+    said = out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 800 bytes."),
+                         ())
     assert said == 'memory ran out, as 800 bytes were asked for at once; lower the amount of data'
 
 

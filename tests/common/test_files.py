@@ -94,11 +94,13 @@ print('after', file=stream)
 """
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     if kind == 'pipe':
-        found = subprocess.run([sys.executable, '-c', words], env=environment, capture_output=True, text=True, cwd=tmp_path)
+        found = subprocess.run([sys.executable, '-c', words], env=environment, capture_output=True, text=True,
+                               cwd=tmp_path)
         said = found.stderr if 'err' in name else found.stdout
     else:
         with open(tmp_path / 'log', 'wb') as log:
-            subprocess.run([sys.executable, '-c', words], env=environment, stdout=log, stderr=log, cwd=tmp_path, check=True)
+            subprocess.run([sys.executable, '-c', words], env=environment, stdout=log, stderr=log, cwd=tmp_path,
+                           check=True)
         said = (tmp_path / 'log').read_text()
         assert os.listdir(tmp_path) == ['log']
     assert said == 'before\nwritten\nafter\n'
@@ -131,7 +133,8 @@ def test_names_up_to_the_longest(tmp_path_factory: pytest.TempPathFactory, lengt
 
 
 @pytest.mark.parametrize(('number', 'cure'), [
-    (errno.ENOSPC, 'free some space'), (errno.EDQUOT, 'free some space'), (errno.EROFS, 'choose a folder you may write to'),
+    (errno.ENOSPC, 'free some space'), (errno.EDQUOT, 'free some space'),
+    (errno.EROFS, 'choose a folder you may write to'),
     (errno.EACCES, 'choose a folder you may write to'), (errno.EIO, 'the disk or its connection fails'),
     (errno.EMFILE, 'too many files are open')])
 @pytest.mark.parametrize('call', ['fsync', 'replace'])

@@ -29,7 +29,8 @@ def test_what_is_drawn_is_in_the_file_at_its_size(tmp_path):
     assert os.listdir(tmp_path) == ['bar.png']
 
 
-@pytest.mark.parametrize('failure', [ValueError('no such\nmarker'), MemoryError(), OSError(28, 'No space left on device')])
+@pytest.mark.parametrize('failure',
+                         [ValueError('no such\nmarker'), MemoryError(), OSError(28, 'No space left on device')])
 def test_a_picture_that_fails_is_a_sentence_and_leaves_the_earlier_one(tmp_path, failing_decoration, failure):
     def draw(figure):
         raise failure

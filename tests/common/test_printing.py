@@ -35,7 +35,8 @@ def test_control_characters_are_shown(text, shown):
 @given(st.text())
 def test_nothing_that_is_left_controls_the_terminal(text):
     left = escaped(text)
-    assert all(unicodedata.category(one) not in ('Cc', 'Cs', 'Zl', 'Zp') for one in left.replace('\n', '').replace('\t', ''))
+    assert all(unicodedata.category(one) not in ('Cc', 'Cs', 'Zl', 'Zp')
+               for one in left.replace('\n', '').replace('\t', ''))
     assert not any(unicodedata.bidirectional(one) in ('LRE', 'RLE', 'LRO', 'RLO', 'PDF', 'LRI', 'RLI', 'FSI', 'PDI')
                    for one in left)
     assert len(escaped(text, '?')) == len(text) and escaped(left) == left
@@ -84,7 +85,8 @@ def test_work_without_a_reader_goes_on(monkeypatch, error):
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='no full device')
 def test_a_full_disk_in_place_of_a_terminal_is_a_sentence():
-    code = 'from core.common.errors import run_script\nfrom core.common.printing import say\nrun_script(lambda a: say("x"))'
+    code = ('from core.common.errors import run_script\nfrom core.common.printing import say\n'
+            'run_script(lambda a: say("x"))')
     with open('/dev/full', 'w') as full:
         done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and done.stderr.startswith('error: standard output cannot be written (No space left')

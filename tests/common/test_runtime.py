@@ -123,7 +123,8 @@ def test_freed_memory_serves_again_unless_the_environment_says_otherwise():
     """Ten times 64 MiB: 163,840 page faults of 4 KiB where it goes back to the system."""
     faults = []
     for wish in ({}, {'MALLOC_MMAP_THRESHOLD_': '131072'}):
-        answer = subprocess.run([sys.executable, '-c', FAULTS], cwd=Path(__file__).parent.parent.parent, capture_output=True,
+        answer = subprocess.run([sys.executable, '-c', FAULTS], cwd=Path(__file__).parent.parent.parent,
+                                capture_output=True,
                                 text=True, check=True, env={**os.environ, **wish}).stdout
         faults.append(int(answer))
     assert faults[0] < 2_000 and faults[1] > 100_000, faults
@@ -150,7 +151,8 @@ def test_a_compiler_that_cannot_compile_is_found_by_a_tiny_kernel(tmp_path):
     done = subprocess.run([sys.executable, '-c', CHOICE], cwd=Path(__file__).parent.parent.parent, capture_output=True,
                           text=True, env={**os.environ, 'CXX': str(bad)})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith('False compile False: torch.compile does not work here (') and 'Python.h' in done.stdout
+    assert done.stdout.startswith('False compile False: torch.compile does not work here (')
+    assert 'Python.h' in done.stdout
     assert len(done.stdout.splitlines()) == 1
 
 

@@ -33,7 +33,8 @@ def test_what_fits_is_given_back_as_it_is():
     ({'nats': '1'}, "it.entries.x.nats is '1', but must be a number"), ({'nats': True}, 'nats is True'),
     ({'nats': -0.5}, 'nats is -0.5, but must lie in 0 .. 10'), ({'nats': 1e308}, 'must lie in'),
     ({'nats': float('inf')}, 'must lie in'), ({'nats': float('nan')}, 'must lie in'), ({'nats': [1]}, 'nats is a list'),
-    ({'kind': 'c'}, "kind is 'c', but must be one of 'a', 'b'"), ({'pair': [1]}, 'pair has 1 items, but must have 2 .. 2'),
+    ({'kind': 'c'}, "kind is 'c', but must be one of 'a', 'b'"),
+    ({'pair': [1]}, 'pair has 1 items, but must have 2 .. 2'),
     ({'pair': [1, 2.5]}, 'pair[1] is 2.5, but must be a whole number'), ({'more': 1}, "it.entries.x holds 'more'"),
     ({'kind': 'x' * 10_000}, 'kind is a str')])
 def test_the_first_place_that_does_not_fit_is_named(change, words):
@@ -43,8 +44,10 @@ def test_the_first_place_that_does_not_fit_is_named(change, words):
 
 
 def test_what_is_lacking_and_what_is_of_another_kind_is_named():
-    for value, words in ((3, 'it is 3, but must be an object'), ({}, "it lacks 'entries'"), ({'rest': 1}, "lacks 'entries'"),
-                         ({**GOOD, 'entries': []}, 'entries is a list'), ({**GOOD, 'rest': 'x' * 2_000_000}, 'characters')):
+    for value, words in ((3, 'it is 3, but must be an object'), ({}, "it lacks 'entries'"),
+                         ({'rest': 1}, "lacks 'entries'"),
+                         ({**GOOD, 'entries': []}, 'entries is a list'),
+                         ({**GOOD, 'rest': 'x' * 2_000_000}, 'characters')):
         with pytest.raises(Unfit) as refused:
             checked(value, Book)
         assert words in str(refused.value)

@@ -24,6 +24,7 @@ from core.data.vocabulary import Vocabulary
 from core.data.writing import write_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+AGAIN = r'python data/custom/prepare.py my.txt --name=small --data_dir=\S+ --overwrite'  # the cure
 TEXT = ''.join(f'NAME {i % 7}:\nThis is speech {i}, and a line\nbelow it.\n\n' for i in range(60))
 
 
@@ -250,12 +251,13 @@ def _other_text(path: Path) -> None:
 
 @pytest.mark.parametrize(('damage', 'words'), [
     (_cut, r'train.bin in its folder has \d+ bytes, but'), (lambda path: path.write_bytes(b''), 'has 0 bytes'),
-    (Path.unlink, 'train.bin in its folder does not exist'), (_special_id_inside, r'holds token id \d+, but text has only'),
+    (Path.unlink, 'train.bin in its folder does not exist'),
+    (_special_id_inside, r'holds token id \d+, but text has only'),
     (_other_text, 'SHA-256 differs'),
 ])
 def test_damaged_token_files_are_refused(corpus_folder: Path, damage, words: str) -> None:
     damage(corpus_folder / 'train.bin')
-    with pytest.raises(UserError, match=words + r'(.|\n)*run python data/custom/prepare.py my.txt --name=small --data_dir=\S+ --overwrite'):
+    with pytest.raises(UserError, match=words + r'(.|\n)*run ' + AGAIN):
         load_corpus('small', corpus_folder.parent)
 
 
@@ -269,7 +271,7 @@ def test_damaged_token_files_are_refused(corpus_folder: Path, damage, words: str
 def test_wrong_meta_is_refused(corpus_folder: Path, change: dict) -> None:
     path = corpus_folder / 'meta.pkl'
     path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | change, protocol=4))
-    with pytest.raises(UserError, match=r'meta.pkl cannot be used: .*; run python data/custom/prepare.py my.txt --name=small --data_dir=\S+ --overwrite'):
+    with pytest.raises(UserError, match=r'meta.pkl cannot be used: .*; run ' + AGAIN):
         load_corpus('small', corpus_folder.parent)
 
 

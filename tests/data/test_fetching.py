@@ -15,8 +15,10 @@ from core.data.fetching import INDEX_VARIABLES, index_address, wheel_from_index
 WHEEL = b'the bytes of a wheel'
 NAME = 'some_thing-1.0-py3-none-any.whl'
 SHA256 = hashlib.sha256(WHEEL).hexdigest()
-HTML = f'<!DOCTYPE html><a href="../../files/other-1.0.whl">x</a><a\n class=a href="../../files/{NAME}#sha256=ab">{NAME}</a>'
-JSON = json.dumps({'meta': {'api-version': '1.0'}, 'files': [{'filename': NAME, 'url': f'/files/{NAME}', 'hashes': {}}]})
+HTML = ('<!DOCTYPE html><a href="../../files/other-1.0.whl">x</a>'
+        f'<a\n class=a href="../../files/{NAME}#sha256=ab">{NAME}</a>')
+JSON = json.dumps({'meta': {'api-version': '1.0'},
+                   'files': [{'filename': NAME, 'url': f'/files/{NAME}', 'hashes': {}}]})
 
 
 @pytest.fixture

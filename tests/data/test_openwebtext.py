@@ -168,7 +168,8 @@ def test_written_splits_hold_their_passages_in_order(tmp_path: Path, vocabulary:
         assert corpus.tokens(split).tolist() == ids
         assert corpus.characters[split] == sum(len(passage.text) for passage in own)
         assert corpus.utf8_bytes[split] == sum(len(passage.text.encode()) for passage in own)
-    assert sorted(path.name for path in corpus.folder.iterdir()) == ['meta.pkl', 'prepare.lock', 'ref.bin', 'train.bin', 'val.bin']
+    assert sorted(path.name for path in corpus.folder.iterdir()) == ['meta.pkl', 'prepare.lock', 'ref.bin',
+                                                                     'train.bin', 'val.bin']
 
 
 def test_no_more_than_a_few_passages_are_in_memory(monkeypatch) -> None:
@@ -187,7 +188,8 @@ def test_no_more_than_a_few_passages_are_in_memory(monkeypatch) -> None:
     stand_in = SimpleNamespace(encode_array=encode, document_end_id=7, dtype='uint16')
     parts = {split: Part(SimpleNamespace(file=io.BytesIO())) for split in ('train', 'ref', 'val')}
     openwebtext._encode_into(parts, stand_in, passages())
-    assert len(encoded) == 50 and parts['train'].tokens == len(parts['train'].written.file.getvalue()) // 2 == 1225 - 12 - 37
+    written = len(parts['train'].written.file.getvalue()) // 2
+    assert len(encoded) == 50 and parts['train'].tokens == written == 1225 - 12 - 37
 
 
 @pytest.mark.parametrize('failure', [KeyboardInterrupt, UserError, OSError])
@@ -235,7 +237,8 @@ def test_wrong_arguments_are_listed(data_here: Path, prepared) -> None:
     Path('there').write_text('x')
     for arguments, problem in (
             (['there'], 'needs --input before it'), (['--input', 'missing'], "'missing' is not there"),
-            (['--input', 'there', '--input', 'there'], 'more than once'), (['--inputs', 'there'], 'did you mean --input'),
+            (['--input', 'there', '--input', 'there'], 'more than once'),
+            (['--inputs', 'there'], 'did you mean --input'),
             (['--encoding=cp1252'], 'applies to --input only'), (['--input='], 'needs a value'),
             (['--input', 'there', '--encoding=none'], 'encoding=none is unknown')):
         with pytest.raises(UserError, match=problem):

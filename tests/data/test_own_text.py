@@ -59,7 +59,8 @@ def test_a_streamed_text_is_split_as_the_whole(text: str, size: int) -> None:
 
 @pytest.mark.parametrize('read', [7, 64, 10**6])
 @pytest.mark.parametrize('options', [[], ['--tokens=bpe', '--vocab_size', '280']])
-def test_a_streamed_corpus_is_that_of_the_whole_text(data_here: Path, monkeypatch, options: list[str], read: int) -> None:
+def test_a_streamed_corpus_is_that_of_the_whole_text(data_here: Path, monkeypatch, options: list[str],
+                                                     read: int) -> None:
     Path('my.txt').write_text(TEXT, encoding='utf-8')
     monkeypatch.setattr(text_files, 'READ', read)
     said = prepare('my.txt', *options)
@@ -240,8 +241,10 @@ def test_folders_of_the_program_are_no_corpora(data_here: Path, name: str) -> No
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
-    ([], ['no text is given: python ']), (['my.txt', '--tokens=words', '--vocab_size=many'], ['choose characters', '256']),
-    (['my.txt', '--vocab_size=300'], ['applies to --tokens=bpe only']), (['my.txt', '--vocab=3'], ['mean --vocab_size?']),
+    ([], ['no text is given: python ']),
+    (['my.txt', '--tokens=words', '--vocab_size=many'], ['choose characters', '256']),
+    (['my.txt', '--vocab_size=300'], ['applies to --tokens=bpe only']),
+    (['my.txt', '--vocab=3'], ['mean --vocab_size?']),
     (['my.txt', '--tokens=bpe', '--vocab_size=' + '9' * 5000], ['not a whole number']),
     (['my.txt', '--tokens=bpe', '--vocab_size=-1'], ['not a whole number']), (['my.txt', '--name='], ['needs a value']),
     (['my.txt', '--tokens=bpe', '--vocab_size=1e3'], ['not a whole number']), ([''], ['an empty name']),

@@ -23,7 +23,8 @@ def bpes() -> list[Vocabulary]:
 
 
 @pytest.mark.parametrize('text', [
-    ' ' * MILLION, ' ' * MILLION + 'x', '!' + '\n' * MILLION, '\u3000\t' * (MILLION // 2), 'a' * MILLION, '!' * MILLION],
+    ' ' * MILLION, ' ' * MILLION + 'x', '!' + '\n' * MILLION, '\u3000\t' * (MILLION // 2), 'a' * MILLION,
+    '!' * MILLION],
     ids=lambda text: ascii(text[:3]))
 def test_texts_that_make_the_libraries_panic_are_encoded(bpes: list[Vocabulary], text: str) -> None:
     for bpe in bpes:
@@ -103,5 +104,5 @@ def test_a_panic_is_one_sentence_and_other_ends_pass(bpes: list[Vocabulary], mon
             patch.setattr(module.tiktoken.Encoding, 'encode_ordinary', encode)
             bpes[0].encode('to be')
         if expected is UserError:
-            assert str(raised.value).startswith('a text of 5 characters cannot be cut by the pattern of this vocabulary '
-                                                '(stack overflow)')
+            assert str(raised.value).startswith('a text of 5 characters cannot be cut by the pattern of this '
+                                                'vocabulary (stack overflow)')

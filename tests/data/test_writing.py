@@ -1,4 +1,5 @@
-"""Replacing a corpus: at every instant a reader finds the earlier one or the new one, and nothing is replaced unsaid."""
+"""Replacing a corpus: at every instant a reader finds the earlier one or the new one, and nothing is replaced
+unsaid."""
 
 import errno
 import os

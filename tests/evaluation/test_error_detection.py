@@ -220,7 +220,8 @@ def test_corrections_are_counted_at_wrong_positions_over_the_base_vocabulary(run
             right, wrong = right + int(guesses[place] == truth[place]), wrong + 1
     assert 0 < right < wrong and study.cell('remasking', 0.5).compute()['correction_accuracy'] == right / wrong
     assert 'correction_accuracy' not in study.cell('critic', 0.5).compute()
-    study = ErrorStudy(load_evaluation(dataclasses.replace(config, remasking_checkpoint_name='remasking.pt'), {}, print))
+    study = ErrorStudy(load_evaluation(dataclasses.replace(config, remasking_checkpoint_name='remasking.pt'), {},
+                                       print))
     assert study.cell('remasking', 0.5).compute()['correction_accuracy'] is None  # binary
 
 

@@ -137,7 +137,8 @@ ENTRY = {'checkpoint': 'a', 'measure': 'nelbo', 'settings': {}, 'result': {}}
     (with_checksum({'format': 3, 'results': [ENTRY]}), 'results is a list'),
     (with_checksum({'format': 3, 'results': {'a': {**ENTRY, 'result': 7}}}), 'result is 7'),
     (with_checksum({'format': 3, 'results': {'a': {**ENTRY, 'more': 7}}}), "holds 'more'"),
-    (b'{"format": 3, "results": {"a": NaN}}', 'NaN'), (b'{"format": 3, "results": {"a": 1' + b'0' * 9000 + b'}}', 'JSON')])
+    (b'{"format": 3, "results": {"a": NaN}}', 'NaN'),
+    (b'{"format": 3, "results": {"a": 1' + b'0' * 9000 + b'}}', 'JSON')])
 def test_absurd_contents_are_one_sentence_before_any_work(path, content, words):
     path.write_bytes(content)
     with pytest.raises(UserError, match='evaluation.json is damaged.*move it away') as refused:

@@ -38,7 +38,8 @@ def stopping(monkeypatch, batches, error=KeyboardInterrupt):
     monkeypatch.setattr(run, 'generate', generate)
 
 
-@pytest.mark.parametrize('error', [OSError('no space'), BrokenPipeError(), UnicodeEncodeError('ascii', 'x', 0, 1, 'no')])
+@pytest.mark.parametrize('error',
+                         [OSError('no space'), BrokenPipeError(), UnicodeEncodeError('ascii', 'x', 0, 1, 'no')])
 def test_a_print_that_fails_loses_no_file(folder, tmp_path, error):
     whole, _ = sample(folder, *FEW)
 
@@ -157,7 +158,8 @@ def test_a_milliard_of_samples_needs_no_memory_before_it_begins(folder, tmp_path
     stopping(monkeypatch, 1)
     said = []
     with pytest.raises(KeyboardInterrupt):
-        sample(folder, '--num_samples=1000000000', '--batch_size=3', '--iterations=2', f'--output_file={tmp_path}/texts',
+        sample(folder, '--num_samples=1000000000', '--batch_size=3', '--iterations=2',
+               f'--output_file={tmp_path}/texts',
                say=said.append)
     assert said[-1] == '3 of 1000000000 samples were finished'
     assert len((tmp_path / 'texts').read_text()) == 3 * 16 + 2 * 2 + 1

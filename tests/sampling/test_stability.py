@@ -117,7 +117,8 @@ def rounding_errors(seed, size=1e-6):
 @hypothesis_settings(max_examples=4, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10 ** 6))
 def test_a_rounding_error_changes_no_step(case, seed):
-    """Fixed examples: with others a drawn token or a score at the very border may change, about one run in a hundred."""
+    """Fixed examples: with others a drawn token or a score at the very border may change, about one run in a
+    hundred."""
     plain = run(case, True, ROWS, seed)
     with rounding_errors(seed):
         assert run(case, True, ROWS, seed) == plain

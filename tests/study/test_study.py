@@ -26,7 +26,8 @@ ROW = {'dataset': 'd', 'split': 'val', 'kind': 'unmasking', 'standard_error': 0.
 
 def make_page(folder, names):
     page = folder / 'results.md'
-    page.write_text('before\n\n' + '\n\n'.join('\n\n'.join(markers(name)) for name in (*names, 'total')) + '\n\nafter\n')
+    page.write_text('before\n\n' + '\n\n'.join(
+        '\n\n'.join(markers(name)) for name in (*names, 'total')) + '\n\nafter\n')
     return page
 
 
@@ -156,7 +157,8 @@ def test_the_trunk_calls_that_equal_a_figure_are_interpolated_in_their_logarithm
 
 def test_a_window_stands_beside_its_control():
     records = {'trunk alone': {'training': 't', 'rows': [row('random', calls, 'none', 3.0) for calls in (1, 4, 8)]},
-               'C = 2, head': {'training': 'h', 'rows': [row('random', calls, 'left_to_right', 2.0) for calls in (1, 4)]},
+               'C = 2, head': {'training': 'h',
+                               'rows': [row('random', calls, 'left_to_right', 2.0) for calls in (1, 4)]},
                'C = 2, blind': {'training': 'b', 'rows': [row('random', calls, 'left_to_right', 2.25)
                                                           for calls in (1, 4)]}}
     lines = windows_text(records).splitlines()

@@ -39,9 +39,11 @@ def test_weights_are_shares_of_the_global_batch_and_padding_weighs_nothing():
     masked = sum(int((batch.inputs == V0).sum()) for batch in batches)
     for batch in batches:
         real = int((batch.inputs == V0).sum())
-        assert len(batch.positions) in [int(share * 64) for share in (0.5625, 0.75, 1.0)] and len(batch.positions) >= real
+        assert len(batch.positions) in [int(share * 64) for share in (0.5625, 0.75, 1.0)]
+        assert len(batch.positions) >= real
         assert (batch.inputs.flatten()[batch.positions[:real]] == V0).all()
-        assert (batch.mean_weights[:real] == torch.tensor(1 / (2 * masked))).all() and batch.mean_weights[real:].eq(0).all()
+        assert (batch.mean_weights[:real] == torch.tensor(1 / (2 * masked))).all()
+        assert batch.mean_weights[real:].eq(0).all()
         assert torch.equal(batch.main_weights, batch.mean_weights) and (batch.neighbours[real:] == -1).all()
         assert batch.critic_share.item() == pytest.approx(1 / (2 * masked))
 

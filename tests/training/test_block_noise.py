@@ -13,7 +13,8 @@ G, T = 16, 24
 @pytest.mark.parametrize('lengths', [[4], [1, 4, 24], [24, 3]])
 def test_the_times_of_all_blocks_fall_one_into_each_cell(lengths):
     generator = keyed(7, 3, 0, G)
-    times, rows = block_probabilities(generator, lengths, T, G, BlockNoise(tuple(lengths), whole_share=0.0)), row_block_lengths(generator, generator.rows, lengths)
+    times = block_probabilities(generator, lengths, T, G, BlockNoise(tuple(lengths), whole_share=0.0))
+    rows = row_block_lengths(generator, generator.rows, lengths)
     found = torch.cat([times[row, ::int(b)] for row, b in enumerate(rows)])
     cells = ((found - MINIMUM_TIME) / (1 - MINIMUM_TIME) * len(found)).floor().long()
     distance = torch.arange(len(found)) - cells.sort().values
@@ -25,7 +26,8 @@ def test_the_times_of_all_blocks_fall_one_into_each_cell(lengths):
 @pytest.mark.parametrize('lengths', [[4], [1, 4, 24]])
 def test_all_positions_of_a_block_have_its_time(lengths):
     generator = keyed(7, 4, 0, G)
-    times, rows = block_probabilities(generator, lengths, T, G, BlockNoise(tuple(lengths), whole_share=0.0)), row_block_lengths(generator, generator.rows, lengths)
+    times = block_probabilities(generator, lengths, T, G, BlockNoise(tuple(lengths), whole_share=0.0))
+    rows = row_block_lengths(generator, generator.rows, lengths)
     for row, b in enumerate(rows.tolist()):
         blocks = times[row].view(-1, b)
         assert (blocks == blocks[:, :1]).all() and len(blocks[:, 0].unique()) == len(blocks)
@@ -45,7 +47,8 @@ def test_a_row_is_the_same_in_every_micro_step():
 
 @pytest.mark.parametrize('share', [0.0, 0.25, 0.5, 1.0])
 def test_a_share_of_the_rows_is_masked_whole(share):
-    found = [(block_probabilities(keyed(7, iteration, 0, G), [4], T, G, BlockNoise(tuple([4]), whole_share=share)) == 1).all(1).double()
+    found = [(block_probabilities(keyed(7, iteration, 0, G), [4], T, G,
+                                  BlockNoise(tuple([4]), whole_share=share)) == 1).all(1).double()
              for iteration in range(200)]
     assert torch.stack(found).mean() == pytest.approx(share, abs=0.01)
     assert all(abs(rows.sum() - share * G) <= 2 for rows in found)

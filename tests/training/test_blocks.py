@@ -1,4 +1,5 @@
-"""Training of block models: what a step learns from, micro-steps and ranks, isolation of the head, resume, bad options."""
+"""Training of block models: what a step learns from, micro-steps and ranks, isolation of the head, resume, bad
+options."""
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_micro_steps_change_nothing(lengths):
 
 @pytest.mark.parametrize('lengths', [(4,), (2, 6)])
 def test_the_losses_are_cross_entropies_at_masked_places_of_blocks_read_one_by_one(lengths):
-    """Each block by itself: the clean text before it and its masked tokens in one plain pass; the head's input by hand."""
+    """Each block by itself: the clean text before it and its masked tokens in one plain pass; the head's input by
+    hand."""
     model = awake(GPT(block_config(*lengths, **ORDERED))).double()
     batch, = unmasking_batches(block_plan(*lengths, batch_size=4, loss_weighting='masked_mean'), 1, lambda count: count)
     main, sampler = loss_of(model, [batch])
@@ -84,7 +86,8 @@ def test_the_head_moves_the_trunk_only_where_that_is_asked_for(gradient):
 
 def test_the_bound_is_an_average_over_masks_and_lies_above_the_exact_value():
     """One block of the whole window: all subsets of each size against the any-order form; b = 1 is exact."""
-    model, text = awake(GPT(block_config(1, 4))).double().eval(), torch.randint(0, V0, (400, T), generator=torch.Generator().manual_seed(1))
+    model = awake(GPT(block_config(1, 4))).double().eval()
+    text = torch.randint(0, V0, (400, T), generator=torch.Generator().manual_seed(1))
     hidden = model.encode_streams(torch.full_like(text, V0), text, 1)
     exact = -model.lm_head(hidden)[..., :V0].log_softmax(-1).gather(2, text[..., None]).squeeze(2).mean(1)
     torch.testing.assert_close(block_terms(model, text, 1, keyed(1, 0, 0, 400), ALLOWED), exact)
@@ -104,7 +107,8 @@ def test_the_bound_is_an_average_over_masks_and_lies_above_the_exact_value():
 
 
 def test_one_call_is_what_the_head_says_given_all_on_its_left():
-    model, text = awake(GPT(block_config(4, **ORDERED))).double().eval(), torch.tensor([[0, 1, 2, 0, 1, 1, 2, 2, 0, 1, 2, 0]])
+    model = awake(GPT(block_config(4, **ORDERED))).double().eval()
+    text = torch.tensor([[0, 1, 2, 0, 1, 1, 2, 2, 0, 1, 2, 0]])
     before = one_call_terms(model, text, 4, ALLOWED)
     for place in range(T):  # a changed token changes its own value and those after it
         changed = text.clone()

@@ -233,7 +233,8 @@ def test_the_first_rank_of_a_machine_speaks_for_all(monkeypatch, capsys):
 
 
 def test_a_reader_of_the_output_that_leaves_early_ends_the_script_quietly():
-    script = "from core.common.errors import run_script\nrun_script(lambda arguments: print('line ' * 9 + '\\n' * 100000))"
+    script = ('from core.common.errors import run_script\n'
+              "run_script(lambda arguments: print('line ' * 9 + '\\n' * 100000))")
     done = subprocess.run(['bash', '-c', f'{shlex.quote(sys.executable)} -c {shlex.quote(script)} | head -n 1; '
                            'echo ${PIPESTATUS[0]}'], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.splitlines()[-1] == '141' and done.stderr == ''

@@ -204,7 +204,8 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize('error', [RuntimeError, SystemExit, Panic])
-@pytest.mark.parametrize('fails, said', [('init', 'did not start'), ('log', 'did not take'), ('finish', 'did not finish')])
+@pytest.mark.parametrize('fails, said',
+                         [('init', 'did not start'), ('log', 'did not take'), ('finish', 'did not finish')])
 def test_wandb_that_fails_is_one_line(tmp_path, monkeypatch, capsys, failing_decoration, fails, said, error):
     train_with(monkeypatch, tmp_path, FakeWandb(fails, error))
     lines = [line for line in capsys.readouterr().out.splitlines() if said in line]

@@ -52,7 +52,8 @@ def test_every_active_part_is_a_curve_at_its_iterations(tmp_path, figures):
     assert [text.get_text() for text in axes.texts] == ['sampler']  # a border beyond the run is left out
     picture = tmp_path / 'loss.png'
     assert imread(picture).shape[:2] == (675, 1200)
-    assert all(coloured(picture, colour) > 400 for colour in (BLUE, ORANGE, VERMILION)) and coloured(picture, GREEN) == 0
+    assert all(coloured(picture, colour) > 400 for colour in (BLUE, ORANGE, VERMILION))
+    assert coloured(picture, GREEN) == 0
     assert {entry.name for entry in tmp_path.iterdir()} == {'metrics.jsonl', 'loss.png'}
 
 

@@ -114,7 +114,8 @@ def test_neighbours_are_shown_in_all_four_patterns():
 
 def test_revealed_neighbours_are_always_shown():
     mask = torch.tensor([[True, False, True, True, False]]).expand(500, -1)
-    shown = shown_neighbours(keyed(4, 0, 0, 500), mask, SeenNeighbours(SamplerWindow(2, 2)))  # slots left 2, left 1, right 1, right 2
+    shown = shown_neighbours(keyed(4, 0, 0, 500), mask,
+                             SeenNeighbours(SamplerWindow(2, 2)))  # slots left 2, left 1, right 1, right 2
     assert shown[:, 0, 2].all() and shown[:, 2, 1].all() and shown[:, 3, 2].all() and shown[:, 2, 3].all()
     assert 0.4 < shown[:, 3, 1].double().mean() < 0.6 and 0.4 < shown[:, 0, 3].double().mean() < 0.6
     assert not shown[:, 4, 2:].any()

@@ -75,7 +75,8 @@ def test_estimator_and_validation_against_the_enumerated_bound(name):
             order += cost / n / (4 * math.comb(4, n))
             integrand = weight * share ** n * (1 - share) ** (4 - n) / 4
             in_time, begin = in_time + cost * integrand.mean(), begin + cost * integrand[0]
-            found = any_order_terms(model, windows, torch.full((len(windows),), n), mask.expand(len(windows), 4), ALLOWED)
+            found = any_order_terms(model, windows, torch.full((len(windows),), n), mask.expand(len(windows), 4),
+                                    ALLOWED)
             assert torch.allclose(found, cost / n, rtol=1e-5)
     bias = MINIMUM_TIME * (order.mean() - begin.mean())  # as `low_discrepancy_times` states it
     assert in_time.mean().item() == pytest.approx((order.mean() + bias).item(), rel=1e-5)
@@ -198,7 +199,8 @@ def test_critic_loss_labels_and_gradient(scope, gradient):
     chance = torch.sigmoid(model.critic_logits(model.encode(tokens)).double())
     expected = -torch.where(labels.bool(), chance.log(), (1 - chance).log())[labelled].mean()
     assert losses.heads['critic'].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert losses.total.item() == pytest.approx((losses.main + losses.heads['sampler'] + 0.25 * losses.heads['critic']).item(), rel=1e-6)
+    parts = losses.main + losses.heads['sampler'] + 0.25 * losses.heads['critic']
+    assert losses.total.item() == pytest.approx(parts.item(), rel=1e-6)
     losses.heads['critic'].backward()
     assert model.critic_head.weight.grad.abs().max() > 0
     reached = [p.grad is not None for name, p in model.named_parameters() if name.startswith('transformer.h')]
@@ -299,8 +301,10 @@ def test_causal_batches_predict_the_next_token():
 def test_rows_are_the_same_whoever_holds_them():
     """Ranks and micro-steps cut one global batch of 8 rows; windows, masks and neighbours stay the rows' own."""
     whole, = unmasking_batches(toy_plan(batch_size=8, sampler_context=1), 4, one)
-    first_rank = unmasking_batches(toy_plan(batch_size=2, micro_steps=2, rank=0, world_size=2, sampler_context=1), 4, one)
-    second_rank = unmasking_batches(toy_plan(batch_size=2, micro_steps=2, rank=1, world_size=2, sampler_context=1), 4, one)
+    first_rank = unmasking_batches(toy_plan(batch_size=2, micro_steps=2, rank=0, world_size=2, sampler_context=1), 4,
+                                   one)
+    second_rank = unmasking_batches(toy_plan(batch_size=2, micro_steps=2, rank=1, world_size=2, sampler_context=1), 4,
+                                    one)
     parts = [first_rank[0], second_rank[0], first_rank[1], second_rank[1]]
     assert torch.equal(whole.rows, torch.cat([part.rows for part in parts]))
     assert torch.equal(whole.inputs, torch.cat([part.inputs for part in parts]))

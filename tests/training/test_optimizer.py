@@ -21,7 +21,8 @@ def test_muon_updates_are_orthogonal_and_sized():
     matrices = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
     singular = torch.linalg.svdvals(orthogonalise(matrices, torch.float32))
     assert (singular > 0.6).all() and (singular < 1.3).all()
-    assert torch.allclose(orthogonalise(matrices.mT, torch.float32), orthogonalise(matrices, torch.float32).mT, atol=1e-5)
+    assert torch.allclose(orthogonalise(matrices.mT, torch.float32), orthogonalise(matrices, torch.float32).mT,
+                          atol=1e-5)
     left, _, right = torch.linalg.svd(matrices[0].double(), full_matrices=False)
     alignment = (orthogonalise(matrices, torch.float32)[0].double() * (left @ right)).sum() / 6
     assert 0.7 < alignment < 1.2

@@ -99,7 +99,8 @@ def test_weights_alone_are_not_resumed(small_corpus, name):
         name = '../merged.pt'
     shutil.copy(Path('out') / name, 'out/ckpt.pt')
     before = contents('out')
-    assert re.search('out/ckpt.pt holds weights to sample from.*--init_from_checkpoint=out/ckpt.pt', refused('--init_from=resume'))
+    assert re.search('out/ckpt.pt holds weights to sample from.*--init_from_checkpoint=out/ckpt.pt',
+                     refused('--init_from=resume'))
     assert contents('out') == before
     run('--out_dir=new', '--init_from_checkpoint=out/ckpt.pt', '--max_iters=1')  # what the message proposes
 

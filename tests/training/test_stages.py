@@ -22,7 +22,8 @@ def test_stages_begin_at_their_iterations():
 
 def test_alpha_grows_from_its_first_to_its_last_value():
     config = toy_config(**STAGED, critic_alpha=0.5)
-    assert [CRITIC.weight_at(config, iteration) for iteration in (3, 4, 5, 7, 8, 100)] == [0, 0.125, 0.25, 0.5, 0.5, 0.5]
+    weights = [CRITIC.weight_at(config, iteration) for iteration in (3, 4, 5, 7, 8, 100)]
+    assert weights == [0, 0.125, 0.25, 0.5, 0.5, 0.5]
     at_once = toy_config(**{**STAGED, 'end_critic_iteration': 4}, critic_alpha=0.5)
     assert [CRITIC.weight_at(at_once, iteration) for iteration in (3, 4)] == [0, 0.5]
 
@@ -46,7 +47,8 @@ def test_every_head_is_named_as_the_model_has_it():
     assert trains(Stage({}, trunk=False), 'scorer') and trains(Stage({}), 'transformer')
 
 
-@pytest.mark.parametrize('steps, sampler, critic', [(2, False, False), (3, True, False), (4, True, False), (5, True, True)])
+@pytest.mark.parametrize('steps, sampler, critic',
+                         [(2, False, False), (3, True, False), (4, True, False), (5, True, True)])
 def test_a_head_has_begun_once_a_step_has_trained_it(steps, sampler, critic):
     config = toy_config(**STAGED)
     assert (SAMPLER.has_begun(config, steps), CRITIC.has_begun(config, steps)) == (sampler, critic)

@@ -38,7 +38,7 @@ def test_a_run_leaves_everything_in_its_folder(small_corpus, capsys):
         assert record['train/loss'] == pytest.approx(parts + alpha * record.get('train/loss_critic', 0), rel=1e-5)
     assert [line for line in out.splitlines() if line.startswith('step 12: val nelbo')]
     best = load_checkpoint(folder / 'ckpt_best.pt')
-    assert best.iteration == 12 and best.extra['best_is_final']  # the first after the critic's schedule, whatever before
+    assert best.iteration == 12 and best.extra['best_is_final']  # the first after the critic's schedule
     assert json.loads((folder / 'config.json').read_text())['n_embd'] == 16
 
 
@@ -261,7 +261,8 @@ def test_configs_shrink_on_a_cpu_in_proportion_and_say_so(name):
         sizes[device] = configuration.config
         assert bool(configuration.notes) == (device == 'cpu')
     assert (sizes['cuda'].n_layer, sizes['cuda'].n_embd, sizes['cuda'].block_size) == (6, 384, 256)
-    schedule = ('start_sampler_iteration', 'start_critic_iteration', 'end_critic_iteration', 'warmup_iters', 'max_iters')
+    schedule = ('start_sampler_iteration', 'start_critic_iteration', 'end_critic_iteration', 'warmup_iters',
+                'max_iters')
     for key in schedule if name.endswith('sampler') else schedule[3:]:
         assert getattr(sizes['cuda'], key) == 4 * getattr(sizes['cpu'], key)
     assert sizes['cpu'].lr_decay_iters == sizes['cpu'].max_iters

@@ -100,7 +100,8 @@ def test_bits_are_of_the_real_text(small_corpus):
 
 
 def test_validation_depends_on_nothing_but_the_model(small_corpus):
-    model, allowed = model_of(small_corpus), allowed_ids(small_corpus.vocabulary.size, small_corpus.vocabulary.base_size)
+    model, allowed = model_of(small_corpus), allowed_ids(small_corpus.vocabulary.size,
+                                                         small_corpus.vocabulary.base_size)
     values = []
     for batch_size, noise in ((8, 0), (8, 5), (5, 1)):
         torch.manual_seed(noise)

@@ -61,7 +61,8 @@ class Prediction:
         if rows is not None:
             read, within = tokens[rows], flat_positions(positions[rows], count)  # [R, T], [N]
         found = self._network.encode(read, positions=within)  # [N, D]
-        hidden = found.new_zeros(tokens.numel(), found.size(-1)).index_copy_(0, picked.to(found.device), found)  # [B T, D]
+        hidden = found.new_zeros(tokens.numel(), found.size(-1))  # [B T, D]
+        hidden = hidden.index_copy_(0, picked.to(found.device), found)
         return hidden.view(*tokens.shape, -1)
 
     @cached_property
