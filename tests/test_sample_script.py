@@ -25,6 +25,8 @@ from helpers.toys import model_over, save_model
 from model import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
@@ -35,8 +37,6 @@ def folder(tmp_path_factory):
     write_checkpoint(folder / 'causal.pt', kind='causal', attention_type='causal')
     write_checkpoint(folder / 'judge.pt', kind='judge', mode='sequence_scorer', cls_token_id=VOCABULARY.cls_token_id)
     return folder
-
-
 
 
 def problems(*arguments):

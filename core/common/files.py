@@ -170,8 +170,8 @@ def why_unwritable(path: str) -> str | None:
         if mode is not None and stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if mode is not None and stat.S_ISREG(mode) and belongs_elsewhere(Path(os.path.realpath(place))):
-            return ('that is a checkpoint, a corpus, a program, a config or a file of a run, which stays; choose another '
-                    'name')
+            return ('that is a checkpoint, a corpus, a program, a config or a file of a run, which stays; choose '
+                    'another name')
         if mode is None or stat.S_ISREG(mode):
             NewFile(place).discard()
         elif not os.access(place, os.W_OK):  # a pipe is not opened, which could wait for a reader

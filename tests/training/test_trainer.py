@@ -20,6 +20,7 @@ from core.logger import read_metrics
 from core.noise import SCHEDULES
 from helpers.runs import ROOT, SMALL, equal_runs, refused, run
 
+
 def test_a_run_leaves_everything_in_its_folder(small_corpus, capsys):
     run()
     out, folder = capsys.readouterr().out, Path('out')
