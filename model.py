@@ -538,6 +538,23 @@ class GPT(nn.Module):
         cache.length += kept
         return hidden_states
 
+    def encode_next(self, tokens: Tensor, cache: KeyValueCache, kept: int) -> Tensor:
+        """Hidden states [B, n, D] of a mask in the place of each of the last n of tokens int64 [B, kept + n], which
+        follow what the cache holds, given all tokens before that place and nothing else: a block model at blocks of one,
+        one trunk call of kept + 2n tokens. The first `kept` tokens join the cache."""
+        tokens, T, start = self._here(tokens), tokens.size(1), cache.length
+        every = torch.arange(start + T, device=tokens.device)  # [start + T]
+        keys = torch.cat((every, every[start + kept:]))  # [K]
+        places, number = keys[start:], torch.arange(len(keys), device=tokens.device)  # [S], S = T + n
+        itself, clean = number == number[start:, None], number < start + T  # [S, K], [K]
+        sees = itself | (clean & (keys < places[:, None]))  # [S, K]
+        read = torch.cat((tokens, torch.full_like(tokens[:, kept:], self.config.mask_token_id)), dim=1)
+        at = self.transformer['wpe'].weight[places] if self.config.position_encoding == 'absolute' else \
+            (self.rotary_cosine[places], self.rotary_sine[places])
+        hidden_states = self._read(read, at, sees[None, None], cache, None)
+        cache.length += kept
+        return hidden_states[:, T:]
+
     def _here(self, indices: Tensor) -> Tensor:
         """`indices` where the weights are: tokens of sampling and scoring are where float64 exists."""
         return indices.to(self.transformer['wte'].weight.device)
@@ -595,10 +612,11 @@ class GPT(nn.Module):
         """A scorer's evaluation [B] in 0..1 of tokens [B, T] that begin with the CLS token; 0 stands for real text."""
         return torch.sigmoid(self.forward(tokens, attention_mask).logits.float())
 
-    def new_cache(self, batch: int) -> KeyValueCache:
-        """An empty cache for `batch` rows of a causal model, in the weights' device and dtype."""
+    def new_cache(self, batch: int, spare: int = 0) -> KeyValueCache:
+        """An empty cache for `batch` rows of a causal or block model, in the weights' device and dtype; spare: places
+        beyond the block size, for masks that a call reads and nobody keeps."""
         config, weight = self.config, self.transformer['wte'].weight
-        shape = (batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        shape = (batch, config.n_head, config.block_size + spare, config.n_embd // config.n_head)
         dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) \
             else weight.dtype
         layers = range(config.n_layer)

@@ -242,7 +242,7 @@ def block_folder(tmp_path_factory):
     vocabulary = Vocabulary('characters', tuple('abc \n'))
     head = {'add_sampler_head': True, 'sampler_context_left': 3, 'sampler_context_right': 0,
             'sampler_order': 'left_to_right', 'sampler_gate': True}
-    for name, lengths, changes in (('ckpt_best.pt', (4, 16), head), ('plain.pt', (4,), {})):
+    for name, lengths, changes in (('ckpt_best.pt', (4, 16), head), ('plain.pt', (4,), {}), ('mixture.pt', (1, 4), head)):
         model = model_over(vocabulary, attention_type='block', block_length=lengths, **changes)
         save_model(folder / name, vocabulary, model, kind='block')
     return folder
@@ -274,7 +274,10 @@ def test_a_mixture_reads_both_sides_in_a_window(block_folder):
     (('--checkpoint_name=plain.pt', '--infill_text=ab__c'), ['sees nothing after', 'block_length=16']),
     (('--checkpoint_name=plain.pt', '--start_text=a', '--seed_placement=random'), ['seed_placement=random']),
     (('--sampling_method=multinomial',), ['multinomial', '--block_length=16']),
-    (('--remasking_checkpoint_name=x.pt', '--block_length=4'), ['remasking_checkpoint_name', 'whole texts'])])
+    (('--remasking_checkpoint_name=x.pt', '--block_length=4'), ['remasking_checkpoint_name', 'whole texts']),
+    (('--verify_drafts=True',), ['verify_drafts', 'block lengths 4, 16', '--block_length=[1,8]']),
+    (('--checkpoint_name=mixture.pt', '--verify_drafts=True', '--repetition_penalty=1.2'), ['repetition_penalty']),
+    (('--checkpoint_name=plain.pt', '--verify_drafts=True'), ['block_length=4', 'sampler head'])])
 def test_what_a_block_model_cannot_do_is_said(block_folder, arguments, words):
     with pytest.raises(UserError) as caught:
         sampled(block_folder, *arguments)
@@ -286,3 +289,10 @@ def test_compile_without_a_compiler_that_works_is_one_sentence(folder, monkeypat
     with pytest.raises(UserError, match='compile is True, but there is no C\\+\\+ compiler; or leave compile out'):
         config = configure(SampleConfig, [f'--out_dir={folder}', '--device=cpu', '--compile=True']).config
         core.sampling.run.run_sampling(config, {'compile': 'command line'})
+
+
+def test_drafts_are_verified(block_folder):
+    result, said = sampled(block_folder, '--checkpoint_name=mixture.pt', '--verify_drafts=True', '--start_text=ab',
+                           '--max_new_tokens=20', '--quality_metric=none')
+    assert all(text.startswith('ab') and len(text) == 22 for batch in result.batches for text in batch.texts)
+    assert result.trunk_calls > 0 and result.trunk_calls < 2 * 22

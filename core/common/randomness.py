@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     REMASK = 10     # which positions are remasked
     ORDER = 11      # reveal orders
     PLACEMENT = 12  # where a prompt is put
+    VERIFY = 14     # which drafted tokens are accepted, and what replaces the first that is not
 
 
 def philox4x32(counters: Tensor, key: tuple[int, int]) -> Tensor:

@@ -19,10 +19,12 @@ class BlockNetwork(Network):
     """`whole` on one block after another, whose calls count and take time there. Its calls are told the block in work
     alone, int64 [B, W]."""
 
-    def __init__(self, whole: Network, block_length: int, rows: int) -> None:
+    def __init__(self, whole: Network, block_length: int, rows: int, spare: int = 0) -> None:
+        """spare: see `GPT.new_cache`."""
         super().__init__(whole.model, whole.timer, whole.autocast)
         self.fillers, self._whole, self._block_length, self._rows = whole.fillers, whole, block_length, rows
-        self._cache: KeyValueCache = self.model.new_cache(rows)
+        self._spare = spare
+        self._cache: KeyValueCache = self.model.new_cache(rows, spare)
         self._first = 0  # the position in the text of the first token that the cache may hold
         self._unread: Tensor | None = None  # int64 [B, n], written and not in the cache
         self.compiled = True  # a call reads all rows and positions of a block, since the cache holds every row
@@ -35,7 +37,7 @@ class BlockNetwork(Network):
         most, b = self.model.config.block_size, self._block_length
         if stop - self._first > most:
             self._first = start - max(1, most // 2 // b) * b
-            self._cache = self.model.new_cache(self._rows)
+            self._cache = self.model.new_cache(self._rows, self._spare)
         self._unread = text[:, self._first + self._cache.length:start]
         if self.model.sampler_head is not None:
             left = self.model.sampler_head.window.left
@@ -49,6 +51,15 @@ class BlockNetwork(Network):
         self._whole.network_calls += 1
         with self.timer.measure('trunk'):
             return self._read(tokens)
+
+    def predict_each(self, tokens: Tensor) -> Tensor:
+        """Hidden states [B, W, D] that predict each of the block's tokens int64 [B, W] from all before it: one trunk
+        call of a model at blocks of one."""
+        self._whole.trunk_calls += 1
+        self._whole.network_calls += 1
+        with self.timer.measure('trunk'):
+            unread, self._unread = self._unread, tokens[:, :0]
+            return self.model.encode_next(torch.cat((unread, tokens), dim=1), self._cache, unread.size(1))
 
     def critic(self, tokens: Tensor) -> Tensor:
         """Probability [B, W] that each token of the block in work is wrong, by the critic head: one network call."""

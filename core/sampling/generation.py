@@ -40,8 +40,8 @@ class GenerationSettings:
     """How to generate. policy, and head, which says who fills: of 'diffusion' and 'sampler'; iterations: of
     'multinomial'; start_token: what a causal model reads before an empty prompt; block_length: the policy completes
     this many positions after one another (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025), None for all at
-    once. Of a block model it is the length of its blocks; use_critic: the policy may ask how wrong tokens are, of the
-    network's remasking model or critic head."""
+    once. Of a block model it is the length of its blocks; verify_drafts: core/sampling/verified.py writes; use_critic:
+    the policy may ask how wrong tokens are, of the network's remasking model or critic head."""
 
     method: Method
     rule: DrawRule
@@ -51,6 +51,7 @@ class GenerationSettings:
     use_critic: bool = False
     start_token: int = 0
     block_length: int | None = None
+    verify_drafts: bool = False
 
 
 class Generation(NamedTuple):

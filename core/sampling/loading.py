@@ -132,7 +132,7 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
     settings = GenerationSettings(config.sampling_method, rule, policy, config.iterations,
                                   model_config.sampler_order if through_head else 'none',
                                   diffusing and asks, start_token(vocabulary),
-                                  config.block_length)
+                                  config.block_length, config.verify_drafts)
     if config.compile:
         said.append(_compile_line(device))
     return Loaded(model, remasking_model, judge, vocabulary, settings, device, said)

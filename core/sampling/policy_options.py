@@ -167,6 +167,8 @@ def model_problems(config: SampleConfig, explicit: Mapping[str, str], model_conf
         problems.append('confidence_groups does not apply to a causal checkpoint; leave it out')
     if model_config.attention_type == 'block':
         problems += _block_problems(config, model_config)
+    elif config.verify_drafts:
+        problems.append('verify_drafts needs a block model; train one with config/train_char_block.py --block_length=[1,8]')
     if not model_config.add_sampler_head and (method == 'sampler' or 'use_sampler_head' in explicit and
                                               config.use_sampler_head and method == 'diffusion'):
         problems.append('the checkpoint has no sampler head; take --sampling_method=diffusion without '
@@ -191,9 +193,28 @@ def _block_problems(config: SampleConfig, model_config: GPTConfig) -> list[str]:
     if config.remasking_checkpoint_name:
         problems.append(f'remasking_checkpoint_name reads whole texts, but a block model writes blocks; leave it out, '
                         f'or {cure}')
+    problems += verifying_problems(config, model_config)
     if config.sampling_method == 'multinomial':
         problems.append(f'sampling_method is multinomial, which redraws a whole window; take '
                         f'--sampling_method=diffusion or {cure}')
+    return problems
+
+
+def verifying_problems(config: SampleConfig, model_config: GPTConfig) -> list[str]:
+    """What keeps drafts from being verified."""
+    if not config.verify_drafts:
+        return []
+    problems = []
+    if 1 not in model_config.block_length or max(model_config.block_length) == 1:
+        problems.append(f'verify_drafts needs a checkpoint that was trained with block_length=1 and a longer one, but '
+                        f'this one has {_listed(model_config.block_length)}; train one with --block_length=[1,8]')
+    if not model_config.add_sampler_head or model_config.sampler_order != 'left_to_right' or not config.use_sampler_head:
+        problems.append('verify_drafts drafts through a sampler head that writes from left to right; take a checkpoint '
+                        'trained with --add_sampler_head=True --sampler_order=left_to_right')
+    if config.sampling_method not in DIFFUSION or config.sampling_policy != 'remask':
+        problems.append('verify_drafts follows no policy; leave sampling_method and sampling_policy out')
+    if config.repetition_penalty != 1:
+        problems.append('repetition_penalty does not apply to verify_drafts; leave one of them out')
     return problems
 
 

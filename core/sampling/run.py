@@ -27,6 +27,7 @@ from core.sampling.progress import Progress
 from core.sampling.prompt import Layout
 from core.sampling.result import Batch, SamplingResult, tell_samples, tell_totals
 from core.sampling.trace import Trace
+from core.sampling.verified import write_verified
 from sample_utils import judge_scores
 
 Say = Callable[[str], None]
@@ -126,7 +127,8 @@ def _sample(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator, resu
             layout = lay_out(config, vocabulary, loaded.model.config.block_size, rows)
             progress.begin_batch(first, layout.protected.cpu())
             shown, start = animation.seconds if animation is not None else 0.0, time.perf_counter()
-            made = generate(network, layout, loaded.settings, rows, progress.see if progress.wanted else None)
+            write = write_verified if loaded.settings.verify_drafts else generate
+            made = write(network, layout, loaded.settings, rows, progress.see if progress.wanted else None)
             tokens = made.tokens.cpu()  # waits for the device
             result.seconds += time.perf_counter() - start
             if animation is not None:
