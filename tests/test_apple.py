@@ -45,33 +45,43 @@ def test_a_missing_conversion_is_found(monkeypatch):
         keyed(1, 0, 0, 2, 'mps').uniform(1, 4)
 
 
+BLOCK_MODEL = {'attention_type': 'block', 'block_length': [4, 8], 'sampler_order': 'left_to_right', 'sampler_gate': True,
+               'sampler_context_left': 7, 'sampler_context_right': 0}
+BLOCKS = ('--attention_type=block', '--block_length=[4,8]', '--sampler_order=left_to_right', '--sampler_gate=True',
+          '--sampler_context_left=7', '--sampler_context_right=0', '--add_critic_head=False')
+
+
 def trained(out, *arguments):
     with emulated_mps():
-        run('--device=mps', f'--out_dir={out}', *arguments)
+        run('--device=mps', f'--out_dir={out}', '--sample_length=0', *arguments)
 
 
 def values(folder):
-    kept = ('train/loss', 'train/loss_main', 'train/loss_sampler', 'train/loss_critic', 'val/nelbo', 'val/value')
-    return [{name: record[name] for name in kept if name in record}
+    kept = ('train/loss', 'train/loss_main', 'train/loss_sampler', 'train/loss_critic')
+    return [{name: value for name, value in record.items() if name in kept or name.startswith('val/')}
             for record in read_metrics(folder / 'metrics.jsonl')]
 
 
-@pytest.mark.parametrize('further', [(), ('--attention_type=causal', '--add_sampler_head=False',
-                                         '--add_critic_head=False')])
+@pytest.mark.parametrize('further', [
+    (), BLOCKS, (*BLOCKS, '--loss_weighting=elbo', '--block_mask_shares=[0.3,0.8]', '--block_length_from=[0,3]'),
+    ('--attention_type=causal', '--add_sampler_head=False', '--add_critic_head=False')])
 def test_training_with_all_heads_and_stages_gives_the_numbers_of_a_cpu(small_corpus, further):
-    run('--out_dir=cpu', '--dropout=0.0', *further)
-    trained('apple', '--dropout=0.0', *further)
-    assert len(values(Path('cpu'))) > 12
+    small = ('--dropout=0.0', '--max_iters=7', '--start_sampler_iteration=1', '--start_critic_iteration=3',
+             '--end_critic_iteration=5')
+    run('--out_dir=cpu', *small, *further)
+    trained('apple', *small, '--sample_length=12', *further)
+    assert len(values(Path('cpu'))) == 10
     for expected, found in zip(values(Path('cpu')), values(Path('apple')), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_run_is_taken_up(small_corpus):
-    trained('whole')
-    trained('parts', '--max_iters=7')
-    trained('parts', '--init_from=resume')
+    small = '--start_sampler_iteration=1', '--start_critic_iteration=2', '--end_critic_iteration=3', '--max_iters=5'
+    trained('whole', *small)
+    trained('parts', *small, '--max_iters=3')
+    trained('parts', *small, '--init_from=resume')
     whole, parts = (load_checkpoint(f'{name}/ckpt.pt') for name in ('whole', 'parts'))
-    assert parts.iteration == 12
+    assert parts.iteration == 5
     for name, tensor in whole.model.items():
         torch.testing.assert_close(parts.model[name], tensor)
 
@@ -80,15 +90,17 @@ def test_a_run_is_taken_up(small_corpus):
                          [('--training_type=remasking',), ('--training_type=remasking', '--remasking_kind=binary'),
                                   ('--training_type=judge',)])
 def test_helpers_train(small_corpus, kind):
-    trained('helper', *kind, '--add_sampler_head=False', '--add_critic_head=False')
-    assert load_checkpoint('helper/ckpt.pt').iteration == 12
+    trained('helper', *kind, '--add_sampler_head=False', '--add_critic_head=False', '--max_iters=3')
+    assert load_checkpoint('helper/ckpt.pt').iteration == 3
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A run folder with a network that has both heads, and one that reads from left to right."""
+    """A run folder with a network that has both heads, one that writes in blocks, and one from left to right."""
     vocabulary, folder = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh')), tmp_path_factory.mktemp('run')
-    save_model(folder / 'ckpt_best.pt', vocabulary, model_over(vocabulary, add_sampler_head=True, add_critic_head=True))
+    heads = {'add_sampler_head': True, 'add_critic_head': True}
+    save_model(folder / 'ckpt_best.pt', vocabulary, model_over(vocabulary, **heads))
+    save_model(folder / 'block.pt', vocabulary, model_over(vocabulary, **BLOCK_MODEL, **heads), kind='block')
     save_model(folder / 'causal.pt', vocabulary, model_over(vocabulary, attention_type='causal'), kind='causal')
     save_model(folder / 'wrong.pt', vocabulary, model_over(vocabulary), kind='remasking')
     save_model(folder / 'judge.pt', vocabulary, model_over(vocabulary, mode='sequence_scorer', block_size=33), 'judge')
@@ -101,18 +113,28 @@ def sample(folder, device, *arguments):
     return run_sampling(configuration.config, configuration.explicit, lambda line: None)
 
 
-WAYS = [*((f'--sampling_policy={name}', *(() if 'iterations' not in row.options else ('--iterations=4',)))
-          for name, row in POLICIES.items()),
-        ('--use_sampler_head=False', '--iterations=3', '--top_k=5', '--repetition_penalty=1.2', '--save_json=run.json'),
-        ('--schedule_mode=threshold', '--iterations=3', '--quality_metric=none'),
-        ('--iterations=3', '--remasking_checkpoint_name=wrong.pt', '--start_text=ab'),
-        ('--iterations=3', '--quality_metric=judge', '--judge_checkpoint_name=judge.pt', '--sequence_length=24'),
-        ('--sampling_method=multinomial', '--iterations=3'), ('--sampling_method=standard',),
-        ('--sampling_method=sampler', '--iterations=1', '--temperature=0'),
-        ('--sampling_method=standard', '--checkpoint_name=causal.pt', '--sequence_length=24', '--top_p=0.9')]
+def policy_way(name):
+    return f'--sampling_policy={name}', *(('--iterations=3',) if 'iterations' in POLICIES[name].options else ()), \
+        '--quality_metric=none'
 
 
-@pytest.mark.parametrize('way', WAYS, ids=lambda way: ' '.join(way))
+BLOCK = '--checkpoint_name=block.pt'
+EVERY_RUN = ('remask', 'mdlm', 'remdm_conf', 'p2_critic', 'fast_dllm_threshold', 'margin')  # one of each kind
+WAYS = [policy_way(name) for name in EVERY_RUN] + [(BLOCK, *policy_way(name)) for name in ('remask', 'random')] + [
+    ('--use_sampler_head=False', '--iterations=3', '--top_k=5', '--repetition_penalty=1.2', '--save_json=run.json'),
+    ('--schedule_mode=threshold', '--iterations=3', '--quality_metric=none'),
+    ('--iterations=3', '--remasking_checkpoint_name=wrong.pt', '--start_text=ab'),
+    ('--iterations=3', '--quality_metric=judge', '--judge_checkpoint_name=judge.pt', '--sequence_length=24'),
+    (BLOCK, '--iterations=2', '--sequence_length=24', '--start_text=abc', '--block_length=4'),
+    (BLOCK, '--sampling_method=standard', '--sequence_length=12'),
+    ('--sampling_method=multinomial', '--iterations=3'), ('--sampling_method=standard', '--sequence_length=6'),
+    ('--sampling_method=sampler', '--iterations=1', '--temperature=0'),
+    ('--sampling_method=standard', '--checkpoint_name=causal.pt', '--sequence_length=20', '--top_p=0.9')]
+FURTHER = [(*checkpoint, *policy_way(name)) for checkpoint in ((), (BLOCK,)) for name in POLICIES]
+
+
+@pytest.mark.parametrize('way', [*WAYS, *(pytest.param(way, marks=pytest.mark.long) for way in FURTHER
+                                          if way not in WAYS)], ids=' '.join)
 def test_samples_are_those_of_a_cpu(folder, way, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     expected = sample(folder, 'cpu', *way)
@@ -120,14 +142,18 @@ def test_samples_are_those_of_a_cpu(folder, way, monkeypatch, tmp_path):
         assert sample(folder, 'mps', *way).texts == expected.texts
 
 
-@pytest.mark.parametrize('measure', [
-    ('--measure=nelbo',), ('--measure=likelihood', '--trunk_calls=[1,4]', '--policies=random,margin', '--windows=4'),
-    ('--measure=errors', '--windows=32')])
-def test_evaluation_gives_the_numbers_of_a_cpu(small_corpus, measure):
-    model = model_over(small_corpus.vocabulary, add_sampler_head=True, add_critic_head=True)
+@pytest.mark.parametrize('kind, measure', [
+    ('unmasking', ('--measure=nelbo', '--windows=8')),
+    ('unmasking', ('--measure=likelihood', '--trunk_calls=[1,4]', '--policies=random,margin', '--windows=4')),
+    ('unmasking', ('--measure=errors', '--windows=16')),
+    ('block', ('--measure=nelbo', '--windows=8')),
+    ('block', ('--measure=likelihood', '--trunk_calls=[1,3]', '--policies=random,margin', '--windows=4'))])
+def test_evaluation_gives_the_numbers_of_a_cpu(small_corpus, kind, measure):
+    model = model_over(small_corpus.vocabulary, add_sampler_head=True, add_critic_head=True,
+                       **(BLOCK_MODEL if kind == 'block' else {}))
 
     def rows(device):
-        save_model(Path(device) / 'ckpt_best.pt', small_corpus.vocabulary, model, config={'dataset': 'tiny'})
+        save_model(Path(device) / 'ckpt_best.pt', small_corpus.vocabulary, model, kind, config={'dataset': 'tiny'})
         configuration = configure(EvaluateConfig, [f'--out_dir={device}', f'--device={device}', *measure])
         return measured_rows(configuration.config, configuration.explicit, lambda line: None)
 

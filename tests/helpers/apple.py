@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from core.common import runtime
+
 MPS, SERVED = torch.device('mps', 0), torch.device('meta')
 _REFUSED = (torch.float64, torch.complex128)
 _OPS = torch.ops.aten
@@ -144,5 +146,6 @@ def emulated_mps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, _Functions(), _Operations():
         patch.setattr(torch.backends.mps, 'is_available', lambda: True)
         patch.setattr(torch.mps, 'synchronize', lambda: None)
+        patch.setattr(runtime, 'measure_matrix_rate', lambda device, dtype: 1e9)  # seconds, of no meaning here
         patch.setattr(torch.__future__, 'get_swap_module_params_on_conversion', lambda: True)  # tied weights stay tied
         yield
