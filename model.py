@@ -514,7 +514,8 @@ class GPT(nn.Module):
         clean: int64 [B, T], the same text without masks; block_length: int64 [B], or one number for all rows. With one
         block alone there is no text before it, and noisy is read like a bidirectional model's.
         """
-        T = noisy.size(1)
+        noisy, clean, T = self._here(noisy), self._here(clean), noisy.size(1)
+        positions = None if positions is None else self._here(positions)
         if isinstance(block_length, int) and block_length >= T:
             return self.encode(noisy, positions=positions)
         places = self._places(0, T)

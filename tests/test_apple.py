@@ -63,7 +63,7 @@ def values(folder):
 
 
 @pytest.mark.parametrize('further', [
-    (), BLOCKS, (*BLOCKS, '--loss_weighting=elbo', '--block_mask_shares=[0.3,0.8]', '--block_length_from=[0,3]'),
+    (), BLOCKS, (*BLOCKS, '--block_mask_shares=[0.3,0.8]', '--block_length_from=[0,3]', '--sampler_gradient=trunk'),
     ('--attention_type=causal', '--add_sampler_head=False', '--add_critic_head=False')])
 def test_training_with_all_heads_and_stages_gives_the_numbers_of_a_cpu(small_corpus, further):
     small = ('--dropout=0.0', '--max_iters=7', '--start_sampler_iteration=1', '--start_critic_iteration=3',

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.common.precision import to_exact
 from core.sampling.network import Network
 from model import KeyValueCache
 
@@ -62,10 +63,10 @@ class BlockNetwork(Network):
             return self.model.encode_next(torch.cat((unread, tokens), dim=1), self._cache, unread.size(1))
 
     def critic(self, tokens: Tensor) -> Tensor:
-        """Probability [B, W] that each token of the block in work is wrong, by the critic head: one network call."""
+        """Probability float64 [B, W] that each token of the block in work is wrong, by the critic head: one network call."""
         self._whole.network_calls += 1
         with self.timer.measure('critic'):
-            return torch.sigmoid(self.model.critic_logits(self._read(tokens)).float())
+            return torch.sigmoid(to_exact(self.model.critic_logits(self._read(tokens))).double())
 
     def _read(self, tokens: Tensor) -> Tensor:
         unread, self._unread = self._unread, tokens[:, :0]

@@ -137,6 +137,8 @@ def _copied(tensor: torch.Tensor, memo: dict) -> torch.Tensor:
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
                dropout_p: float = 0.0, is_causal: bool = False) -> torch.Tensor:
+    if attn_mask is not None:  # the operation below would add True as 1
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     return _OPS._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal)[0]
 
 
