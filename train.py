@@ -5,6 +5,7 @@
     python train.py --init_from=resume --out_dir=out-remasking                 go on with a run, with its own options
     torchrun --nproc_per_node=2 train.py config/train_char_diffusion.py --gradient_accumulation_steps=2
     python train.py config/train_char_remasking.py                             a model that finds wrong tokens
+    python train.py config/train_char_grpo.py                                  a trained generator, by reward
     python train.py --help                                                     every option
 """
 
@@ -25,13 +26,14 @@ def resolve_device(name: str) -> str:
 def main(arguments: list[str]) -> None:
     """Read the options and train."""
     configuration = configure(TrainConfig, arguments, resolve_device=resolve_device, usage=__doc__)
-    from core.resuming import saved_options
+    from core.resuming import inherited_options
     from core.trainer import train
 
     config = configuration.config
-    if config.init_from == 'resume':
-        saved, source = saved_options(config, configuration.explicit)
-        configuration = configure(TrainConfig, arguments, resolve_device=resolve_device, defaults=saved, source=source)
+    inherited, source = inherited_options(config, configuration.explicit)
+    if inherited:
+        configuration = configure(TrainConfig, arguments, resolve_device=resolve_device, defaults=inherited,
+                                  source=source)
         if configuration.config != config:
             configuration.notes.append(f'options that are not given are those of {source}')
         config = configuration.config

@@ -143,7 +143,7 @@ def causal_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int])
     for generator in micro_steps(plan, iteration):
         window = draw_windows(plan, generator, T + 1)  # [B, T + 1]
         weights = torch.full((plan.rows.batch_size * T,), 1 / (plan.rows.global_batch * T))
-        batches.append(_whole_batch(generator, window[:, :-1].contiguous(), window[:, 1:].contiguous(), weights))
+        batches.append(whole_batch(generator, window[:, :-1].contiguous(), window[:, 1:].contiguous(), weights))
     return batches
 
 
@@ -170,7 +170,7 @@ def remasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
         drawn.append((generator, targets, corrupt(plan.noise, generator, targets, mask)))
     corrupted = total(sum(int((inputs != targets).sum()) for _, targets, inputs in drawn))
     weights = position_weights(plan.noise.loss_type, plan.rows.global_batch * T - corrupted, corrupted)
-    return [_whole_batch(generator, inputs, targets, weights[(inputs != targets).flatten().long()])
+    return [whole_batch(generator, inputs, targets, weights[(inputs != targets).flatten().long()])
             for generator, targets, inputs in drawn]
 
 
@@ -182,11 +182,11 @@ def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) 
         mask = draw_mask(generator, low_discrepancy_times(generator, plan.rows.global_batch), plan.block_size - 1)
         inputs = behind_cls(plan.noise, judged_text(plan.noise, generator, text, mask))
         weights = torch.full((plan.rows.batch_size,), 1 / plan.rows.global_batch)
-        batches.append(_whole_batch(generator, inputs, behind_cls(plan.noise, text), weights))
+        batches.append(whole_batch(generator, inputs, behind_cls(plan.noise, text), weights))
     return batches
 
 
-def _whole_batch(generator: RowRandom, inputs: Tensor, targets: Tensor, weights: Tensor) -> Batch:
+def whole_batch(generator: RowRandom, inputs: Tensor, targets: Tensor, weights: Tensor) -> Batch:
     """A batch whose every position is read; no sampler head and no critic trains on it."""
     return Batch(inputs, targets, torch.arange(targets.numel()), weights, weights,
                  targets.new_empty(targets.numel(), 0), targets.new_zeros(targets.numel()), generator.rows[:0],

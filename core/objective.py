@@ -34,14 +34,15 @@ MOST_LOGITS = 2 ** 25
 class Losses(NamedTuple):
     """Scalars in nats; a judge's is a squared error. total: main and, with their weights, those of the heads.
 
-    heads: of each head that trains, by its name. positions: of remasking models, float32 [2, 4], `PositionSums` of the
-    clean and of the corrupted positions.
+    heads: of each head that trains, by its name. sums: what is logged beside them, added up over micro-steps and ranks
+    and read by `TrainingKind.metrics`; of remasking models float32 [2, 4], `PositionSums` of the clean and of the
+    corrupted positions.
     """
 
     total: Tensor
     main: Tensor
     heads: Mapping[str, Tensor]
-    positions: Tensor | None = None
+    sums: Tensor | None = None
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, allowed: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def position_sums(terms: RemaskingTerms) -> Tensor:
     return torch.stack([(values * kind[..., None]).sum(1) for kind in (~terms.wrong, terms.wrong)], dim=1)
 
 
-def position_metrics(sums: Tensor, binary: bool) -> dict[str, float]:
+def position_metrics(sums: Tensor, binary: bool = False) -> dict[str, float]:
     """Mean loss and accuracy at clean and at corrupted positions, and of a language model how often its most probable
     base token corrects a corrupted one, by the names under which they are logged; sums [2, 4]: `PositionSums` of the
     clean and of the corrupted ones."""
@@ -158,8 +159,8 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, stage: Stage, generator: RowRandom) -> Losses:
         """Losses of one micro-step. `generator` draws the tokens that the critic judges."""
         if self.whole_loss is not None:
-            main, positions = self.whole_loss(self.model, batch, self.allowed)
-            return Losses(main, main, {}, positions)
+            main, sums = self.whole_loss(self.model, batch, self.allowed)
+            return Losses(main, main, {}, sums)
         heads = {}
         main, sampler, hidden = self.trunk_and_sampler_losses(batch, SAMPLER.name in stage.heads)
         if sampler is not None:

@@ -4,7 +4,7 @@ from configurator import bound_problems
 from core.checkpoints.heads import HEADS
 from core.common.runtime import Runtime
 from core.options import TrainConfig
-from core.training_kinds import TRAINING, kind_of
+from core.training_kinds import TRAINING, kind_of, training_of
 
 
 def option_problems(config: TrainConfig) -> list[str]:
@@ -27,7 +27,7 @@ def option_problems(config: TrainConfig) -> list[str]:
     if config.sharding == 'full' and config.compile:
         problems.append('sharding is full, but compile is True, and layers that are gathered one by one are not '
                         'compiled; leave compile out')
-    return problems + head_problems(config) + TRAINING[kind_of(config)].problems(config)
+    return problems + head_problems(config) + TRAINING[training_of(config)].problems(config)
 
 
 def head_problems(config: TrainConfig) -> list[str]:

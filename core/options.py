@@ -62,8 +62,8 @@ class TrainConfig:
     noise_schedule: Literal['linear', 'cosine', 'geometric'] = option(
         'linear', 'share of masked positions over time; the bound is the same, its estimate and the samplers follow it')
     # remasking models and judges (docs/remasking.md)
-    training_type: Literal['unmasking', 'remasking', 'judge'] = option(
-        'unmasking', 'remasking learns which tokens are wrong, judge which share of a text is')
+    training_type: Literal['unmasking', 'remasking', 'judge', 'grpo'] = option(
+        'unmasking', 'remasking learns which tokens are wrong, judge which share of a text is, grpo from rewards')
     remasking_kind: Literal['token', 'binary'] = option(
         'token', 'token predicts the token or the wrong id, binary one of two classes')
     remasking_loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = option(
@@ -72,6 +72,19 @@ class TrainConfig:
         'random', 'wrong tokens drawn at random, or by the model of corruption_checkpoint')
     corruption_checkpoint: str | None = option(None, 'trained generator whose errors are learned; judges use both',
         path=True)
+    # policy gradients, training_type=grpo (docs/reinforcement.md)
+    reward: Literal['judge', 'line_ends'] = option(
+        'judge', "the judge's score, or the share of lines that end with a punctuation mark")
+    judge_checkpoint_name: str | None = option(None, 'the judge of reward=judge', path=True)
+    repetition_weight: float = option(
+        1.0, 'times the share of repeated n-grams is deducted from a reward', minimum=0)
+    group_size: int = option(8, 'texts that are compared with each other, of one prompt; batch_size holds whole groups')
+    prompt_length: int = option(16, 'tokens of the corpus that each text begins with; 0 for none', minimum=0)
+    draw_policy: Literal['random', 'left_to_right', 'strided'] = option(
+        'random', 'order of the draws; those that do not depend on the weights, so that a path is the same for all')
+    draw_calls: int = option(8, 'trunk calls of a text; more for better texts and slower steps', minimum=1)
+    kl_weight: float = option(0.04, 'weight of the divergence from the start; raise it when texts degenerate',
+        minimum=0)
     # sampler head (docs/sampler.md)
     add_sampler_head: bool = option(False, 'a small head that fills masks in waves')
     start_sampler_iteration: int = option(0, 'its training begins here', minimum=0, maximum=10**12)

@@ -1,15 +1,41 @@
-"""The options of a run that is resumed: those that it was started with, where no others are given."""
+"""Options that a run takes from what it goes on with, where no others are given: from its own start when it is resumed,
+from the trained generator when it is a policy gradient."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from core.checkpoints.checkpoint import load_checkpoint
+from core.checkpoints.checkpoint import TRAINING_FIELDS, load_checkpoint, model_config_from_dict
+from core.checkpoints.heads import CRITIC, SAMPLER, started_heads
+from core.checkpoints.helpers import read_generator
 from core.checkpoints.run_folder import CONFIG, latest_checkpoint, read_json, require_run
 from core.common.errors import UserError
 from core.common.runtime import resolve_device
 from core.options import TrainConfig
+from core.training_kinds import GRPO, training_of
 
 OF_THIS_START = ('out_dir', 'init_from', 'eval_only', 'force_resume', 'overwrite')  # never taken from an earlier one
+
+
+def inherited_options(config: TrainConfig, explicit: Mapping[str, str]) -> tuple[dict[str, object], str]:
+    """The options that take the place of the defaults, and the file that has them; none for most runs. `explicit` names
+    the options given now. UserError where the file is missing or not what the run can go on with."""
+    if config.init_from == 'resume':
+        return saved_options(config, explicit)
+    if training_of(config) == GRPO and config.init_from_checkpoint:
+        return start_options(config.init_from_checkpoint)
+    return {}, ''
+
+
+def start_options(path: str) -> tuple[dict[str, object], str]:
+    """Shape, corpus and noise schedule of the generator at `path`. Its critic is left out, and a sampler head whose
+    stage had not begun."""
+    checkpoint = read_generator(path, 'init_from_checkpoint')
+    schedule = TRAINING_FIELDS - {'sampler_min_neighbors_ratio'}
+    taken = {name: value for name, value in checkpoint.model_config.items()
+             if name not in schedule and name != CRITIC.added_by}
+    taken |= {name: checkpoint.config[name] for name in ('dataset', 'noise_schedule') if name in checkpoint.config}
+    shape = model_config_from_dict(checkpoint.model_config, path)
+    return {**taken, SAMPLER.added_by: started_heads(shape, checkpoint.iteration)[0]}, path
 
 
 def saved_options(config: TrainConfig, explicit: Mapping[str, str]) -> tuple[dict[str, object], str]:

@@ -26,7 +26,6 @@ from core.data.folders import data_folder
 from core.data.prepare import ensure_corpus
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.loss_curve import plot_loss_curve
-from core.objective import position_metrics
 from core.optimizer import learning_rate_at
 from core.option_problems import option_problems, world_problems
 from core.options import TrainConfig
@@ -34,14 +33,16 @@ from core.sampling.preview import preview
 from core.sharding import cut, gathered, whole, whole_weights
 from core.stages import all_heads_trained_from, stage_at
 from core.step_guard import MOST_IN_A_ROW
-from core.training_kinds import TRAINING, kind_of, run_label, wandb_name
+from core.training_kinds import GRPO, TRAINING, kind_of, run_label, training_of, wandb_name
 from core.training_step import StepSettings, TrainingState, training_step
 from core.validation import HeldOut, Validation
-from model import GPT, GPTConfig, ModelMode
+from model import GPT, GPTConfig
 
 TRAJECTORY = ('seed', 'loss_weighting', 'noise_schedule', 'remasking_loss_type', 'remasking_corruption',
               'corruption_checkpoint', 'batch_size', 'gradient_accumulation_steps', 'learning_rate', 'min_lr',
-              'warmup_iters', 'lr_decay_iters', 'decay_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'ema_decay')
+              'warmup_iters', 'lr_decay_iters', 'decay_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'ema_decay',
+              'reward', 'judge_checkpoint_name', 'repetition_weight', 'group_size', 'prompt_length', 'draw_policy',
+              'draw_calls', 'kl_weight')
 # What ends a run once it is saved, with exit code 128 + number: Ctrl-C, a scheduler's end, a closed window, Slurm's
 # warning before the time is over, Ctrl-Break. Each where the system has it.
 STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGBREAK')
@@ -56,7 +57,7 @@ def train(config: TrainConfig, notes: list[str]) -> None:
     """
     problems = option_problems(config)
     try:
-        compile = False if config.sharding == 'full' else config.compile
+        compile = False if config.sharding == 'full' or training_of(config) == GRPO else config.compile
         runtime = start_runtime(config.device, config.dtype, compile, width=config.n_embd,
                                 iterations=config.max_iters, backend=config.backend)
     except UserError as error:
@@ -110,8 +111,8 @@ class Run:
     def __init__(self, config: TrainConfig, runtime: Runtime, corpus: Corpus, say: Callable[[str], None]) -> None:
         self.config, self.runtime, self.corpus = config, runtime, corpus
         self.model_config = build_model_config(config, corpus)
-        self.kind = kind_of(config)
-        self.training = TRAINING[self.kind]
+        self.kind, training = kind_of(config), training_of(config)
+        self.training = TRAINING[training]
         rows = RowShare(config.batch_size, config.gradient_accumulation_steps // runtime.world_size, runtime.rank,
                         runtime.world_size)
         plan = BatchPlan(corpus.tokens(config.train_split, config.block_size + 1), config.seed, config.block_size, rows,
@@ -125,7 +126,7 @@ class Run:
                                 ema_decay=config.ema_decay, spike_deviations=config.skip_spikes,
                                 activation_checkpointing=config.activation_checkpointing,
                                 sharded=config.sharding == 'full')
-        self.state = TrainingState(model, self.allowed, runtime, plan, self.kind, settings)
+        self.state = TrainingState(model, self.allowed, runtime, plan, training, settings)
         self.iteration, self.best_value, self.best_is_final, self.seconds = 0, None, False, 0.0
         self.unprinted: list[float] = []  # seconds of the iterations since the last line
         self.skips_told = 0
@@ -244,10 +245,10 @@ class Run:
         self.unprinted = [*self.unprinted, seconds]
         if due and self.runtime.is_writer:
             parts = {name: loss.item() for name, loss in (('main', losses.main), *losses.heads.items())}
-            apart = {} if losses.positions is None else \
-                position_metrics(losses.positions, self.model_config.mode is ModelMode.TOKEN_CLASSIFIER)
+            apart = {} if losses.sums is None else self.training.metrics(losses.sums)
             mean, rows = sum(self.unprinted) / len(self.unprinted), self.state.plan.rows
-            operations = 3 * self.state.model.operations_per_token() * rows.global_batch * config.block_size
+            operations = self.state.model.operations_per_token() * self.training.passes(config) * rows.global_batch * \
+                config.block_size
             mfu = operations / mean / self.matrix_rate / rows.world_size
             self.logger.iteration(IterationRecord(self.iteration, losses.total.item(), parts, learning_rate, mean, mfu,
                                                   {f'train/{name}': value for name, value in apart.items()}))
@@ -353,6 +354,10 @@ class Run:
         if saved.kind != self.kind:
             raise UserError(f'{path} is of kind {saved.kind!r}, but the options describe one of kind {self.kind!r}; '
                             f'resume with the options that it was trained with')
+        if (saved.config.get('training_type') == GRPO) != (self.config.training_type == GRPO):
+            raise UserError(f'{path} was trained with training_type={saved.config.get("training_type")}, but now it is '
+                            f'{self.config.training_type}; resume with the old one, or begin a run of its own with '
+                            f'--init_from_checkpoint={path} and another --out_dir')
         for note in check_resume(saved, model_config_to_dict(self.model_config), self.corpus.vocabulary.hash,
                                  self.corpus.data_hash, force=self.config.force_resume,
                                  dataset=self.config.dataset):

@@ -1,12 +1,15 @@
 """How each kind of model is trained: one row a kind, and what follows from it for the options of train.py.
 
-What a kind is stands in core/checkpoints/kinds.py. A new kind is a row there and a row of `TRAINING` here.
+What a kind is stands in core/checkpoints/kinds.py. A new kind is a row there and a row of `TRAINING` here. A training
+that goes on with a model of some kind, as a policy gradient does, is a row of `TRAINING` alone.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from core.batches import Batch, BatchPlan, causal_batches, judge_batches, remasking_batches, unmasking_batches
 from core.checkpoints.heads import HEADS
@@ -15,32 +18,39 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.runtime import Runtime
 from core.data.vocabulary import Vocabulary
 from core.noise import SCHEDULES, BlockNoise, Corruption, Masking, seen_neighbours
-from core.objective import WholeLoss, judge_loss, remasking_loss
+from core.objective import Objective, WholeLoss, judge_loss, position_metrics, remasking_loss
 from core.options import TrainConfig
+from core.reinforcement import GroupObjective, Reinforcement, prompt_batches, reinforcement_metrics, validate_rewards
+from core.rewards import REWARDS, make_reward
+from core.sampling.policies import POLICIES
 from core.validation import HeldOut, Validation, validate_blocks, validate_generator, validate_judge, validate_remasking
 from model import GPT
 
-Noise = Masking | Corruption | None
+Noise = Masking | Corruption | Reinforcement | None
+GRPO = 'grpo'  # the row of policy gradients, which go on with a generator
 
 
 @dataclass(frozen=True)
 class TrainingKind:
     """asked_by: the options that ask for it; noise: what its text goes through, by the options; batches: the
-    micro-steps of one iteration; whole_loss: its loss, None of a model that writes text (`Objective`); validate: on a
-    held-out split; problems: with its options.
+    micro-steps of one iteration; objective: the module that gives its losses, of the model, the allowed ids and the
+    noise; validate: on a held-out split; problems: with its options.
 
-    value: the name of what validation measures ('val/<value>' in the log); unit: of the loss. names_loss_type: whether
-    snapshots say how positions are weighted.
+    value: the name of what validation measures ('val/<value>' in the log); unit: of the loss; metrics: what is logged
+    beside the losses, of `Losses.sums`; passes: trunk calls that a step costs, a backward pass counting as two.
+    names_loss_type: whether snapshots say how positions are weighted.
     """
 
     asked_by: Mapping[str, str]
     noise: Callable[[TrainConfig, Vocabulary, Runtime], Noise]
     batches: Callable[[BatchPlan, int, Callable[[int], int]], list[Batch]]
-    whole_loss: WholeLoss | None
+    objective: Callable[[GPT, Tensor, Noise], nn.Module]
     validate: Callable[[GPT, HeldOut, Tensor, Noise], Validation]
     problems: Callable[[TrainConfig], list[str]]
     value: str = 'loss'
     unit: str = 'nats per token'
+    metrics: Callable[[Tensor], dict[str, float]] = position_metrics
+    passes: Callable[[TrainConfig], int] = lambda config: 3
     names_loss_type: bool = False
 
 
@@ -77,6 +87,24 @@ def _corruption(config: TrainConfig, checkpoint: str | None, length: int, vocabu
         require_block(model, f'corruption_checkpoint={checkpoint}', length, 'the text of one row')
         fill = one_shot_fill(model, use_sampler_head, vocabulary.base_size, runtime.autocast)
     return Corruption(vocabulary.base_size, vocabulary.cls_token_id, config.remasking_loss_type, fill)
+
+
+def _with_heads(model: GPT, allowed: Tensor, noise: Noise) -> Objective:
+    return Objective(model, allowed)
+
+
+def _whole(loss: WholeLoss) -> Callable[[GPT, Tensor, Noise], Objective]:
+    return lambda model, allowed, noise: Objective(model, allowed, loss)
+
+
+def _drawn_groups(config: TrainConfig, vocabulary: Vocabulary, runtime: Runtime) -> Reinforcement:
+    start, use_sampler_head = load_generator(config.init_from_checkpoint, vocabulary, runtime.device,
+                                             'init_from_checkpoint')
+    head = start.config.sampler_order if use_sampler_head and config.add_sampler_head else 'none'
+    return Reinforcement(vocabulary.mask_token_id, config.group_size, config.prompt_length,
+                         POLICIES[config.draw_policy].make(iterations=config.draw_calls), head, config.kl_weight, start,
+                         make_reward(config, vocabulary, runtime.device),
+                         None if runtime.dtype is torch.float32 else runtime.dtype)
 
 
 def _no_problems(config: TrainConfig) -> list[str]:
@@ -134,39 +162,80 @@ def _judge_problems(config: TrainConfig) -> list[str]:
     return _reader_problems(config) + too_short
 
 
-TRAINING: dict[CheckpointKind, TrainingKind] = {
+def _grpo_problems(config: TrainConfig) -> list[str]:
+    """Options of a policy gradient that no type shows."""
+    problems = [] if config.init_from_checkpoint else [
+        f'training_type is grpo, which goes on with a trained generator, but none is named; add '
+        f'--init_from_checkpoint=out/ckpt_best.pt (trained with: {CheckpointKind.UNMASKING.command})']
+    if config.attention_type != 'bidirectional':
+        problems.append(f'attention_type is {config.attention_type}, but training_type=grpo draws by the policies of '
+                        f'bidirectional models; leave it out')
+    if config.group_size < 2:
+        problems.append(f'group_size is {config.group_size}, but an advantage compares at least two texts; give 2 or '
+                        f'more')
+    elif config.batch_size % config.group_size:
+        problems.append(f'batch_size is {config.batch_size}, but must be a multiple of group_size '
+                        f'({config.group_size}), so that a micro-step holds whole groups')
+    free = config.block_size - config.prompt_length
+    if free < 1:
+        problems.append(f'prompt_length is {config.prompt_length}, but must be below block_size ({config.block_size}), '
+                        f'so that there is text to write')
+    elif config.draw_calls > free:
+        problems.append(f'draw_calls is {config.draw_calls}, but each call reveals at least one of the {free} tokens '
+                        f'behind the prompt; give at most {free}')
+    if config.dropout > 0:
+        problems.append(f'dropout is {config.dropout}, but the log-probabilities of drawn texts are exact without it '
+                        f'alone; leave it out')
+    problems += [f'{name} is {value}, but training_type=grpo {why}; leave it out' for name, value, why in (
+        ('add_critic_head', config.add_critic_head, 'does not train the critic'),
+        ('compile', config.compile, 'draws in steps of changing shapes'),
+        ('sharding', config.sharding if config.sharding == 'full' else None, 'reads whole weights')) if value]
+    return problems + REWARDS[config.reward].problems(config)
+
+
+TRAINING: dict[str, TrainingKind] = {
     CheckpointKind.UNMASKING: TrainingKind(
-        {'training_type': 'unmasking', 'attention_type': 'bidirectional'}, _masking, unmasking_batches, None,
-        validate_generator, _no_problems, value='nelbo'),
+        {'training_type': 'unmasking', 'attention_type': 'bidirectional'}, _masking, unmasking_batches,
+        _with_heads, validate_generator, _no_problems, value='nelbo'),
     CheckpointKind.BLOCK: TrainingKind(
-        {'training_type': 'unmasking', 'attention_type': 'block'}, _masking_of_blocks, unmasking_batches, None,
-        validate_blocks, _block_problems, value='nelbo'),
+        {'training_type': 'unmasking', 'attention_type': 'block'}, _masking_of_blocks, unmasking_batches,
+        _with_heads, validate_blocks, _block_problems, value='nelbo'),
     CheckpointKind.CAUSAL: TrainingKind(
-        {'training_type': 'unmasking', 'attention_type': 'causal'}, _no_noise, causal_batches, None,
+        {'training_type': 'unmasking', 'attention_type': 'causal'}, _no_noise, causal_batches, _with_heads,
         validate_generator, _no_problems),
     CheckpointKind.REMASKING: TrainingKind(
-        {'training_type': 'remasking', 'remasking_kind': 'token'}, _wrong_tokens, remasking_batches, remasking_loss,
-        validate_remasking, _remasking_problems, names_loss_type=True),
+        {'training_type': 'remasking', 'remasking_kind': 'token'}, _wrong_tokens, remasking_batches,
+        _whole(remasking_loss), validate_remasking, _remasking_problems, names_loss_type=True),
     CheckpointKind.CLASSIFIER: TrainingKind(
-        {'training_type': 'remasking', 'remasking_kind': 'binary'}, _wrong_tokens, remasking_batches, remasking_loss,
-        validate_remasking, _classifier_problems, names_loss_type=True),
+        {'training_type': 'remasking', 'remasking_kind': 'binary'}, _wrong_tokens, remasking_batches,
+        _whole(remasking_loss), validate_remasking, _classifier_problems, metrics=partial(position_metrics, binary=True),
+        names_loss_type=True),
     CheckpointKind.JUDGE: TrainingKind(
-        {'training_type': 'judge'}, _texts_of_each_quality, judge_batches, judge_loss, validate_judge,
-        _judge_problems, unit='squared error'),
+        {'training_type': 'judge'}, _texts_of_each_quality, judge_batches, _whole(judge_loss),
+        validate_judge, _judge_problems, unit='squared error'),
+    GRPO: TrainingKind(
+        {'training_type': 'grpo'}, _drawn_groups, prompt_batches, GroupObjective, validate_rewards, _grpo_problems,
+        unit='minus reward', metrics=reinforcement_metrics, passes=lambda config: 5 * config.draw_calls),
 }
 
 
-def kind_of(config: TrainConfig) -> CheckpointKind:
-    """The kind of model that the options describe."""
+def training_of(config: TrainConfig) -> str:
+    """The row of `TRAINING` that the options describe."""
     asked = vars(config)
-    return next(kind for kind, row in TRAINING.items()
-                if all(asked[name] == value for name, value in row.asked_by.items()))
+    return next(name for name, row in TRAINING.items()
+                if all(asked[option] == value for option, value in row.asked_by.items()))
+
+
+def kind_of(config: TrainConfig) -> CheckpointKind:
+    """The kind of model that the options make."""
+    name = training_of(config)
+    return CheckpointKind.UNMASKING if name == GRPO else CheckpointKind(name)
 
 
 def run_label(config: TrainConfig) -> str:
     """The name of the run's snapshots, ckpt_<label>_<iteration>.pt; for a remasking model with its loss type."""
     kind = kind_of(config)
-    return f'{kind}_{config.remasking_loss_type}' if TRAINING[kind].names_loss_type else str(kind)
+    return f'{kind}_{config.remasking_loss_type}' if TRAINING[training_of(config)].names_loss_type else str(kind)
 
 
 def wandb_name(config: TrainConfig) -> str:

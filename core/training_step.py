@@ -10,10 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from core.batches import BatchPlan
 from core.checkpoints.heads import HEADS
-from core.checkpoints.kinds import CheckpointKind
 from core.common.randomness import Purpose, RowRandom
 from core.common.runtime import Runtime, has_foreach
-from core.objective import Losses, Objective
+from core.objective import Losses
 from core.optimizer import make_optimizers, set_learning_rate
 from core.sharding import shard
 from core.stages import Stage, stage_at, trains
@@ -45,11 +44,11 @@ class StepSettings:
 class TrainingState:
     """Everything that a step changes: model, averaged model, optimizers, and the stage that they are in."""
 
-    def __init__(self, model: GPT, allowed: Tensor, runtime: Runtime, plan: BatchPlan, kind: CheckpointKind,
+    def __init__(self, model: GPT, allowed: Tensor, runtime: Runtime, plan: BatchPlan, kind: str,
                  settings: StepSettings) -> None:
         self.model, self.runtime, self.plan, self.settings = model, runtime, plan, settings
         self.training = TRAINING[kind]
-        self.objective = Objective(model, allowed, self.training.whole_loss)
+        self.objective = self.training.objective(model, allowed, plan.noise)
         if runtime.compile:
             self.objective.compile_parts()
         self.averaged = deepcopy(model).eval().requires_grad_(False)
@@ -111,7 +110,7 @@ def _summed_losses(parts: list[Losses], runtime: Runtime) -> Losses:
     first = parts[0]
     return Losses(summed([one.total for one in parts]), summed([one.main for one in parts]),
                   {name: summed([one.heads[name] for one in parts]) for name in first.heads},
-                  None if first.positions is None else summed([one.positions for one in parts]))
+                  None if first.sums is None else summed([one.sums for one in parts]))
 
 
 def _summed(norm: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.checkpoints.checkpoint import load_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from core.checkpoints.heads import started_heads
 from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.weights import build_model
@@ -38,10 +38,10 @@ def load_judge(name: str, out_dir: Path | str, vocabulary: Vocabulary, device: t
                  device)[0]
 
 
-def load_generator(name: str, vocabulary: Vocabulary, device: torch.device) -> tuple[GPT, bool]:
-    """The unmasking model whose errors another one learns from, and whether its sampler head had begun to train."""
-    model, iteration = _load(name, 'corruption_checkpoint', '.', (CheckpointKind.UNMASKING,), 'fills no masks',
-                             vocabulary, device)
+def load_generator(name: str, vocabulary: Vocabulary, device: torch.device,
+                   option: str = 'corruption_checkpoint') -> tuple[GPT, bool]:
+    """The unmasking model that `option` names, and whether its sampler head had begun to train."""
+    model, iteration = _load(name, option, '.', (CheckpointKind.UNMASKING,), 'fills no masks', vocabulary, device)
     return model, started_heads(model.config, iteration)[0]
 
 
@@ -54,6 +54,17 @@ def helper_path(name: str, out_dir: Path | str) -> Path:
 def _load(name: str, option: str, out_dir: Path | str, kinds: Sequence[CheckpointKind], complaint: str,
           vocabulary: Vocabulary, device: torch.device) -> tuple[GPT, int]:
     """The model without gradients, and the iteration that it is of."""
+    checkpoint = _read(name, option, out_dir, kinds, complaint)
+    if checkpoint.vocabulary_hash != vocabulary.hash:
+        size = Vocabulary.from_meta(checkpoint.vocabulary).base_size
+        other = f'{size} tokens' if size != vocabulary.base_size else f'{size} other tokens'
+        raise UserError(f'{option} is {name}, whose vocabulary has {other}, but the text has {vocabulary.base_size}; '
+                        f'give a checkpoint that was trained on the same corpus')
+    return build_model(checkpoint, device).requires_grad_(False), checkpoint.iteration
+
+
+def _read(name: str, option: str, out_dir: Path | str, kinds: Sequence[CheckpointKind], complaint: str) -> Checkpoint:
+    """The checkpoint, which is of one of `kinds`."""
     path = helper_path(name, out_dir)
     cure = kinds[0].command
     if not path.exists():
@@ -63,12 +74,12 @@ def _load(name: str, option: str, out_dir: Path | str, kinds: Sequence[Checkpoin
     if checkpoint.kind not in kinds:
         raise UserError(f'{option} is {name}, a checkpoint of kind {checkpoint.kind!r}, which {complaint}; give one of '
                         f'kind {" or ".join(kinds)}, trained with: {cure}')
-    if checkpoint.vocabulary_hash != vocabulary.hash:
-        size = Vocabulary.from_meta(checkpoint.vocabulary).base_size
-        other = f'{size} tokens' if size != vocabulary.base_size else f'{size} other tokens'
-        raise UserError(f'{option} is {name}, whose vocabulary has {other}, but the text has {vocabulary.base_size}; '
-                        f'give a checkpoint that was trained on the same corpus')
-    return build_model(checkpoint, device).requires_grad_(False), checkpoint.iteration
+    return checkpoint
+
+
+def read_generator(name: str, option: str) -> Checkpoint:
+    """The checkpoint of an unmasking model that `option` names."""
+    return _read(name, option, '.', (CheckpointKind.UNMASKING,), 'fills no masks')
 
 
 def require_block(model: GPT, option: str, length: int, what: str) -> None:

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     REMASK = 10     # which positions are remasked
     ORDER = 11      # reveal orders
     PLACEMENT = 12  # where a prompt is put
+    REINFORCEMENT = 13  # the seed of the texts that one iteration of a policy gradient draws
     VERIFY = 14     # which drafted tokens are accepted, and what replaces the first that is not
 
 

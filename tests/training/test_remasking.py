@@ -143,7 +143,7 @@ def test_remasking_loss_and_its_parts_against_the_formula(kind, loss_type):
     expected = {'corrupted_only': corrupted, 'all_positions': sums[:, 1].sum() / 24,
                 'balanced': (clean + corrupted) / 2}[loss_type]
     assert losses.main.item() == pytest.approx(expected.item(), rel=1e-5) and losses.total is losses.main
-    assert torch.allclose(losses.positions.double(), sums, rtol=1e-5)
+    assert torch.allclose(losses.sums.double(), sums, rtol=1e-5)
     losses.total.backward()
     assert model.transformer['wte'].weight.grad.isfinite().all()
 

@@ -38,8 +38,8 @@ def same_losses(one, other):
     """Bit for bit, every part."""
     return one.heads.keys() == other.heads.keys() and all(
         a is b is None or torch.equal(a, b) for a, b in
-        zip((one.total, one.main, one.positions, *one.heads.values()),
-            (other.total, other.main, other.positions, *other.heads.values())))
+        zip((one.total, one.main, one.sums, *one.heads.values()),
+            (other.total, other.main, other.sums, *other.heads.values())))
 
 
 def test_parts_of_the_loss_appear_with_their_stage():

@@ -1,0 +1,76 @@
+"""What a text is rewarded for when a model is trained by policy gradient: one row a reward in `REWARDS`.
+
+Every reward is a score in 0 .. 1, less `repetition_weight` times the share of the text that repeats itself.
+
+Letters: B rows, T tokens of a text.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.checkpoints.helpers import load_judge, require_block
+from core.common.precision import to_exact
+from core.data.vocabulary import Vocabulary
+from core.options import TrainConfig
+from sample_utils import judge_scores
+
+Reward = Callable[[Tensor], Tensor]  # texts int64 [B, T] -> float64 [B]
+REPEATED = 4  # tokens of the n-grams whose repetition costs
+LINE_ENDS = tuple('.,;:!?-')
+
+
+class RewardRow(NamedTuple):
+    """make: the score of texts, by the options, for a network on a device; problems: with its options."""
+
+    make: Callable[[TrainConfig, Vocabulary, torch.device], Reward]
+    problems: Callable[[TrainConfig], list[str]] = lambda config: []
+
+
+def repeated_share(tokens: Tensor) -> Tensor:
+    """float64 [B]: the share of the n-grams (n = 4 tokens) of texts int64 [B, T] that their own text had before; 0 for
+    texts of fewer tokens. A share, so a long text pays no more than a short one."""
+    if tokens.size(1) < REPEATED:
+        return torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    kinds = tokens.unfold(1, REPEATED, 1).flatten(0, 1).unique(dim=0, return_inverse=True)[1]  # a number for each n-gram
+    ordered = kinds.view(len(tokens), -1).sort(dim=1).values  # [B, T - 3]
+    return (ordered[:, 1:] == ordered[:, :-1]).sum(1).double() / ordered.size(1)
+
+
+def _judged(config: TrainConfig, vocabulary: Vocabulary, device: torch.device) -> Reward:
+    """1 - the judge's estimate of the share of wrong tokens."""
+    judge = load_judge(config.judge_checkpoint_name, '.', vocabulary, device)
+    require_block(judge, f'judge_checkpoint_name={config.judge_checkpoint_name}', config.block_size + 1,
+                  'CLS and the text of one row')
+    return lambda tokens: to_exact(judge_scores(judge, tokens.to(device))).double()
+
+
+def _judge_problems(config: TrainConfig) -> list[str]:
+    return [] if config.judge_checkpoint_name else [
+        'reward is judge, but no judge is named; add --judge_checkpoint_name=out-judge/ckpt_best.pt (trained with: '
+        'python train.py config/train_char_judge.py), or take --reward=line_ends']
+
+
+def line_end_share(text: str) -> float:
+    """The share of the finished lines of `text`, empty ones left out, that end with a punctuation mark; 0 without any."""
+    lines = [line for line in text.split('\n')[:-1] if line]
+    return sum(line.endswith(LINE_ENDS) for line in lines) / max(1, len(lines))
+
+
+def _line_ends(config: TrainConfig, vocabulary: Vocabulary, device: torch.device) -> Reward:
+    return lambda tokens: torch.tensor([line_end_share(vocabulary.decode(row)) for row in tokens.tolist()],
+                                       dtype=torch.float64, device=tokens.device)
+
+
+REWARDS: dict[str, RewardRow] = {
+    'judge': RewardRow(_judged, _judge_problems),
+    'line_ends': RewardRow(_line_ends),
+}
+
+
+def make_reward(config: TrainConfig, vocabulary: Vocabulary, device: torch.device) -> Reward:
+    """The reward that the options ask for, repetition deducted."""
+    score = REWARDS[config.reward].make(config, vocabulary, device)
+    return lambda tokens: score(tokens) - config.repetition_weight * repeated_share(tokens)
