@@ -4,10 +4,11 @@ from the trained generator when it is a policy gradient."""
 from collections.abc import Mapping
 from pathlib import Path
 
-from core.checkpoints.checkpoint import TRAINING_FIELDS, load_checkpoint, model_config_from_dict
+from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.heads import CRITIC, SAMPLER, started_heads
 from core.checkpoints.helpers import read_generator
 from core.checkpoints.run_folder import CONFIG, latest_checkpoint, read_json, require_run
+from core.checkpoints.weights import TRAINING_FIELDS, model_config_from_dict
 from core.common.errors import UserError
 from core.common.runtime import resolve_device
 from core.options import TrainConfig
