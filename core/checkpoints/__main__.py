@@ -7,8 +7,6 @@
 import argparse
 from pathlib import Path
 
-from core.checkpoints.checkpoint import export_checkpoint, verify_checkpoint
-from core.checkpoints.sharing import CONFIG_FILE, WEIGHTS_FILE
 from core.common.errors import run_script
 from core.common.printing import say
 
@@ -23,6 +21,9 @@ def main(arguments: list[str]) -> None:
         command.add_argument('checkpoint', type=Path)
     export.add_argument('folder', type=Path)
     options = parser.parse_args(arguments)
+    from core.checkpoints.checkpoint import export_checkpoint, verify_checkpoint  # after the options, as in train.py
+    from core.checkpoints.sharing import CONFIG_FILE, WEIGHTS_FILE
+
     if options.command == 'verify':
         summary = verify_checkpoint(options.checkpoint)
         say(f'{summary.path} is whole: {summary.kind}, iteration {summary.iteration}, '
@@ -33,4 +34,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, lower=('the size of the checkpoint',))

@@ -18,7 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any folder
 
 from core.common.errors import run_script  # noqa: E402
-from core.data.own_text import prepare_own_text  # noqa: E402
+
+
+def main(arguments: list[str]) -> None:
+    """Read the options and write the corpus."""
+    from core.data.own_text import prepare_own_text
+
+    prepare_own_text(arguments, __doc__)
+
 
 if __name__ == '__main__':
-    run_script(lambda arguments: prepare_own_text(arguments, __doc__))
+    run_script(main, lower=('the amount of text',))

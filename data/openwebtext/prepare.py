@@ -14,7 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any folder
 
 from core.common.errors import run_script  # noqa: E402
-from core.data.openwebtext import prepare_openwebtext  # noqa: E402
+
+
+def main(arguments: list[str]) -> None:
+    """Read the options and write the corpus."""
+    from core.data.openwebtext import prepare_openwebtext
+
+    prepare_openwebtext(arguments, __doc__)
+
 
 if __name__ == '__main__':
-    run_script(lambda arguments: prepare_openwebtext(arguments, __doc__))
+    run_script(main, lower=('the amount of text',))

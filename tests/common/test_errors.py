@@ -110,3 +110,30 @@ def test_an_interrupt_while_importing_ends_quietly():
             break
     left = [line for line in started.communicate(timeout=60)[1].splitlines() if not line.startswith('import time:')]
     assert started.returncode == 130 and left == ['stopped']
+
+
+STRUCK = '''
+import runpy, signal, sys
+class Strike:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy" or name == "torch":
+            {}
+sys.meta_path.insert(0, Strike())
+command, *sys.argv = sys.argv[1:]
+if command.endswith(".py"):
+    runpy.run_path(command, run_name="__main__")
+else:
+    runpy.run_module(command, run_name="__main__", alter_sys=True)
+'''
+COMMANDS = [*((script, script) for script in ('train.py', 'sample.py', 'evaluate.py', 'bench.py')),
+            *((str(one.relative_to(ROOT)), 'prepare.py', 'no such text') for one in ROOT.glob('data/*/prepare.py')),
+            ('core.merging', 'merging', 'one.pt', 'other.pt'), ('core.checkpoints', 'checkpoints', 'verify', 'one.pt')]
+
+
+@pytest.mark.parametrize('command', COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize('strike, code, words', [
+    ('signal.raise_signal(signal.SIGINT)', 130, 'stopped'), ('raise MemoryError', 2, 'error: memory ran out; lower ')])
+def test_what_strikes_while_any_command_imports_is_one_line(command, strike, code, words):
+    done = subprocess.run([sys.executable, '-c', STRUCK.format(strike), *command], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == code and done.stderr.startswith(words) and done.stderr.count('\n') == 1, done.stderr

@@ -12,8 +12,8 @@ import train as script
 from core.checkpoints.checkpoint import export_checkpoint, load_checkpoint, save_checkpoint
 from core.common.errors import UserError
 from core.common.runtime import Runtime
+from core.interpolation import merge_checkpoints
 from core.logger import read_metrics
-from core.merging import merge_checkpoints
 from core.trainer import Run
 from helpers.runs import SMALL, equal_runs, refused, run
 
