@@ -17,7 +17,18 @@ SHARED = {
         'min_lr': 0.0006000000000000001, 'ema_decay': 0.99},
     'cuda': {'eval_interval': 1000, 'eval_iters': 8, 'batch_size': 64, 'max_iters': 6000, 'warmup_iters': 200,
         'lr_decay_iters': 6000, 'min_lr': 0.00030000000000000003, 'ema_decay': 0.998}}
+BLOCK = {'attention_type': 'block', 'add_sampler_head': True, 'sampler_context_right': 0,
+         'sampler_order': 'left_to_right', 'sampler_gate': True, 'sampler_gradient': 'trunk'}
 RECORDED = {
+    ('train_bpe_block', 'cpu'): SHARED['cpu'] | BLOCK | {'out_dir': 'out-block-bpe', 'dataset': 'shakespeare_bpe',
+        'block_length': [4], 'sampler_context_left': 3, 'sampler_n_embd': 384, 'max_iters': 1000,
+        'lr_decay_iters': 1000},
+    ('train_bpe_block', 'cuda'): SHARED['cuda'] | BLOCK | {'out_dir': 'out-block-bpe',
+        'dataset': 'shakespeare_bpe', 'block_length': [4], 'sampler_context_left': 3, 'sampler_n_embd': 1152},
+    ('train_char_block', 'cpu'): SHARED['cpu'] | BLOCK | {'out_dir': 'out-block', 'block_length': [8],
+        'sampler_context_left': 7, 'sampler_n_embd': 384, 'max_iters': 1000, 'lr_decay_iters': 1000},
+    ('train_char_block', 'cuda'): SHARED['cuda'] | BLOCK | {'out_dir': 'out-block', 'block_length': [8],
+        'sampler_context_left': 7, 'sampler_n_embd': 1152},
     ('train_char_ar', 'cpu'): SHARED['cpu'] | {'out_dir': 'out-ar', 'attention_type': 'causal'},
     ('train_char_ar', 'cuda'): SHARED['cuda'] | {'out_dir': 'out-ar', 'attention_type': 'causal'},
     ('train_char_diffusion', 'cpu'): SHARED['cpu'] | {'out_dir': 'out-diffusion'},

@@ -77,15 +77,13 @@ def plain_signs(text: str) -> str:
 def _speeches(text: str) -> list[tuple[str, str]]:
     """(name, lines) of every speech; a heading reaches to the next blank line and ends the speech before it."""
     speeches: list[tuple[str, list[str]]] = []
-    speaking = in_heading = False
-    for line in map(str.strip, text.split('\n')):
+    speaking = False
+    for line in filter(None, map(str.strip, text.split('\n'))):
         name = NAME.fullmatch(line)
         if line.startswith('#'):
-            speaking, in_heading = False, True
-        elif not line:
-            in_heading = False
+            speaking = False
         elif name:
-            speaking, in_heading = True, False
+            speaking = True
             speeches.append((' '.join(name[1].replace('SU FFOLK', 'SUFFOLK').replace('&', 'and').split()), []))
         elif speaking:
             speeches[-1][1].append(line)
