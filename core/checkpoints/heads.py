@@ -31,6 +31,11 @@ class Head:
     clipped_apart: bool = False
     matrices: tuple[str, ...] = ()
 
+    @property
+    def when_it_trains(self) -> list[str]:
+        """The fields of `GPTConfig` that say when it trains and with what weight."""
+        return [name for name in (self.starts_at, self.weight, self.grows_until) if name is not None]
+
     def is_in(self, config: object) -> bool:
         """Whether a model of this shape has it; config: a `GPTConfig`, or options with its fields."""
         return vars(config)[self.added_by]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from core.checkpoints.heads import HEADS
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import excerpt, shown, shown_name, shown_names
 from model import GPT, GPTConfig
@@ -16,8 +17,8 @@ from model import GPT, GPTConfig
 # Fields of GPTConfig that change how a model is trained, not what its weights mean: a resumed run may change them.
 TRAINING_FIELDS = frozenset((
     'dropout', 'ignore_index', 'freeze_transformer', 'init_from_checkpoint', 'unfreeze_at_iteration',
-    'unfreeze_lr_multiplier', 'critic_alpha', 'critic_target_scope', 'critic_gradient', 'critic_row_stride',
-    'start_critic_iteration', 'end_critic_iteration', 'start_sampler_iteration', 'sampler_min_neighbors_ratio'))
+    'unfreeze_lr_multiplier', 'critic_target_scope', 'critic_gradient', 'critic_row_stride',
+    'sampler_min_neighbors_ratio', *(name for head in HEADS for name in head.when_it_trains)))
 
 # Fields of GPTConfig that the corpus decides.
 VOCABULARY_FIELDS = frozenset(('vocab_size', 'mask_token_id', 'wrong_token_id', 'pad_token_id', 'cls_token_id'))
