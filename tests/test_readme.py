@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / 'README.md').read_text()
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMANDS = [line for block in re.findall(r'```sh\n(.*?)```', README, re.S) for line in block.strip().splitlines()]
 SMALL = {
     'train.py': ('--n_layer=1 --n_head=2 --n_embd=16 --block_size=64 --batch_size=4 --max_iters=6 --warmup_iters=1 '
@@ -72,3 +72,28 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r'\]\(([^)#]+)\)', (ROOT / page).read_text()):
         if '://' not in target:
             assert ((ROOT / page).parent / target).exists(), f'{page} links to {target}'
+
+
+def section(title):
+    """The text of a section of the README."""
+    return README.split(f'\n## {title}\n')[1].split('\n## ')[0]
+
+
+def test_the_tree_lists_every_folder_and_top_file():
+    listed = [line.split()[0] for line in section('Files').split('```')[1].strip().splitlines()]
+    known = subprocess.run(['git', 'ls-files', '--cached', '--others', '--exclude-standard'], cwd=ROOT,
+                           capture_output=True, text=True).stdout.split()
+    if not known:
+        pytest.skip('git does not know this folder')
+    folders = {f'{parent}/' for path in known for parent in Path(path).parents if str(parent) != '.'}
+    top = {path for path in known if '/' not in path and not path.startswith('.')}
+    assert sorted(listed) == sorted(folders | top)
+
+
+def test_what_is_touched_for_a_change_exists():
+    rows = [line.strip('| ').split(' | ') for line in section('Where to change what').splitlines() if '.py' in line]
+    assert [row[0] for row in rows] == ['a noise schedule', 'a policy', 'a head', 'a training kind', 'a measure',
+                                        'a corpus']
+    for _, touched, test in rows:
+        paths = re.findall(r'`([\w/]+\.py)`', touched)
+        assert 1 <= len(paths) <= 4 and all((ROOT / path).is_file() for path in (*paths, test.strip('`'))), touched
