@@ -8,7 +8,6 @@ base_config = 'config/train_char_diffusion.py'
 out_dir = 'out-remasking'
 training_type = 'remasking'
 remasking_loss_type = 'balanced'
-remasking_corruption = 'random'
 corruption_checkpoint = 'out/ckpt_best.pt'  # read for remasking_corruption=model only
 
 max_iters = 2400
