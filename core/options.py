@@ -22,7 +22,7 @@ class TrainConfig:
         None, 'start from the weights of this checkpoint; heads may differ (not read by init_from=resume)', path=True)
     overwrite: bool = option(False,
                              'start from scratch in a folder that holds a run; its files move to earlier_run_<date>')
-    force_resume: bool = option(False, 'resume although the corpus has changed')
+    force_resume: bool = option(False, 'resume although the corpus has changed, or a checkpoint that the run reads')
     # evaluation and output
     eval_interval: int = option(500, 'iterations between validations, each with a sample and a save',
         minimum=1, maximum=10**12)

@@ -23,10 +23,12 @@ LINE_ENDS = tuple('.,;:!?-')
 
 
 class RewardRow(NamedTuple):
-    """make: the score of texts, by the options, for a network on a device; problems: with its options."""
+    """make: the score of texts, by the options, for a network on a device; problems: with its options; reads: the
+    options that name checkpoints which it reads."""
 
     make: Callable[[TrainConfig, Vocabulary, torch.device], Reward]
     problems: Callable[[TrainConfig], list[str]] = lambda config: []
+    reads: tuple[str, ...] = ()
 
 
 def repeated_share(tokens: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def _line_ends(config: TrainConfig, vocabulary: Vocabulary, device: torch.device
 
 
 REWARDS: dict[str, RewardRow] = {
-    'judge': RewardRow(_judged, _judge_problems),
+    'judge': RewardRow(_judged, _judge_problems, ('judge_checkpoint_name',)),
     'line_ends': RewardRow(_line_ends),
 }
 

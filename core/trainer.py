@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch.distributed as distributed
 
 from core.batches import BatchPlan, RowShare
-from core.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
 from core.checkpoints.heads import SAMPLER, heads_of
 from core.checkpoints.run_folder import LATEST, METRICS, RunFolder, latest_checkpoint
 from core.checkpoints.weights import check_resume, initialise_from, load_weights, model_config_to_dict
@@ -117,6 +117,7 @@ class Run:
                         runtime.world_size)
         plan = BatchPlan(corpus.tokens(config.train_split, config.block_size + 1), config.seed, config.block_size, rows,
                          self.training.noise(config, corpus.vocabulary, runtime))
+        self.read = {name: checkpoint_hash(Path(vars(config)[name])) for name in self.training.reads(config)}
         model = GPT(self.model_config, config.seed).to(runtime.device)
         if config.init_from == 'scratch' and config.init_from_checkpoint:
             initialise_from(model, config.init_from_checkpoint, corpus.vocabulary.hash, say)
@@ -345,7 +346,7 @@ class Run:
             scaler=state.scaler.state_dict() if with_optimizers and state.scaler.is_enabled() else None,
             guard=state.guard.state_dict() if with_optimizers else None,
             best_value=self.best_value, extra={'best_is_final': self.best_is_final, 'train_seconds': self.seconds,
-                                               'resumable': with_optimizers})
+                                               'read': self.read, 'resumable': with_optimizers})
 
     def resume(self, path: Path, say: Callable[[str], None]) -> None:
         """Take up the checkpoint at `path`; the run goes on exactly as if never stopped. Changed options are said."""
@@ -363,6 +364,11 @@ class Run:
                                  dataset=self.config.dataset):
             say(note)
         before, now = saved.config, dataclasses.asdict(self.config)
+        replaced = [] if self.config.force_resume else [
+            name for name, digest in saved.extra.get('read', {}).items()
+            if before[name] == now[name] and digest != self.read.get(name, digest)]
+        raise_problems([f'{name} is {now[name]}, but that file was replaced since the run was saved; bring the old one '
+                        f'back, or add --force_resume=True to go on with the new one' for name in replaced])
         for name in TRAJECTORY:
             if name in before and before[name] != now[name]:
                 say(f'{name} was {before[name]} and is now {now[name]}')

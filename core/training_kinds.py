@@ -38,7 +38,8 @@ class TrainingKind:
 
     value: the name of what validation measures ('val/<value>' in the log); unit: of the loss; metrics: what is logged
     beside the losses, of `Losses.sums`; passes: trunk calls that a step costs, a backward pass counting as two.
-    names_loss_type: whether snapshots say how positions are weighted.
+    names_loss_type: whether snapshots say how positions are weighted. reads: the options whose checkpoints a run reads at
+    every start, so that they must be the same when it is resumed.
     """
 
     asked_by: Mapping[str, str]
@@ -51,6 +52,7 @@ class TrainingKind:
     unit: str = 'nats per token'
     metrics: Callable[[Tensor], dict[str, float]] = position_metrics
     passes: Callable[[TrainConfig], int] = lambda config: 3
+    reads: Callable[[TrainConfig], list[str]] = lambda config: []
     names_loss_type: bool = False
 
 
@@ -162,6 +164,11 @@ def _judge_problems(config: TrainConfig) -> list[str]:
     return _reader_problems(config) + too_short
 
 
+def _reads_generator(config: TrainConfig) -> list[str]:
+    wanted = config.training_type == 'judge' or config.remasking_corruption == 'model'
+    return ['corruption_checkpoint'] if wanted and config.corruption_checkpoint else []
+
+
 def _grpo_problems(config: TrainConfig) -> list[str]:
     """Options of a policy gradient that no type shows."""
     problems = [] if config.init_from_checkpoint else [
@@ -205,17 +212,19 @@ TRAINING: dict[str, TrainingKind] = {
         validate_generator, _no_problems),
     CheckpointKind.REMASKING: TrainingKind(
         {'training_type': 'remasking', 'remasking_kind': 'token'}, _wrong_tokens, remasking_batches,
-        _whole(remasking_loss), validate_remasking, _remasking_problems, names_loss_type=True),
+        _whole(remasking_loss), validate_remasking, _remasking_problems, names_loss_type=True,
+        reads=_reads_generator),
     CheckpointKind.CLASSIFIER: TrainingKind(
         {'training_type': 'remasking', 'remasking_kind': 'binary'}, _wrong_tokens, remasking_batches,
         _whole(remasking_loss), validate_remasking, _classifier_problems, metrics=partial(position_metrics, binary=True),
-        names_loss_type=True),
+        names_loss_type=True, reads=_reads_generator),
     CheckpointKind.JUDGE: TrainingKind(
         {'training_type': 'judge'}, _texts_of_each_quality, judge_batches, _whole(judge_loss),
-        validate_judge, _judge_problems, unit='squared error'),
+        validate_judge, _judge_problems, unit='squared error', reads=_reads_generator),
     GRPO: TrainingKind(
         {'training_type': 'grpo'}, _drawn_groups, prompt_batches, GroupObjective, validate_rewards, _grpo_problems,
-        unit='minus reward', metrics=reinforcement_metrics, passes=lambda config: 5 * config.draw_calls),
+        unit='minus reward', metrics=reinforcement_metrics, passes=lambda config: 5 * config.draw_calls,
+        reads=lambda config: ['init_from_checkpoint', *REWARDS[config.reward].reads]),
 }
 
 

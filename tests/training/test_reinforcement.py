@@ -295,6 +295,18 @@ def test_a_stopped_run_goes_on_exactly_and_evaluation_disturbs_nothing(generator
         '--init_from=resume', '--training_type=unmasking', '--out_dir=whole', '--max_iters=5')
 
 
+def test_a_start_that_was_replaced_is_not_taken_for_the_old_one(generator):
+    """The divergence would be measured from another model without a word."""
+    run(TRAINED, '--out_dir=out-grpo', '--max_iters=2')
+    old = Path('out-generator/ckpt_best.pt').read_bytes()
+    run_generator('--out_dir=out-generator', '--dropout=0', '--sample_length=0', '--seed=9', '--overwrite=True')
+    found = refused('--init_from=resume', '--out_dir=out-grpo')
+    assert 'init_from_checkpoint is out-generator/ckpt_best.pt, but that file was replaced since' in found
+    run('--init_from=resume', '--out_dir=out-grpo', '--max_iters=3', '--force_resume=True')
+    Path('out-generator/ckpt_best.pt').write_bytes(old)
+    assert 'file was replaced' in refused('--init_from=resume', '--out_dir=out-grpo')
+
+
 @pytest.mark.parametrize('arguments, words', [
     ([], 'goes on with a trained generator, but none is named; add --init_from_checkpoint='),
     (['--init_from_checkpoint=gone.pt'], 'init_from_checkpoint is gone.pt, but there is no such file; train one with'),

@@ -439,6 +439,14 @@ def test_options_that_do_not_fit_are_one_sentence(small_corpus, arguments, words
     assert words in str(caught.value)
 
 
+def test_a_generator_that_was_replaced_is_not_taken_for_the_old_one(generator):
+    arguments = '--training_type=judge', f'--corruption_checkpoint={generator}', '--out_dir=judge'
+    run(*arguments, '--max_iters=3')
+    run('--out_dir=out-generator', '--add_sampler_head=True', '--sample_length=0', '--seed=9', '--overwrite=True')
+    with pytest.raises(UserError, match='but that file was replaced since the run was saved'):
+        run(*arguments, '--init_from=resume')
+
+
 def test_what_cannot_corrupt_or_go_on_is_refused(generator):
     run('--training_type=judge', '--out_dir=judge')
     for arguments, words in (
