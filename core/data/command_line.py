@@ -45,8 +45,8 @@ def read_arguments(arguments: Sequence[str], defaults: Mapping[str, str | None],
                 named.add(key)
         elif key not in defaults or not argument.startswith('--'):
             near = closest(key, [*defaults, *flags])
-            meant = f', did you mean --{near}?' if near else ''
-            problems.append(f'{shown_name(argument)} is unknown{meant}: the options '
+            meant = f'; did you mean --{near}? The' if near else ': the'
+            problems.append(f'{shown_name(argument)} is unknown{meant} options '
                             f'are {", ".join("--" + known for known in [*defaults, *flags])}')
         elif key in named:
             problems.append(f'--{key} is given more than once: give it once')

@@ -154,7 +154,7 @@ def _refuse_unknown(name: str, folder: Path, root: Path) -> NoReturn:
         raise UserError(f'corpus {name} is not prepared yet in {root}: run {preparation_command(name, root)}')
     there = sorted(path.parent.name for path in root.glob('*/meta.pkl'))
     near = closest(name, [*RECIPES, 'openwebtext', 'custom', *there])
-    raise UserError(f'unknown dataset {shown(name)}{f", did you mean {near!r}" if near else ""}? {root} holds '
+    raise UserError(f'unknown dataset {shown(name)}{f"; did you mean {near!r}?" if near else ":"} {root} holds '
                     f'{", ".join(there) or "no corpus yet"}; the program can prepare {", ".join(RECIPES)} there; for a '
                     f'text of your own run {preparation_command(name, root)}')
 

@@ -345,7 +345,7 @@ def test_ensure_corpus_prepares_what_is_missing_and_says_so(tmp_path: Path, monk
 
 
 def test_unknown_corpora_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown dataset 'shakespear_char', did you mean 'shakespeare_char'.*my.txt"):
+    with pytest.raises(UserError, match=r"unknown dataset 'shakespear_char'; did you mean 'shakespeare_char'\? .*my.txt"):
         ensure_corpus('shakespear_char', print, tmp_path)
     with pytest.raises(UserError, match=r'run python data/custom/prepare.py my.txt'):
         ensure_corpus('custom', print, tmp_path)

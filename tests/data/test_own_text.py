@@ -251,7 +251,8 @@ def test_folders_of_the_program_are_no_corpora(data_here: Path, name: str) -> No
     (['my.txt', '--name'], ['needs a value']), (['my.txt', '--name=a', '--name=b'], ['more than once']),
     (['my.txt', '--encoding=rot13'], ['--encoding=rot13 is unknown']), (['my.txt', '--encoding=base64'], ['unknown']),
     (['my.txt', '--encoding=\0'], ['is unknown']), (['my.txt', '--overwrite=maybe'], ['given alone']),
-    (['my.txt', '--nanogpt=x'], ['leave out texts']), (['my.txt', '-x'], ['-x is unknown']),
+    (['my.txt', '--nanogpt=x'], ['leave out texts']), (['my.txt', '-x'], ['-x is unknown: the options are --name']),
+    (['my.txt', '--token=bpe'], ['--token=bpe is unknown; did you mean --tokens? The options are --name']),
     (['my.txt', '--data_dir=my.txt'], ['my.txt is a file']), (['my.txt', '--data_dir=' + 'x/' * 3000], ['no possible']),
     (['my.txt', '--data_dir=' + 'x' * 300], ['cannot be']),
 ])
