@@ -17,17 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from filelock import lock_descriptor
-
 from core.checkpoints.checkpoint import HOW_TO_TRAIN, Checkpoint, CheckpointSummary, save_checkpoint, verify_checkpoint
 from core.checkpoints.environment import environment
 from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.sharing import WEIGHTS_FILE
 from core.common.errors import UserError
 from core.common.expressions import excerpt, shown_names
-from core.common.files import (NOT_OFFERED, TEMPORARY_SUFFIX, own_stream, sync_folder, temporary_name, unwritable,
-                               write_whole)
-from core.common.printing import complain_once
+from core.common.files import TEMPORARY_SUFFIX, own_stream, sync_folder, temporary_name, unwritable, write_whole
+from core.common.locks import take
 
 LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_previous.pt', 'ckpt_best.pt'
 CONFIG, ENVIRONMENT, METRICS, PICTURE = 'config.json', 'environment.json', 'metrics.jsonl', 'loss.png'
@@ -77,14 +74,7 @@ class RunFolder:
 
     def _hold(self) -> None:
         """Keep other runs out, and leave word of who does; UserError where one holds the folder already."""
-        try:
-            free = lock_descriptor(self._lock, blocking=False)
-        except OSError as error:
-            if error.errno not in NOT_OFFERED:
-                raise
-            complain_once(f'the file system of {self.path} has no locks: nothing keeps a second run out of it')
-            return
-        if not free:
+        if not take(self._lock, self.path):
             with suppress(OSError):  # Windows lets nobody read what is locked
                 holder = os.read(self._lock, 32).decode(errors='replace').strip()
             raise UserError(f'{self.path} is in use by another run (process {holder or "unknown"}); wait for it, or '

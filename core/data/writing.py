@@ -8,24 +8,24 @@ get their usual names, one by one; until each has it, readers find it by its has
 import hashlib
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from core.common.errors import UserError
 from core.common.expressions import excerpt
 from core.common.files import NewFile, write_whole
+from core.common.locks import PATIENCE, held
 from core.data.corpus import META_FORMAT, META_VERSION, SPLITS, content_name, hash_of_hashes, is_own_meta, read_meta
 from core.data.folders import script_of
 from core.data.vocabulary import SPECIAL_NAMES, Vocabulary
 
 LOCK_NAME = 'prepare.lock'
-LOCK_SECONDS = 60
 
 
 @dataclass
@@ -83,7 +83,7 @@ def new_corpus(folder: Path, vocabulary: Vocabulary, splits: Sequence[str], sour
         if empty:
             raise UserError(f'the text of {source} is too short: nothing is left for {", ".join(empty)}; '
                             f'give at least a few thousand characters')
-        with _alone(folder):
+        with held(folder / LOCK_NAME, _busy(folder)):
             _replace(folder, vocabulary, parts, source, overwrite)
     except OSError as error:
         raise UserError(f'{folder} cannot be written ({error.strerror or error}): free some space, or choose a folder '
@@ -157,21 +157,14 @@ def _earlier_hashes(folder: Path) -> dict[str, str]:
         return {}
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second preparation of the same folder out, where its file system has locks."""
-    lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        raise UserError(f'{folder} is being prepared by another process for {LOCK_SECONDS} seconds: wait until it has '
-                        f'ended, then try again') from None
-    except (OSError, NotImplementedError):
-        pass  # no locks here; two preparations at once would have to begin in the same moment
-    try:
-        yield
-    finally:
-        lock.release()
+def _busy(folder: Path) -> Callable[[Exception], None]:
+    """What to do where the lock of a preparation is not to be had: refuse where another process keeps it; where the
+    file system has none, two preparations at once would have to begin in the same moment."""
+    def refuse(error: Exception) -> None:
+        if isinstance(error, Timeout):
+            raise UserError(f'{folder} is being prepared by another process for {PATIENCE:.0f} seconds: wait until it '
+                            f'has ended, then try again') from None
+    return refuse
 
 
 def make_meta(vocabulary: Vocabulary, source: str, parts: Mapping[str, Part]) -> bytes:

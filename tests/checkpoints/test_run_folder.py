@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.checkpoints import run_folder as room
 from core.checkpoints.checkpoint import Checkpoint, export_checkpoint, load_checkpoint, save_checkpoint
 from core.checkpoints.environment import environment, git_revision
 from core.checkpoints.run_folder import RunFolder, find_checkpoint, latest_checkpoint
@@ -430,10 +429,10 @@ def test_damaged_files_never_replace_each_other(folder: RunFolder) -> None:
 @pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int,
                                      capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(room, 'lock_descriptor', lambda *given, **named: (_ for _ in ()).throw(OSError(number, 'no')))
+    monkeypatch.setattr('core.common.locks.filelock.lock_descriptor', lambda *given, **named: (_ for _ in ()).throw(OSError(number, 'no')))
     a_run(tmp_path / 'out', 1)
     assert iteration_of(tmp_path / 'out' / 'ckpt.pt') == 2 and 'has no locks' in capsys.readouterr().err
-    monkeypatch.setattr(room, 'lock_descriptor', lambda *given,
+    monkeypatch.setattr('core.common.locks.filelock.lock_descriptor', lambda *given,
                         **named: (_ for _ in ()).throw(OSError(errno.EIO, 'I/O')))
     with pytest.raises(UserError, match='cannot write .*I/O'):
         RunFolder(tmp_path / 'other')

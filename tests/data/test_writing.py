@@ -7,6 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
@@ -127,17 +128,19 @@ def test_where_folders_cannot_be_synced_the_corpus_is_replaced_all_the_same(fold
 
 
 def test_a_file_system_without_locks_or_with_protected_names_is_written_to(folder: Path, monkeypatch) -> None:
-    class NoLock:
-        def __init__(self, path: Path) -> None:
-            pass
+    def none(self) -> None:
+        raise NotImplementedError
 
-        def acquire(self, timeout: float) -> None:
-            raise NotImplementedError
+    monkeypatch.setattr('core.common.locks.filelock.FileLock.acquire', none)
+    prepare(folder, OTHER)
+    assert read(folder) == OTHER
 
-        def release(self) -> None:
-            pass
 
-    monkeypatch.setattr(writing, 'FileLock', NoLock)
+def test_a_preparation_that_another_process_is_at_is_refused(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr('core.common.locks.PATIENCE', 0.1)
+    with filelock.FileLock(folder / writing.LOCK_NAME):
+        with pytest.raises(UserError, match='is being prepared by another process'):
+            prepare(folder, OTHER)
     prepare(folder, OTHER)
     assert read(folder) == OTHER
 
