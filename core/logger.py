@@ -6,6 +6,7 @@ and can never stop a run. Only rank 0 says anything.
 
 import json
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,32 +31,41 @@ class IterationRecord:
     learning_rate: float
     seconds: float  # of this iteration
     mfu: float | None = None  # share of the peak matrix rate, 0..1; None while not known
+    weights: Mapping[str, float] = field(default_factory=dict)  # of parts whose weight in the loss a schedule changes
     extra: Mapping[str, float] = field(default_factory=dict)  # for the log only, such as 'train/grad_norm'
 
     def line(self) -> str:
-        """The console line: 'iter N: loss a (main b, sampler c, critic d), time 1.00ms, mfu 2.00%'."""
-        shown = ', '.join(f'{name} {value:.4f}' for name, value in self.parts.items())
+        """The console line, whose parts add up: 'iter N: loss a (main b, sampler c, critic 0.5 x d), time 1.00ms, mfu
+        2.00%'."""
+        weights = {name: f'{weight:.4g} x ' for name, weight in self.weights.items()}
+        shown = ', '.join(f'{name} {weights.get(name, "")}{value:.4f}' for name, value in self.parts.items())
         mfu = '' if self.mfu is None else f', mfu {100 * self.mfu:.2f}%'
         return f'iter {self.iteration}: loss {self.loss:.4f} ({shown}), time {1000 * self.seconds:.2f}ms{mfu}'
 
     def numbers(self) -> dict[str, float]:
         """The keys of `metrics.jsonl` and W&B; inactive parts are absent."""
         parts = {f'train/loss_{name}': value for name, value in self.parts.items()}
+        parts |= {f'train/{name}_alpha': weight for name, weight in self.weights.items()}
         mfu = {} if self.mfu is None else {'mfu': self.mfu}
         return {'train/loss': self.loss, **parts, 'lr': self.learning_rate, 'seconds': self.seconds, **mfu,
                 **self.extra}
 
 
 class RunLogger:
-    """Says and records everything of one training run, in `metrics` (`folder`/metrics.jsonl by default); with
-    `enabled=False` (ranks above 0) it does nothing."""
+    """Says and records everything of one training run, in `metrics` (`folder`/metrics.jsonl by default).
+
+    wandb_id: of the W&B run that this one goes on with, None for a new one; the attribute of that name is the id to keep.
+    With `enabled=False` (ranks above 0) it does nothing.
+    """
 
     def __init__(self, folder: Path, *, wandb_log: bool, project: str, run_name: str, config: dict[str, Any],
-                 start_iteration: int, total_iterations: int, enabled: bool, metrics: Path | None = None) -> None:
+                 start_iteration: int, total_iterations: int, enabled: bool, metrics: Path | None = None,
+                 wandb_id: str | None = None) -> None:
         self._enabled = enabled
         self._bar: ProgressBar | None = None
         self._wandb: _WandbRun | None = None
         self._metrics: _MetricsFile | None = None
+        self.wandb_id = wandb_id
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +73,8 @@ class RunLogger:
         rewind_metrics(metrics, start_iteration)
         self._metrics = _MetricsFile(metrics, self.message)
         if wandb_log:
-            self._wandb = _WandbRun(folder, project, run_name, config, self.message)
+            self.wandb_id = wandb_id or secrets.token_hex(4)
+            self._wandb = _WandbRun(folder, project, run_name, config, self.wandb_id, self.message)
         self._bar = ProgressBar(total_iterations, initial=start_iteration, unit='it', dynamic_ncols=True,
                                 smoothing=0.05)
 
@@ -77,9 +88,11 @@ class RunLogger:
         self.message(line)
         self._record('evaluation', iteration, numbers)
 
-    def sample(self, text: str) -> None:
-        """Print a sample of the model's text, indented so that it stands apart from the log."""
+    def sample(self, iteration: int, text: str) -> None:
+        """Print a sample of the model's text, indented so that it stands apart from the log; W&B gets it as a table."""
         self.message('\n'.join(f'  | {line}' for line in text.splitlines()))
+        if self._wandb is not None:
+            self._wandb.sample(text, iteration)
 
     def message(self, text: str) -> None:
         """Print a plain line to stdout without tearing the progress bar."""
@@ -173,27 +186,39 @@ class _MetricsFile:
 class _WandbRun:
     """A W&B run whose failures, SystemExit among them, are said in one line each and never raised."""
 
-    def __init__(self, folder: Path, project: str, run_name: str, config: dict[str, Any],
+    def __init__(self, folder: Path, project: str, run_name: str, config: dict[str, Any], run_id: str,
                  say: Callable[[str], None]) -> None:
         self._say = say
         self._failures = 0
-        wandb = optional(f'W&B is not available (pip install wandb), metrics go to {METRICS_NAME} only', _import_wandb,
-                         say)
+        self._wandb = wandb = optional(f'W&B is not available (pip install wandb), metrics go to {METRICS_NAME} only',
+                                       _import_wandb, say)
         self._run = None if wandb is None else optional(
             f'W&B did not start (WANDB_MODE=offline keeps numbers for later), metrics go to {METRICS_NAME} only',
-            lambda: self._start(wandb, folder, project, run_name, config), say)
+            lambda: self._start(folder, project, run_name, config, run_id), say)
 
-    def _start(self, wandb: Any, folder: Path, project: str, run_name: str, config: dict[str, Any]) -> Any:
-        settings = wandb.Settings(init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS, finish_timeout=WANDB_SECONDS)
-        run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), settings=settings)
+    def _start(self, folder: Path, project: str, run_name: str, config: dict[str, Any], run_id: str) -> Any:
+        """A run of this id, or one to go on with where there is such a run."""
+        settings = self._wandb.Settings(init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS,
+                                        finish_timeout=WANDB_SECONDS)
+        run = self._wandb.init(project=project, name=run_name, config=config, dir=str(folder), settings=settings,
+                               id=run_id, resume='allow')
         self._say(f"W&B: run '{run_name}' of project '{project}', {run.settings.mode}")
         return run
 
     def log(self, numbers: dict[str, float], iteration: int) -> None:
+        """Numbers by their keys."""
+        self._send('a record', lambda: numbers, iteration)
+
+    def sample(self, text: str, iteration: int) -> None:
+        """A text, as a table of one row."""
+        self._send('a sample', lambda: {'sample': self._wandb.Table(columns=['iteration', 'text'],
+                                                                    data=[[iteration, text]])}, iteration)
+
+    def _send(self, what: str, made: Callable[[], dict[str, Any]], iteration: int) -> None:
         run = self._run
         if run is None:
             return
-        taken = optional('W&B did not take a record', lambda: (run.log(numbers, step=iteration),), self._say)
+        taken = optional(f'W&B did not take {what}', lambda: (run.log(made(), step=iteration),), self._say)
         self._failures = 0 if taken else self._failures + 1
         if self._failures >= WANDB_FAILURES_BORNE:
             self._say(f'W&B failed {self._failures} times in a row and is left; metrics go to {METRICS_NAME} only')

@@ -22,6 +22,10 @@ TRAINING_CURVES = (  # key of metrics.jsonl, name in the legend, colour
     ('train/loss_main', 'training, main', BLUE),
     *((f'train/loss_{head.name}', head.curve, colour) for head, colour in zip(HEADS, HEAD_COLOURS)))
 VALIDATION_CURVES = (('val/nelbo', 'validation NELBO', VERMILION), ('val/loss', 'validation loss', VERMILION))
+# Validation in the weighting of a training curve has its colour, in dashes.
+COMPARABLE_CURVES = (('val/loss_main', 'validation, main', BLUE),
+                     *((f'val/loss_{head.name}', head.curve.replace('training', 'validation'), colour)
+                       for head, colour in zip(HEADS, HEAD_COLOURS)))
 STANDARD_ERROR = 'val/nelbo_standard_error'
 
 
@@ -38,6 +42,7 @@ def plot_loss_curve(metrics_path: Path, picture_path: Path, say: Callable[[str],
 def _draw(figure: 'Figure', records: Sequence[Mapping[str, Any]], stage_borders: Mapping[str, int], unit: str) -> None:
     axes = figure.add_subplot()
     drawn = [_draw_training(axes, *_series(records, key), name, colour) for key, name, colour in TRAINING_CURVES]
+    drawn += [_draw_comparable(axes, *_series(records, key), name, colour) for key, name, colour in COMPARABLE_CURVES]
     drawn += [_draw_validation(axes, records, key, name, colour) for key, name, colour in VALIDATION_CURVES]
     shown = [values for values in drawn if len(values)]
     _style(axes, unit)
@@ -76,6 +81,13 @@ def _draw_training(axes: 'Axes', iterations: np.ndarray, values: np.ndarray, nam
         axes.plot(iterations, values, color=colour, alpha=0.18, linewidth=0.7)
     axes.plot(iterations, smooth, color=colour, linewidth=1.4, label=name, marker='o' if len(values) == 1 else None)
     return smooth
+
+
+def _draw_comparable(axes: 'Axes', iterations: np.ndarray, values: np.ndarray, name: str, colour: str) -> np.ndarray:
+    if len(values):
+        axes.plot(iterations, values, color=colour, linewidth=1.4, linestyle=(0, (3, 2)), marker='s', markersize=3.5,
+                  zorder=3, label=name)
+    return values
 
 
 def _draw_validation(axes: 'Axes', records: Sequence[Mapping[str, Any]], key: str, name: str,

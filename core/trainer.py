@@ -12,7 +12,7 @@ import torch.distributed as distributed
 
 from core.batches import BatchPlan, RowShare
 from core.checkpoints.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
-from core.checkpoints.heads import SAMPLER, heads_of
+from core.checkpoints.heads import HEADS, SAMPLER, heads_of
 from core.checkpoints.run_folder import LATEST, METRICS, RunFolder, latest_checkpoint
 from core.checkpoints.weights import check_resume, initialise_from, load_weights, model_config_to_dict
 from core.common.drawing import allowed_ids
@@ -26,12 +26,13 @@ from core.data.folders import data_folder
 from core.data.prepare import ensure_corpus
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.loss_curve import plot_loss_curve
+from core.objective import Losses
 from core.optimizer import learning_rate_at
 from core.option_problems import option_problems, world_problems
 from core.options import TrainConfig
 from core.sampling.preview import preview
 from core.sharding import cut, gathered, whole, whole_weights
-from core.stages import all_heads_trained_from, stage_at
+from core.stages import Stage, all_heads_trained_from, stage_at
 from core.step_guard import MOST_IN_A_ROW
 from core.training_kinds import GRPO, TRAINING, kind_of, run_label, training_of, wandb_name
 from core.training_step import StepSettings, TrainingState, training_step
@@ -132,6 +133,7 @@ class Run:
         self.unprinted: list[float] = []  # seconds of the iterations since the last line
         self.skips_told = 0
         self.has_saved = False  # whether there is a checkpoint of this run
+        self.wandb_id: str | None = None  # of the run at W&B that this one is, once there is one
         self.compiled: set[tuple[frozenset[str], bool]] = set()  # heads and trunk of the stages that have begun
         self.asked_to_stop: signal.Signals | None = None
 
@@ -162,7 +164,9 @@ class Run:
                                     run_name=wandb_name(config), config=dataclasses.asdict(config),
                                     start_iteration=self.iteration, total_iterations=config.max_iters,
                                     enabled=runtime.is_writer,
-                                    metrics=None if self.folder is None else self.folder.place(METRICS))
+                                    metrics=None if self.folder is None else self.folder.place(METRICS),
+                                    wandb_id=self.wandb_id)
+            self.wandb_id = self.logger.wandb_id
             try:
                 with handling(STOPPING, self.on_signal):
                     self.loop()
@@ -245,19 +249,29 @@ class Run:
         self.seconds += seconds
         self.unprinted = [*self.unprinted, seconds]
         if due and self.runtime.is_writer:
-            parts = {name: loss.item() for name, loss in (('main', losses.main), *losses.heads.items())}
-            apart = {} if losses.sums is None else self.training.metrics(losses.sums)
-            mean, rows = sum(self.unprinted) / len(self.unprinted), self.state.plan.rows
-            operations = self.state.model.operations_per_token() * self.training.passes(config) * rows.global_batch * \
-                config.block_size
-            mfu = operations / mean / self.matrix_rate / rows.world_size
-            self.logger.iteration(IterationRecord(self.iteration, losses.total.item(), parts, learning_rate, mean, mfu,
-                                                  {f'train/{name}': value for name, value in apart.items()}))
+            self.logger.iteration(self.record(losses, stage, learning_rate))
         if due:
             self.unprinted = []
             self.report_skipped()
         self.iteration += 1
         self.logger.advance(self.iteration)
+
+    def record(self, losses: Losses, stage: Stage, learning_rate: float) -> IterationRecord:
+        """What is told of the step just made: its losses, and means over the iterations since the last line."""
+        rows = self.state.plan.rows
+        parts = {name: loss.item() for name, loss in (('main', losses.main), *losses.heads.items())}
+        weights = {head.name: stage.heads[head.name] for head in HEADS
+                   if head.weight is not None and head.name in stage.heads}
+        further = {} if losses.sums is None else self.training.metrics(losses.sums)
+        norms = self.state.gradient_norms
+        further |= {'grad_norm': norms['main'].item()}
+        further |= {f'grad_norm_{name}': norm.item() for name, norm in norms.items() if name in stage.heads}
+        mean, tokens = sum(self.unprinted) / len(self.unprinted), rows.global_batch * self.config.block_size
+        further['tokens_per_second'] = tokens / mean
+        operations = self.state.model.operations_per_token() * self.training.passes(self.config) * tokens
+        mfu = operations / mean / self.matrix_rate / rows.world_size
+        return IterationRecord(self.iteration, losses.total.item(), parts, learning_rate, mean, mfu, weights,
+                               {f'train/{name}': value for name, value in further.items()})
 
     def report_skipped(self) -> None:
         """Say how many steps were not taken since this was last said; UserError where none has been for long."""
@@ -276,11 +290,14 @@ class Run:
                         f'({config.learning_rate}) or grad_clip ({config.grad_clip}) and {cure}')
 
     def validate(self) -> Validation:
-        """Validate the averaged weights."""
+        """Validate the averaged weights; a head that has not begun to train has no loss."""
         config = self.config
         held_out = HeldOut(self.corpus, self.runtime, config.eval_iters * config.batch_size, config.batch_size)
         with gathered(self.state.averaged):
-            return self.training.validate(self.state.averaged, held_out, self.allowed, self.state.plan.noise)
+            found = self.training.validate(self.state.averaged, held_out, self.allowed, self.state.plan.noise)
+        untrained = {f'loss_{head.name}' for head in HEADS if not head.has_begun(self.model_config, self.iteration)}
+        return dataclasses.replace(found, further={name: value for name, value in found.further.items()
+                                                   if name not in untrained})
 
     def evaluate(self, save: bool) -> None:
         """Validate the averaged weights, print a sample of them, and save the latest and maybe the best."""
@@ -299,7 +316,7 @@ class Run:
             trained = stage_at(self.model_config, self.iteration - 1)
             with gathered(state.averaged):
                 if self.runtime.is_writer:
-                    self.logger.sample(preview(state.averaged, self.corpus.vocabulary, self.allowed,
+                    self.logger.sample(self.iteration, preview(state.averaged, self.corpus.vocabulary, self.allowed,
                                                SAMPLER.name in trained.heads,
                                                min(config.sample_length, config.block_size), config.seed))
         if save:
@@ -346,7 +363,8 @@ class Run:
             scaler=state.scaler.state_dict() if with_optimizers and state.scaler.is_enabled() else None,
             guard=state.guard.state_dict() if with_optimizers else None,
             best_value=self.best_value, extra={'best_is_final': self.best_is_final, 'train_seconds': self.seconds,
-                                               'read': self.read, 'resumable': with_optimizers})
+                                               'read': self.read, 'resumable': with_optimizers,
+                                               'wandb_id': self.wandb_id})
 
     def resume(self, path: Path, say: Callable[[str], None]) -> None:
         """Take up the checkpoint at `path`; the run goes on exactly as if never stopped. Changed options are said."""
@@ -393,6 +411,7 @@ class Run:
             self.skips_told = state.guard.skipped().total
         self.iteration, self.best_value, self.has_saved = saved.iteration, saved.best_value, True
         self.best_is_final, self.seconds = saved.extra['best_is_final'], saved.extra['train_seconds']
+        self.wandb_id = saved.extra.get('wandb_id')
         say(f'going on from {path} after iteration {self.iteration}')
 
     def on_signal(self, number: int, frame: object) -> None:

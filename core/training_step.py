@@ -59,6 +59,7 @@ class TrainingState:
                                           settings.betas, runtime.matrix_dtype())
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype is torch.float16)
         self.guard = StepGuard(runtime.device, settings.spike_deviations)
+        self.gradient_norms: dict[str, Tensor] = {}  # of the last step before clipping, by whose they are
         self.stage: Stage | None = None
         self.parallel: nn.Module = self.objective
 
@@ -80,20 +81,19 @@ class TrainingState:
         """
         self.parallel = self.objective
 
-    def clip_gradients(self) -> list[Tensor]:
+    def clip_gradients(self) -> dict[str, Tensor]:
         """Clip the gradients of each head that is `clipped_apart` by themselves, so that it moves nothing else.
 
-        Returns the norms before clipping: of all others first, then of these heads'.
+        Returns the norms before clipping: 'main' of all others first, then of these heads by their names.
         """
-        apart = [head.module for head in HEADS if head.clipped_apart]
-        groups: dict[str, list[nn.Parameter]] = {'others': [], **{module: [] for module in apart}}
+        apart = {head.module: head.name for head in HEADS if head.clipped_apart}
+        groups: dict[str, list[nn.Parameter]] = {'main': [], **{name: [] for name in apart.values()}}
         for name, parameter in self.model.named_parameters():
-            module = name.split('.')[0]
-            groups[module if module in apart else 'others'].append(parameter)
+            groups[apart.get(name.split('.')[0], 'main')].append(parameter)
         limit = self.settings.grad_clip or float('inf')
         foreach = has_foreach(self.runtime.device)
-        norms = [nn.utils.clip_grad_norm_(group, limit, foreach=foreach) for group in groups.values()]
-        return norms if self.mesh is None else [_summed(one) for one in norms]
+        norms = {name: nn.utils.clip_grad_norm_(group, limit, foreach=foreach) for name, group in groups.items()}
+        return norms if self.mesh is None else {name: _summed(one) for name, one in norms.items()}
 
     @torch.no_grad()
     def update_average(self, iteration: int) -> None:
@@ -147,7 +147,8 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
     losses = _summed_losses(parts, runtime)
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
-    norm, *head_norms = state.clip_gradients()
+    state.gradient_norms = state.clip_gradients()
+    norm, *head_norms = state.gradient_norms.values()
     refused = state.guard.refuses(iteration, losses.main, norm, losses.total, *head_norms)
     for optimizer in state.optimizers:
         optimizer.found_inf = refused  # where it is 1 the fused AdamW and Muon change nothing

@@ -27,6 +27,7 @@ from model import GPT, ModelMode
 from sample_utils import prepare_sampler_inputs
 
 VALIDATION_SEED = 20_240_607  # one for all runs, so that their figures compare
+TIMES = 4096  # in which the mean over time is taken
 RANDOM_SHARE, FILLED_SHARE = 0.1, 0.3  # of the texts that a judge must rank below the true ones
 
 
@@ -89,13 +90,38 @@ def any_order_terms(model: GPT, windows: Tensor, counts: Tensor, mask: Tensor, a
     With n = counts uniform in 1 .. T and a uniform choice of n masked positions, the expectation is the NELBO per
     token (Uria et al. 2014; Ou et al. 2024, RADD, eq. 9): the 1 / t form with the times integrated out, and bounded.
     """
-    inputs = apply_mask(windows, mask, model.config.mask_token_id)
+    return masked_sums(model, windows, mask, allowed)[0] / to_exact(counts)
+
+
+def masked_sums(model: GPT, windows: Tensor, mask: Tensor, allowed: Tensor,
+                shown: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+    """(float64 [B]: cross-entropy summed over each row's masked positions, in nats; the same of the sampler head).
+
+    shown: what the head sees, as `neighbours_shown` gives it, in the patterns of training; None without a head.
+    """
+    def summed(logits: Tensor) -> Tensor:
+        logits = logits.float().masked_fill(~allowed, -torch.inf)  # [N, V]
+        losses = to_exact(F.cross_entropy(logits, targets, reduction='none')).double()  # [N]
+        rows = to_exact(mask).nonzero()[:, 0]
+        return torch.zeros(len(windows), dtype=torch.float64, device=losses.device).index_add(0, rows, losses)
+
+    inputs, targets = apply_mask(windows, mask, model.config.mask_token_id), windows[mask]
     hidden = model.encode(inputs)[mask]  # [N, D]
-    logits = model.lm_head(hidden).float().masked_fill(~allowed, -torch.inf)  # [N, V]
-    losses = to_exact(F.cross_entropy(logits, windows[mask], reduction='none')).double()  # [N]
-    rows = to_exact(mask).nonzero()[:, 0]
-    sums = torch.zeros(len(windows), dtype=torch.float64, device=losses.device).index_add(0, rows, losses)
-    return sums / to_exact(counts)
+    logits = model.lm_head(hidden)  # [N, V]
+    if shown is None:
+        return summed(logits), None
+    neighbours, new = (part.to(mask.device)[mask] for part in shown)  # [N, C], [N]
+    given = prepare_sampler_inputs(hidden, neighbours, model.neighbour_embedding(), model.sampler_head.window.left)
+    return summed(logits), summed(model.sampler_head(given.sampler_input, logits, model.lm_head.weight, new))
+
+
+def training_shares(noise: Masking, counts: Tensor, length: int) -> Tensor:
+    """float64 [B]: the probability that training masks `counts` [B] of `length` positions: the mean over time of the
+    binomial distribution that the noise schedule gives. For the linear schedule all counts are equally likely."""
+    n, times = counts.double()[:, None], (torch.arange(TIMES, dtype=torch.float64) + 0.5) / TIMES  # [B, 1], [TIMES]
+    probability = noise.schedule.mask_probability(times).clamp(1e-12, 1 - 1e-12)
+    ways = math.lgamma(length + 1) - torch.lgamma(n + 1) - torch.lgamma(length - n + 1)
+    return (ways + n * probability.log() + (length - n) * torch.log1p(-probability)).exp().mean(1)
 
 
 def causal_terms(model: GPT, windows: Tensor, allowed: Tensor) -> Tensor:
@@ -108,10 +134,12 @@ def causal_terms(model: GPT, windows: Tensor, allowed: Tensor) -> Tensor:
 def validate_generator(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Masking | None = None) -> Validation:
     """Validate a `model` that writes text, in evaluation mode; allowed bool [V]: the base vocabulary.
 
-    The any-order form depends on no noise schedule, so nothing of `noise` is read.
+    The any-order form depends on no noise schedule. With `noise`, the losses that training minimises are given further,
+    on the same windows and masks: 'loss_main' where all masked positions weigh alike (weighted by 1 / t it is the bound
+    itself), and 'loss_sampler' of a model with a sampler head.
     """
     start, T, runtime = time.perf_counter(), model.config.block_size, held_out.runtime
-    causal, terms = model.config.attention_type == 'causal', held_out.zeros()
+    causal, terms, trained = model.config.attention_type == 'causal', held_out.zeros(), held_out.zeros(3)
     for place, rows in held_out.batches(T + causal):
         with runtime.autocast():
             if causal:
@@ -120,12 +148,27 @@ def validate_generator(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Ma
             generator = keyed(VALIDATION_SEED, 0, place.start, len(rows))
             counts = stratified_mask_counts(generator, held_out.windows, T)  # [B]
             mask = draw_exact_mask(generator, counts, T)
-            terms[place] = any_order_terms(model, *(one.to(runtime.device) for one in (rows, counts, mask)), allowed)
+            shown = None if noise is None or noise.neighbours is None else \
+                neighbours_shown(generator, rows, mask, noise.neighbours)
+            sums, sampler = masked_sums(model, *(one.to(runtime.device) for one in (rows, mask)), allowed, shown)
+            terms[place] = sums / to_exact(counts).to(sums.device)
+            if noise is not None:
+                shares = training_shares(noise, counts, T)
+                trained[place] = torch.stack([(one if one is not None else torch.zeros_like(sums)).cpu() * shares for one in
+                                              (counts.double(), sums, sampler)], dim=1).to(trained.device)
     terms = runtime.total(terms)
     value = terms.mean().item()
     bits, unit = bits_of(value, held_out.corpus, held_out.split)
     error = (terms.std() / math.sqrt(held_out.windows)).item() if held_out.windows > 1 else math.nan
-    return Validation(value, error, {'bits': bits}, held_out.windows, time.perf_counter() - start, unit)
+    further = {'bits': bits} | ({} if causal or noise is None else _as_trained(noise, runtime.total(trained).sum(0)))
+    return Validation(value, error, further, held_out.windows, time.perf_counter() - start, unit)
+
+
+def _as_trained(noise: Masking, sums: Tensor) -> dict[str, float]:
+    """The mean losses at masked positions that training minimises, of sums [3]: positions, main loss, sampler head's."""
+    count, main, sampler = sums.tolist()
+    losses = {'loss_main': main / count} if noise.loss_weighting == 'masked_mean' else {}
+    return losses if noise.neighbours is None else losses | {'loss_sampler': sampler / count}
 
 
 def block_terms(model: GPT, windows: Tensor, block_length: int, generator: RowRandom, allowed: Tensor) -> Tensor:

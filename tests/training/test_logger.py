@@ -27,16 +27,17 @@ def test_the_lines_are_those_of_the_specification(tmp_path, capsys):
     run = logger(tmp_path)
     run.iteration(record())
     run.iteration(record(1500, loss=9.2, parts={'main': 4.6, 'sampler': 4.6}, seconds=0.155, mfu=0.26))
-    run.iteration(record(3500, loss=13.8, parts={'main': 4.6, 'sampler': 4.6, 'critic': 4.6}, seconds=0.16, mfu=0.265))
+    run.iteration(record(3500, loss=11.5, parts={'main': 4.6, 'sampler': 4.6, 'critic': 4.6}, seconds=0.16, mfu=0.265,
+                         weights={'critic': 0.5}))
     run.iteration(record(3501, parts={'main': 4.5, 'critic': 0.0}, mfu=None))
     run.evaluation(3501, 'step 3501: val nelbo 2.0 nats/char', {'val/nelbo': 2.0})
-    run.sample('To be\nor not')
+    run.sample(3501, 'To be\nor not')
     run.close()
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
         'iter 100: loss 4.5000 (main 4.5000), time 150.00ms, mfu 25.50%',
         'iter 1500: loss 9.2000 (main 4.6000, sampler 4.6000), time 155.00ms, mfu 26.00%',
-        'iter 3500: loss 13.8000 (main 4.6000, sampler 4.6000, critic 4.6000), time 160.00ms, mfu 26.50%',
+        'iter 3500: loss 11.5000 (main 4.6000, sampler 4.6000, critic 0.5 x 4.6000), time 160.00ms, mfu 26.50%',
         'iter 3501: loss 4.5000 (main 4.5000, critic 0.0000), time 150.00ms',
         'step 3501: val nelbo 2.0 nats/char', '  | To be', '  | or not']
     assert printed.err == ''  # no progress bar outside a terminal
@@ -44,14 +45,14 @@ def test_the_lines_are_those_of_the_specification(tmp_path, capsys):
 
 def test_metrics_hold_every_number_and_no_inactive_part(tmp_path):
     run = logger(tmp_path / 'größe 1')
-    run.iteration(record(7, extra={'train/grad_norm': 0.5}))
+    run.iteration(record(7, extra={'train/grad_norm': 0.5}, weights={'critic': 0.25}))
     run.iteration(record(8, loss=float('nan'), parts={'main': float('inf'), 'sampler': 0.0}))
     run.evaluation(8, 'line', {'val/nelbo': 2.0})
     text = (tmp_path / 'größe 1' / 'metrics.jsonl').read_text()
     assert 'NaN' not in text and 'Infinity' not in text
     assert [json.loads(line) for line in text.splitlines()] == [
         {'kind': 'iteration', 'iteration': 7, 'train/loss': 4.5, 'train/loss_main': 4.5, 'lr': 1e-3, 'seconds': 0.15,
-         'mfu': 0.255, 'train/grad_norm': 0.5},
+         'mfu': 0.255, 'train/grad_norm': 0.5, 'train/critic_alpha': 0.25},
         {'kind': 'iteration', 'iteration': 8, 'train/loss': None, 'train/loss_main': None, 'train/loss_sampler': 0.0,
          'lr': 1e-3, 'seconds': 0.15, 'mfu': 0.255},
         {'kind': 'evaluation', 'iteration': 8, 'val/nelbo': 2.0}]
@@ -103,7 +104,7 @@ def test_other_ranks_say_and_write_nothing(tmp_path, capsys):
     run = logger(tmp_path / 'out', enabled=False, wandb_log=True)
     run.iteration(record())
     run.evaluation(1, 'line', {})
-    run.sample('text')
+    run.sample(1, 'text')
     run.advance(1)
     run.close()
     printed = capsys.readouterr()
@@ -117,7 +118,7 @@ def test_a_reader_that_has_gone_does_not_stop_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, 'stdout', Gone())
     run = logger(tmp_path)
-    run.sample('plain')
+    run.sample(1, 'plain')
     run.iteration(record(3))
     assert [one['iteration'] for one in read_metrics(tmp_path / 'metrics.jsonl')] == [3]
 
@@ -163,6 +164,10 @@ class FakeWandb(types.ModuleType):
         self.fails, self.logged, self.finished, self.settings = fails, [], 0, types.SimpleNamespace(mode='offline')
         self.Settings = dict
 
+    def Table(self, columns, data):
+        self.step('Table')
+        return [dict(zip(columns, row)) for row in data]
+
     def step(self, name):
         if self.fails == name:
             raise self.error(f'{name}\nbroke')
@@ -197,6 +202,39 @@ def test_wandb_takes_the_same_numbers(tmp_path, monkeypatch, capsys):
     assert 'train/loss_critic' not in module.logged[0][1] and module.finished == 1
     assert module.given['config'] == {'n_layer': 6} and module.given['settings']['init_timeout'] > 0
     assert "W&B: run 'r' of project 'p', offline" in capsys.readouterr().out
+
+
+def test_wandb_takes_the_samples(tmp_path, monkeypatch, capsys):
+    module = FakeWandb()
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+    run = logger(tmp_path, wandb_log=True)
+    run.sample(4, 'To be\nor not')
+    run.close()
+    assert module.logged == [(4, {'sample': [{'iteration': 4, 'text': 'To be\nor not'}]})]
+    assert '  | or not\n' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('fails', ['Table', 'log'])
+def test_wandb_that_takes_no_sample_is_one_line(tmp_path, monkeypatch, capsys, failing_decoration, fails):
+    monkeypatch.setitem(sys.modules, 'wandb', FakeWandb(fails))
+    run = logger(tmp_path, wandb_log=True)
+    for iteration in range(3):
+        run.sample(iteration, 'To be')
+    run.close()
+    said = capsys.readouterr().out
+    assert said.count('W&B did not take a sample: ') == 1 and said.count('  | To be') == 3
+
+
+def test_a_run_has_one_id_at_wandb_and_a_resumed_one_keeps_it(tmp_path, monkeypatch):
+    modules, ids = [FakeWandb() for _ in range(3)], []
+    for module, known in zip(modules, (None, None, 'the-first')):
+        monkeypatch.setitem(sys.modules, 'wandb', module)
+        run = logger(tmp_path, wandb_log=True, wandb_id=known)
+        assert module.given['id'] == run.wandb_id and module.given['resume'] == 'allow'
+        ids.append(run.wandb_id)
+        run.close()
+    assert ids[2] == 'the-first' and ids[0] != ids[1] and all(len(one) == 8 for one in ids[:2])
+    assert logger(tmp_path).wandb_id is None  # without W&B
 
 
 class Panic(BaseException):
@@ -264,6 +302,8 @@ def test_the_real_wandb_offline(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv('WANDB_SILENT', 'true')
     run = logger(tmp_path, wandb_log=True)
     run.iteration(record(1))
+    run.sample(1, 'To be')
     run.close()
-    assert "W&B: run 'r' of project 'p', offline" in capfd.readouterr().out
-    assert list(tmp_path.glob('wandb/offline-run-*'))
+    said = capfd.readouterr().out
+    assert "W&B: run 'r' of project 'p', offline" in said and 'did not' not in said
+    assert list(tmp_path.glob(f'wandb/offline-run-*-{run.wandb_id}'))

@@ -57,6 +57,20 @@ def test_every_active_part_is_a_curve_at_its_iterations(tmp_path, figures):
     assert {entry.name for entry in tmp_path.iterdir()} == {'metrics.jsonl', 'loss.png'}
 
 
+def test_validation_in_the_weighting_of_training_has_its_colour(tmp_path, figures):
+    records = [{'kind': 'iteration', 'iteration': i, 'train/loss_main': 3.0, 'train/loss_sampler': 2.5}
+               for i in range(0, 60, 10)]
+    records += [{'kind': 'evaluation', 'iteration': i, 'val/nelbo': 2.0, 'val/loss_main': 3.1, 'val/loss_sampler': 2.6}
+                for i in (0, 50)]
+    write(tmp_path / 'metrics.jsonl', records)
+    plot_loss_curve(tmp_path / 'metrics.jsonl', tmp_path / 'loss.png')
+    curves = {line.get_label(): line for line in figures[0].axes[0].get_lines()}
+    for name, value in (('main', 3.1), ('sampler head', 2.6)):
+        assert curves[f'validation, {name}'].get_ydata().tolist() == [value] * 2
+        assert curves[f'validation, {name}'].get_color() == curves[f'training, {name}'].get_color()
+    assert 'validation NELBO, lowest 2.000' in curves
+
+
 @pytest.mark.parametrize('text', [
     None, '', '{"iteration": 3, "train/loss_main": 2.5}\n', '{"iteration": 0, "val/nelbo": 1.5}\n',
     '{"iteration": 1, "train/loss_main": null}\n{"iteration": 2, "train/lo', 'null\n[]\n{}\n{"iteration": "x"}\n'])

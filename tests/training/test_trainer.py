@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import train as script
 from configurator import configure
 from core.checkpoints.checkpoint import load_checkpoint
 from core.common.errors import UserError
+from core.common.printing import failed_decorations
 from core.logger import read_metrics
 from core.noise import SCHEDULES
 from helpers.runs import ROOT, SMALL, equal_runs, refused, run
@@ -37,6 +41,16 @@ def test_a_run_leaves_everything_in_its_folder(small_corpus, capsys):
         parts = record['train/loss_main'] + record.get('train/loss_sampler', 0)
         alpha = 0.5 * min(1, (record['iteration'] - 5) / 3)
         assert record['train/loss'] == pytest.approx(parts + alpha * record.get('train/loss_critic', 0), rel=1e-5)
+        assert record.get('train/critic_alpha') == (None if record['iteration'] < 6 else pytest.approx(alpha))
+        assert ('train/grad_norm_sampler' in record) == (record['iteration'] >= 3) and record['train/grad_norm'] > 0
+        assert record['train/tokens_per_second'] == pytest.approx(4 * 16 / record['seconds'])
+    for line in lines:  # what is printed adds up
+        total, parts = re.match(r'iter \d+: loss ([\d.]+) \((.*)\), time', line).groups()
+        summed = sum(math.prod(map(float, re.findall(r'\d+\.?\d*', part))) for part in parts.split(', '))
+        assert float(total) == pytest.approx(summed, abs=2e-4)
+    validations = [record for record in read_metrics(folder / 'metrics.jsonl') if record['kind'] == 'evaluation']
+    assert [('val/loss_main' in one, 'val/loss_sampler' in one) for one in validations] == [
+        (True, False), (True, True), (True, True), (True, True)]  # at iterations 0, 4, 8 and 12; the head begins at 3
     assert [line for line in out.splitlines() if line.startswith('step 12: val nelbo')]
     best = load_checkpoint(folder / 'ckpt_best.pt')
     assert best.iteration == 12 and best.extra['best_is_final']  # the first after the critic's schedule
@@ -64,6 +78,31 @@ def test_a_stopped_run_goes_on_exactly(small_corpus):
     assert stopped.value.code == 143 and load_checkpoint('parts/ckpt.pt').iteration == 5
     run('--out_dir=parts', '--init_from=resume')
     equal_runs(Path('whole'), Path('parts'))
+
+
+def test_a_resumed_run_goes_on_with_its_run_at_wandb(small_corpus, monkeypatch):
+    given = []
+    wandb = SimpleNamespace(Settings=dict, Table=lambda columns, data: data)
+    wandb.init = lambda **options: given.append(options) or SimpleNamespace(
+        log=lambda numbers, step: None, finish=lambda: None, settings=SimpleNamespace(mode='offline'))
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    run('--wandb_log=True', '--max_iters=4')
+    run('--wandb_log=True', '--init_from=resume')
+    run('--wandb_log=True', '--out_dir=another')
+    ids = [one['id'] for one in given]
+    assert ids[0] == ids[1] != ids[2] and load_checkpoint('out/ckpt.pt').extra['wandb_id'] == ids[0]
+
+
+def test_nothing_that_is_logged_touches_training(small_corpus, monkeypatch):
+    """Every line with its norms and rates, and W&B with samples, against a run that says next to nothing."""
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(Settings=dict, Table=list, init=lambda **_: 1 / 0))
+    run('--out_dir=loud', '--log_interval=1', '--eval_interval=1', '--wandb_log=True')
+    failed_decorations.clear()
+    run('--out_dir=quiet', '--log_interval=12', '--eval_interval=12', '--sample_length=0')
+    loud, quiet = load_checkpoint('loud/ckpt.pt'), load_checkpoint('quiet/ckpt.pt')
+    assert all(torch.equal(loud.model[name], quiet.model[name]) for name in loud.model)
+    last = [read_metrics(Path(name) / 'metrics.jsonl')[-2] for name in ('loud', 'quiet')]
+    assert last[0]['train/loss'] == last[1]['train/loss'] and last[0]['train/grad_norm'] == last[1]['train/grad_norm']
 
 
 def test_evaluation_and_samples_do_not_touch_training(small_corpus):

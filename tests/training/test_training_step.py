@@ -18,9 +18,10 @@ from core.batches import RowShare, unmasking_batches
 from core.checkpoints.heads import CRITIC
 from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
+from core.common.randomness import RowRandom
 from core.common.runtime import Runtime
 from core.noise import Corruption
-from core.stages import Stage
+from core.stages import Stage, stage_at
 from core.training_step import TrainingState, training_step
 from helpers.toys import V0, toy_config, toy_plan, toy_settings, toy_state
 from model import GPT, GPTConfig
@@ -121,6 +122,20 @@ def test_layers_computed_again_keep_their_input_only():
                                             activation_checkpointing=wanted)) for layers in (2, 3))
         grown[wanted] = (three - two) / (8 * 4 * 64 * 4)
     assert grown[True] == 1 and 22 <= grown[False] < 22.5  # 22 as in docs/performance.md; and the norms' factors
+
+
+def test_gradient_norms_are_those_before_clipping():
+    """Of everything but the sampler head, and of that head alone, against gradients taken by hand."""
+    config, plan = toy_config(add_sampler_head=True), toy_plan(sampler_context=1)
+    state, other = (toy_state(config, plan, grad_clip=clip) for clip in (1e-3, 0.0))
+    training_step(state, 0, 1e-2)
+    batch, = unmasking_batches(plan, 0, int)
+    other.objective(batch, stage_at(config, 0), RowRandom(plan.seed, 0, batch.rows)).total.backward()
+    gradients = [(name, one.grad) for name, one in other.model.named_parameters() if one.grad is not None]
+    for whose, of_head in (('main', False), ('sampler', True)):
+        expected = sum(grad.square().sum() for name, grad in gradients if name.startswith('sampler_head') == of_head).sqrt()
+        assert state.gradient_norms[whose].item() == pytest.approx(expected.item(), rel=1e-5) and expected > 1e-2
+    assert state.gradient_norms.keys() == {'main', 'sampler'}
 
 
 def test_average_follows_the_weights():

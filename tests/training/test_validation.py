@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from core.batches import BatchPlan, RowShare, unmasking_batches
 from core.common.drawing import allowed_ids
 from core.common.randomness import keyed
 from core.common.runtime import Runtime
-from core.noise import draw_mask, low_discrepancy_times
-from core.validation import HeldOut, bits_of, fixed_windows, validate_generator
+from core.noise import SCHEDULES, Masking, draw_mask, low_discrepancy_times, seen_neighbours
+from core.objective import Objective
+from core.stages import Stage
+from core.validation import HeldOut, bits_of, fixed_windows, training_shares, validate_generator
 from helpers.toys import awake
 from model import GPT, GPTConfig
 
@@ -128,3 +131,72 @@ def test_windows_reach_from_the_first_to_the_last_token(small_corpus):
     tokens = small_corpus.tokens('val')
     windows = fixed_windows(tokens, 7, 4)
     assert windows[0].tolist() == tokens[:4].tolist() and windows[-1].tolist() == tokens[-4:].tolist()
+# As training weighs it ------------------------------------------------------------------------------------------------
+
+def objective_on(corpus, model, noise, rows, seed):
+    """What gives iteration's losses of training and the number of masked positions that they are means over."""
+    allowed, length = allowed_ids(corpus.vocabulary.size, corpus.vocabulary.base_size), model.config.block_size
+    plan, objective = BatchPlan(corpus.tokens('val'), seed, length, RowShare(rows), noise), Objective(model, allowed)
+
+    def losses(iteration):
+        batch, = unmasking_batches(plan, iteration, lambda count: count)
+        return objective(batch, Stage({'sampler': 1.0}, True), keyed(seed, iteration, 0, rows)), 1 / batch.main_weights[0]
+
+    return losses
+
+
+@pytest.fixture(scope='module')
+def half_trained():
+    """A model with a sampler head that knows more of a text the more it sees of it."""
+    def of(corpus):
+        model = GPT(GPTConfig(block_size=12, vocab_size=corpus.vocabulary.size, n_layer=1, n_head=2, n_embd=16,
+                              mask_token_id=corpus.vocabulary.mask_token_id, add_sampler_head=True), seed=1)
+        noise = Masking(corpus.vocabulary.mask_token_id, neighbours=seen_neighbours(model.config))
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), objective_on(corpus, model, noise, 64, 1)
+        for iteration in range(150):
+            losses(iteration)[0].total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.eval().requires_grad_(False)
+
+    return of
+
+
+def test_the_losses_beside_the_bound_are_what_training_minimises(small_corpus, half_trained):
+    """Against the objective itself on many batches drawn as in training, of the same text and model, by each noise
+    schedule."""
+    corpus, model, mains = small_corpus, half_trained(small_corpus), []
+    allowed = allowed_ids(corpus.vocabulary.size, corpus.vocabulary.base_size)
+    plain = validate_generator(model, HeldOut(corpus, RUNTIME, 4000, 1000), allowed)
+    for schedule in SCHEDULES.values():
+        noise = Masking(corpus.vocabulary.mask_token_id, neighbours=seen_neighbours(model.config), schedule=schedule)
+        found = validate_generator(model, HeldOut(corpus, RUNTIME, 4000, 1000), allowed, noise)
+        losses, sums = objective_on(corpus, model, noise, 1000, 3), torch.zeros(3).double()
+        for iteration in range(6):
+            made, masked = losses(iteration)
+            sums += torch.stack([masked, made.main * masked, made.heads['sampler'] * masked])
+        assert found.further['loss_main'] == pytest.approx((sums[1] / sums[0]).item(), rel=0.03)
+        assert found.further['loss_sampler'] == pytest.approx((sums[2] / sums[0]).item(), rel=0.03)
+        assert plain.value == found.value and plain.further == {'bits': found.further['bits']}
+        mains.append(found.further['loss_main'])
+    assert mains[0] > 1.06 * plain.value and abs(mains[1] - mains[0]) > 0.05 * mains[0]  # each a number of its own
+
+
+def test_a_bound_that_training_minimises_has_no_second_name(small_corpus):
+    noise = Masking(small_corpus.vocabulary.mask_token_id, 'elbo')
+    found = validate_generator(model_of(small_corpus), HeldOut(small_corpus, RUNTIME, 8, 4),
+                               allowed_ids(small_corpus.vocabulary.size, small_corpus.vocabulary.base_size), noise)
+    assert found.further.keys() == {'bits'}
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_shares_are_how_often_training_masks_so_many_positions(schedule):
+    """Against masks drawn as in training."""
+    noise, length, rows = Masking(0, schedule=SCHEDULES[schedule]), 6, 200_000
+    generator = keyed(5, 0, 0, rows)
+    mask = draw_mask(generator, noise.schedule.mask_probability(low_discrepancy_times(generator, rows)), length)
+    counted = torch.bincount(mask.sum(1), minlength=length + 1) / rows
+    shares = training_shares(noise, torch.arange(length + 1), length)
+    assert shares.tolist() == pytest.approx(counted.tolist(), abs=4e-3) and shares.sum().item() == pytest.approx(1)
+    if schedule == 'linear':
+        assert shares.tolist() == pytest.approx([1 / 7] * 7, rel=1e-6)
