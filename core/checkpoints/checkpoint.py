@@ -199,12 +199,18 @@ def _load(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
     if path.name == WEIGHTS_FILE:
         return Checkpoint.from_payload(read_folder(path.parent, device), path)
     if path.is_dir():
-        if not (path / WEIGHTS_FILE).is_file():
-            there = sorted(one.name for one in path.glob('*.pt'))
-            raise UserError(f'{path} is a folder without {WEIGHTS_FILE}; '
-                            + (f'name a file in it, such as {path / there[0]}' if there else 'name a checkpoint'))
-        return Checkpoint.from_payload(read_folder(path, device), path / WEIGHTS_FILE)
+        weights = _exported_weights(path)
+        return Checkpoint.from_payload(read_folder(path, device), weights)
     return _read(path, mapped, device)
+
+
+def _exported_weights(folder: Path) -> Path:
+    """The file of weights in an exported folder. UserError where it is another folder."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        there = sorted(one.name for one in folder.glob('*.pt'))
+        raise UserError(f'{folder} is a folder without {WEIGHTS_FILE}; '
+                        + (f'name a file in it, such as {folder / there[0]}' if there else 'name a checkpoint'))
+    return folder / WEIGHTS_FILE
 
 
 def _read(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
@@ -279,5 +285,5 @@ def export_checkpoint(path: Path | str, folder: Path | str) -> Path:
 
 
 def checkpoint_hash(path: Path) -> str:
-    """SHA-256 (hex) of a checkpoint file, or of the weights of an exported folder."""
-    return file_hash(path / WEIGHTS_FILE if path.is_dir() else path)
+    """SHA-256 (hex) of a checkpoint file, or of the weights of an exported folder; UserError for another folder."""
+    return file_hash(_exported_weights(path) if path.is_dir() else path)
