@@ -126,7 +126,7 @@ def bound_problems(config: Any) -> list[str]:
 def _bound_problems(key: str, entry: dataclasses.Field, value: Any) -> list[str]:
     """What is wrong with a value of the right type by the bounds that its option states."""
     if entry.metadata.get('path') and value is not None:
-        return _path_problems(key, value)
+        return path_problems(key, value)
     low, high = entry.metadata.get('minimum'), entry.metadata.get('maximum')
     if value is None or low is None and high is None:
         return []
@@ -135,7 +135,14 @@ def _bound_problems(key: str, entry: dataclasses.Field, value: Any) -> list[str]
     return [f'{key} is {value}, but must be at most {high:,}'] if high is not None and value > high else []
 
 
-def _path_problems(key: str, path: str) -> list[str]:
+def path_argument(key: str, text: str) -> Path:
+    """`text`, the argument `key` of a command without an options class, as a path; UserError where it can be none."""
+    raise_problems(path_problems(key, text) if text.strip() else
+                   [f'{key} is empty; is a variable of the shell unset? Name one'])
+    return Path(os.path.expanduser(text))
+
+
+def path_problems(key: str, path: str) -> list[str]:
     """What is wrong with the name of a file or folder before the disk is asked."""
     parts = re.split(r'[/\\]' if os.name == 'nt' else '/', path)
     longest = max(len(os.fsencode(part)) for part in parts)

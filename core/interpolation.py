@@ -11,6 +11,7 @@ from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.weights import TRAINING_FIELDS, build_model, model_config_from_dict, model_config_to_dict
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError
+from core.common.files import why_unwritable
 from core.common.runtime import Runtime, resolve_device
 from core.data.folders import recorded_data_folder
 from core.data.prepare import ensure_corpus
@@ -32,6 +33,9 @@ def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, sa
     if os.path.lexists(output):
         raise UserError(f'{output} is there already and is not replaced; choose another name with --output=..., or '
                         f'move it away')
+    reason = why_unwritable(str(output))
+    if reason is not None:
+        raise UserError(f'output is {output}, but {reason}')
     one, other = load_checkpoint(first), load_checkpoint(second)
     _require_equal_shape(one, other, first, second)
     merged = _between(one, other, weight)

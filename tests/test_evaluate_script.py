@@ -117,6 +117,17 @@ def test_bad_input_is_answered_in_one_sentence(checkpoints, arguments, words):
         evaluate(*arguments)
 
 
+def test_results_that_have_no_place_are_refused_before_the_work_with_a_cure_that_works(checkpoints, monkeypatch):
+    options = ('--measure=nelbo', '--windows=4')
+    (Path('out') / 'evaluation.json').mkdir()
+    with pytest.raises(UserError, match='out/evaluation.json, which cannot be written .*keep them elsewhere') as caught:
+        evaluate(*options)
+    Path('mine').mkdir()
+    cure = str(caught.value).rpartition('elsewhere: ')[2].replace('FOLDER', 'mine').split(' ', 1)
+    found, _ = evaluate(*options, *cure)
+    assert found['nelbo'] and Path('mine/evaluation.json').is_file()
+
+
 def test_checkpoints_that_do_not_fit_are_named(small_corpus):
     other = Vocabulary(kind='characters', tokens=tuple('abc'))
     write_checkpoint(small_corpus, 'other.pt', vocabulary=other)

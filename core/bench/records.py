@@ -202,6 +202,9 @@ def file_problems(config: BenchConfig, explicit: Mapping[str, str], kind: Record
                      for name in explicit if name not in ('from_json', 'report', 'scaling')]
     if config.json is not None and (reason := why_unwritable(config.json)) is not None:
         problems.append(f'json is {config.json!r}, but {reason}')
+    elif config.json is not None and _holds_something_else(Path(config.json), kind):
+        problems.append(f'json is {config.json!r}, which holds something other than a record of {kind.command} and stays; '
+                        f'choose another name')
     if config.report is not None:
         try:
             split_at_markers(Path(config.report), kind.begin, kind.end, PAGE)
@@ -210,12 +213,27 @@ def file_problems(config: BenchConfig, explicit: Mapping[str, str], kind: Record
     return problems
 
 
+def _holds_something_else(path: Path, kind: RecordKind) -> bool:
+    """Whether `path` is a file with contents that are no record of `kind`, of whatever version."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    try:
+        record = read_json(path)
+    except Unfit:
+        return True
+    return not isinstance(record, dict) or record.get('format') != _heading(kind)[0]
+
+
+def _heading(kind: RecordKind) -> list[object]:
+    """Format and version of the records of `kind`."""
+    return [typing.get_args(kind.contents.__annotations__[name])[0] for name in ('format', 'version')]
+
+
 def read_json_record(path: Path, kind: RecordKind) -> Any:
     """A record of `kind` that --json wrote. UserError for anything else."""
     try:
         record = read_json(path)
-        if not isinstance(record, dict) or [record.get(name) for name in ('format', 'version')] != [
-                typing.get_args(kind.contents.__annotations__[name])[0] for name in ('format', 'version')]:
+        if not isinstance(record, dict) or [record.get(name) for name in ('format', 'version')] != _heading(kind):
             raise Unfit(f'it is not a record of this {kind.command}')
         checked(record, kind.contents)
         problem = next(_inconsistencies(record), None)

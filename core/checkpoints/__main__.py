@@ -5,8 +5,8 @@
 """
 
 import argparse
-from pathlib import Path
 
+from configurator import path_argument
 from core.common.errors import run_script
 from core.common.printing import say
 
@@ -18,19 +18,20 @@ def main(arguments: list[str]) -> None:
     verify = commands.add_parser('verify', help='read every byte again and say what the file holds')
     export = commands.add_parser('export', help='weights as safetensors, the rest as JSON')
     for command in (verify, export):
-        command.add_argument('checkpoint', type=Path)
-    export.add_argument('folder', type=Path)
+        command.add_argument('checkpoint')
+    export.add_argument('folder')
     options = parser.parse_args(arguments)
+    checkpoint = path_argument('checkpoint', options.checkpoint)
     from core.checkpoints.checkpoint import export_checkpoint, verify_checkpoint  # after the options, as in train.py
     from core.checkpoints.sharing import CONFIG_FILE, WEIGHTS_FILE
 
     if options.command == 'verify':
-        summary = verify_checkpoint(options.checkpoint)
+        summary = verify_checkpoint(checkpoint)
         say(f'{summary.path} is whole: {summary.kind}, iteration {summary.iteration}, '
               f'{summary.parameters:,} parameters, best value {summary.best_value}')
     else:
-        folder = export_checkpoint(options.checkpoint, options.folder)
-        say(f'{options.checkpoint} exported to {folder}: {WEIGHTS_FILE} and {CONFIG_FILE}')
+        folder = export_checkpoint(checkpoint, path_argument('folder', options.folder))
+        say(f'{checkpoint} exported to {folder}: {WEIGHTS_FILE} and {CONFIG_FILE}')
 
 
 if __name__ == '__main__':

@@ -207,9 +207,9 @@ class RunFolder:
         """Make those of the moves that are not made yet. The first ones fill a new folder, the others empty names that
         only this run has, so that each shows whether it was made."""
         for source, target in moves:
-            made = (self.path / target).exists() if '/' in target else not (self.path / source).exists()
+            made = os.path.lexists(self.path / target) if '/' in target else not os.path.lexists(self.path / source)
             if not made and os.path.lexists(self.path / source):
-                os.replace(self.path / source, self.path / target)
+                _move(self.path / source, self.path / target)
         for folder in {(self.path / target).parent for _, target in moves}:
             sync_folder(folder)
         self._write_marker()
@@ -263,9 +263,8 @@ def _read_marker(path: Path) -> dict[str, object] | None:
         if values['program'] != PROGRAM or type(values['format']) is not int:
             raise ValueError('it names another program')
         moves = values.get('moves', [])
-        if not all(re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name) for source, target in moves
-                   for name in (source, target)):
-            raise ValueError('its moves are no names')
+        if not all(_is_move(source, target) for source, target in moves):
+            raise ValueError('its moves are not those of a run')
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f'{marker} is damaged or of another program ({excerpt(str(error))}), so {path} is left alone; '
                         f'choose another folder with --out_dir=..., or move {marker} away if the folder is a run\'s'
@@ -274,6 +273,23 @@ def _read_marker(path: Path) -> dict[str, object] | None:
         raise UserError(f'{path} is a run folder of format {values["format"]}, but this program knows format '
                         f'{FOLDER_FORMAT}; update it, or choose another folder with --out_dir=...')
     return values
+
+
+def _is_move(source: str, target: str) -> bool:
+    """Whether a run that replaces another one moves `source` to `target`: an own file aside, a new one to its place."""
+    aside, _, name = target.rpartition('/')
+    if aside:
+        return name == source and bool(OWN.fullmatch(name) and re.fullmatch(rf'{EARLIER_RUN}_[\w-]+', aside))
+    return bool(OWN.fullmatch(name) and _TEMPORARY.fullmatch(source))
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename; a relative symbolic link goes on to lead where it led."""
+    if source.parent == target.parent or not source.is_symlink() or os.path.isabs(os.readlink(source)):
+        os.replace(source, target)
+    else:
+        target.symlink_to(os.path.join(os.path.relpath(source.parent, target.parent), os.readlink(source)))
+        source.unlink()
 
 
 def _foreign_descriptions(path: Path) -> list[str]:

@@ -25,10 +25,12 @@ from core.common.printing import complain_once
 TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves behind
 LONGEST_STEM = 120  # bytes of a name that its temporary name repeats; a name may have 255 with all that follows
 # Files that no output named by the user may replace: checkpoints, corpora, programs and configs, files of a run.
-OTHERS_SUFFIXES = frozenset({'.pt', '.safetensors', '.bin', '.pkl', '.py', '.damaged'})
+OTHERS_SUFFIXES = frozenset({'.pt', '.safetensors', '.bin', '.pkl', '.py', '.lock', '.damaged'})
 OTHERS_NAMES = frozenset({'config.json', 'environment.json', 'metrics.jsonl', 'run.lock', 'evaluation.json',
                           'calibration.json',
                           'loss.png'})
+PROGRAM = Path(__file__).resolve().parents[2]
+PROGRAM_PARTS = ('.git', 'config', 'core', 'tests', 'LICENSE', 'README.md', 'pyproject.toml', 'requirements.txt')
 NOT_OFFERED = frozenset(getattr(errno, name)
                         for name in ('EINVAL', 'ENOSYS', 'ENOTSUP', 'EOPNOTSUPP', 'ENOLCK', 'EBADF')
                         if hasattr(errno, name))  # of an fsync or a lock that a file system does not have
@@ -155,7 +157,14 @@ def unwritable(path: Path, error: OSError) -> UserError:
 def belongs_elsewhere(path: Path) -> bool:
     """Whether the file `path` is by its name one that another command wrote, or one of the program's own."""
     marker = path.name == 'run.json' and path.with_name('run.lock').exists()  # of a run folder, else any name
-    return marker or path.suffix.lower() in OTHERS_SUFFIXES or path.name in OTHERS_NAMES
+    return marker or path.suffix.lower() in OTHERS_SUFFIXES or path.name in OTHERS_NAMES or _is_of_the_program(path)
+
+
+def _is_of_the_program(path: Path) -> bool:
+    if not path.is_relative_to(PROGRAM):
+        return False
+    first, *inner = path.relative_to(PROGRAM).parts
+    return first in PROGRAM_PARTS or (first == 'docs' and bool(inner) and path.suffix == '.md')
 
 
 def why_unwritable(path: str) -> str | None:

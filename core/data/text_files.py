@@ -11,6 +11,8 @@ from core.common.expressions import excerpt, shown
 READ = 2**17  # characters read at a time
 MOST_FILES = 1_000_000
 _LOOKED_AT = 2**16  # bytes from which an encoding is guessed
+MOST_ACCENTS = 0.3  # share of bytes beyond ASCII that a text in a Western encoding of one byte a character may have
+_CUT_OFF = ('unexpected end of data', 'truncated data')  # what Python's decoders say of a last character
 _MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
           (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 _OTHER_KINDS = ((b'\x1f\x8b', 'compressed with gzip'), (b'PK\x03\x04', 'a zip archive (.docx and .epub are such)'),
@@ -69,20 +71,30 @@ def text_blocks(path: Path, encoding: str | None = None) -> Iterator[str]:
     try:
         used = encoding or _marked_encoding(path)
         with path.open(encoding=used) as file:
-            first = True
+            first, beyond_ascii = True, False
             while block := file.read(READ):
                 if first:
                     block, first = block.removeprefix('\ufeff'), False
                 if '\0' in block:
                     raise UserError(f'{path} holds a zero byte, so it is no plain text{_what_it_is(path, encoding)}')
+                beyond_ascii |= not block.isascii()
                 yield block
     except UnicodeDecodeError as error:
+        if error.reason in _CUT_OFF and (used != 'utf-8' or beyond_ascii or _has_letters_beyond_ascii(path)):
+            raise UserError(f'{path} ends in the middle of a character, so it was cut off: fetch or copy it again, or '
+                            f'leave out its last character') from None
         raise UserError(f'{path} is not {"UTF-8" if used == "utf-8" else used} (byte {error.object[error.start]} where '
                         f'none such can be){_what_it_is(path, encoding)}') from None
     except UnicodeError as error:
         raise UserError(f'{path} is not {used} ({error}){_what_it_is(path, encoding)}') from None
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror}): give the path of a text file') from None
+
+
+def _has_letters_beyond_ascii(path: Path) -> bool:
+    """Whether the beginning has some, but for one that was cut off at the end."""
+    with path.open('rb') as file:
+        return not file.read(_LOOKED_AT)[:-3].isascii()
 
 
 def _marked_encoding(path: Path) -> str:
@@ -105,6 +117,9 @@ def _what_it_is(path: Path, encoding: str | None) -> str:
         guess, words = ('utf-16-be', 'UTF-16') if zeros[0] > zeros[1] else ('utf-16-le', 'UTF-16')
     elif 0 in data:
         return ': give a UTF-8 text file'
+    elif sum(byte >= 0x80 for byte in data) > len(data) * MOST_ACCENTS:
+        return ': add --encoding=NAME of the encoding that it was saved in (such as cp1251, koi8-r, shift_jis, gbk), or ' \
+            'save it as UTF-8'
     else:
         guess, words = _single_byte_guess(path)
     return f'; it seems to be {words}: add --encoding={guess}, or save it as UTF-8'

@@ -16,6 +16,7 @@ from core.checkpoints.weights import build_model
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
+from core.common.files import NewFile
 from core.common.printing import say
 from core.common.progress import ProgressBar
 from core.common.runtime import DTYPES, Runtime, resolve_device, use_precision
@@ -52,6 +53,7 @@ def run_evaluation(config: EvaluateConfig, explicit: Mapping[str, str],
     """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
     raise_problems(option_problems(config))
     evaluation = load_evaluation(config, explicit, say)
+    _require_place(evaluation.out_dir / CACHE_NAME, config)
     cache, found = ResultCache(evaluation.out_dir / CACHE_NAME, say), {}
     torch.set_flush_denormal(evaluation.runtime.device.type == 'cpu')  # numbers near zero cost a hundred times as much
     try:
@@ -74,6 +76,16 @@ def run_evaluation(config: EvaluateConfig, explicit: Mapping[str, str],
         torch.set_flush_denormal(False)
     say(f'results are kept in {cache.path}')
     return found
+
+
+def _require_place(results: Path, config: EvaluateConfig) -> None:
+    """UserError before the work where its results could not be kept."""
+    try:
+        NewFile(results).discard()
+    except OSError as error:
+        checkpoint = Path(config.out_dir).absolute() / config.checkpoint_name
+        raise UserError(f'results are kept in {results}, which cannot be written ({error.strerror or error}); keep them '
+                        f'elsewhere: --out_dir=FOLDER --checkpoint_name={checkpoint}') from error
 
 
 def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Callable[[str], None]) -> list[Result]:

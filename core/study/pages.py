@@ -15,7 +15,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from core.common.errors import UserError
-from core.common.files import write_whole
+from core.common.expressions import excerpt
+from core.common.files import unwritable, write_whole
 from core.common.tables import markdown_table, split_at_markers, write_between
 from core.evaluation.measure import Result
 from core.evaluation.options import RESULTS_PAGE, EvaluateConfig
@@ -68,7 +69,12 @@ def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: 
     for name in (*(section.name for section in sections), TOTAL):
         split_at_markers(page, *markers(name), page.name)
     folder = page.parent / 'results'
-    folder.mkdir(exist_ok=True)
+    for section in sections:
+        kept_records(folder, section)  # refuses what is damaged, or of someone else, before the work
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     start, missing = time.perf_counter(), []
     for section in sections:
         kept, records = kept_records(folder, section), {}
@@ -148,11 +154,18 @@ def training_facts(run_folder: Path) -> dict[str, Any]:
     path = run_folder / METRICS_NAME
     if not path.exists():
         return {}
-    lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    try:
+        return _facts([json.loads(line) for line in path.read_bytes().splitlines()])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'{path} is damaged or of another program ({excerpt(str(error))}); move it away, and the page says '
+                        f'nothing of that training') from error
+
+
+def _facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps = [line for line in lines if line['kind'] == 'iteration']
     validations = [line for line in lines if line['kind'] == 'evaluation']
     if not steps or not validations:
-        raise UserError(f'{path} holds no iteration or no validation; the run has not ended, or the file is damaged')
+        raise ValueError('it holds no iteration or no validation')
     return {'iterations': validations[-1]['iteration'], 'seconds': round(validations[-1]['train_seconds'], 1),
             'step_ms': round(1000 * median(line['seconds'] for line in steps[1:] or steps), 1),
             'losses': {name: rounded(value) for name, value in steps[-1].items() if name.startswith('train/')},

@@ -363,6 +363,19 @@ def test_record_report_and_files(quick, tmp_path, monkeypatch, capsys):
     assert page.read_text() == f'before\n{BEGIN}\n\n{text}\n\n{END}\nafter\n'
 
 
+@pytest.mark.parametrize('content', ['{"mine": 1}', 'words', '[1]', '{"format": "masked-diffusion-scaling", "version": 1}'])
+def test_a_file_that_holds_no_record_is_not_replaced(content, quick, tmp_path):
+    path = tmp_path / 'mine.json'
+    path.write_text(content)
+    with pytest.raises(UserError, match='mine.json.*which holds something other than a record of bench.py.*stays'):
+        main(['--shapes=small', '--groups=fill', '--repetitions=1', '--device=cpu', f'--json={path}'])
+    assert path.read_text() == content
+    path.write_text('')  # as mktemp leaves it
+    for _ in range(2):
+        main(['--shapes=small', '--groups=fill', '--repetitions=1', '--device=cpu', f'--json={path}'])
+        assert list(read_record(path)['shapes']) == ['small']
+
+
 def test_yardsticks_are_measured_beside_on_demand_however_long_they_take(quick, tmp_path, monkeypatch, capsys):
     for name, value in (('FEWEST', 1), ('USUAL', 2), ('PATIENCE', 0.0)):
         monkeypatch.setattr(benchmark_module, name, value)

@@ -278,6 +278,37 @@ def test_nothing_moves_before_the_first_save(tmp_path: Path, monkeypatch: pytest
         assert contents(out) == before
 
 
+@pytest.mark.parametrize('target', ['store/big.pt', '../elsewhere/big.pt'])
+def test_a_relative_link_leads_where_it_led_in_the_folder_that_it_is_moved_to(tmp_path: Path, target: str) -> None:
+    out = tmp_path / 'out'
+    a_run(out, 7)
+    (out / target).parent.mkdir(exist_ok=True)
+    os.replace(out / 'ckpt.pt', out / target)
+    (out / 'ckpt.pt').symlink_to(target)
+    (out / 'ckpt_best.pt').unlink()
+    (out / 'ckpt_best.pt').symlink_to('nowhere')
+    a_run(out, 8, overwrite=True)
+    aside, = out.glob('earlier_run_*')
+    assert iteration_of(out / 'ckpt.pt') == 9 and iteration_of(aside / 'ckpt.pt') == 8
+    assert (aside / 'ckpt.pt').samefile(out / target) and os.readlink(aside / 'ckpt_best.pt') == '../nowhere'
+
+
+@pytest.mark.parametrize('move', [['notes.md', 'ckpt.pt'], ['ckpt.pt', 'notes.md'], ['ckpt.pt', '../ckpt.pt'],
+                                  ['ckpt.pt', 'notes/ckpt.pt'], ['ckpt.pt', 'earlier_run_x/loss.png'], ['ckpt.pt', 7],
+                                  ['notes.md', 'earlier_run_x/notes.md'], ['ckpt_previous.pt', 'ckpt.pt'], ['ckpt.pt']])
+def test_a_marker_moves_nothing_but_files_of_runs(tmp_path: Path, move: list[str]) -> None:
+    out = tmp_path / 'out'
+    a_run(out, 7)
+    (out / 'notes.md').write_text('mine')
+    marker = json.loads((out / 'run.json').read_text())
+    (out / 'run.json').write_text(json.dumps({**marker, 'moves': [move]}))
+    before = contents(out)
+    for resume in (True, False):
+        with pytest.raises(UserError, match='run.json is damaged or of another program'):
+            RunFolder(out, resume)
+    assert contents(out) == before
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 

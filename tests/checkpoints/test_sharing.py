@@ -88,6 +88,14 @@ def test_commands(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert done.returncode == 2 and done.stderr.startswith('error: ') and 'Traceback' not in done.stderr
 
 
+@pytest.mark.parametrize('name', ['', ' ', 'n' * 300, 'a/' + 'ü' * 200])
+def test_arguments_that_are_no_paths_are_one_sentence(saved: Path, tmp_path: Path, name: str, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (['verify', name], ['export', name, 'shared'], ['export', str(saved), name]):
+        with pytest.raises(UserError, match='^(checkpoint|folder) (is empty|has a name of [34]00 bytes)'):
+            main(arguments)
+
+
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'notes.md', 'ckpt.pt', '.git'])
 def test_an_export_replaces_nothing_but_an_export(saved: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / 'run'

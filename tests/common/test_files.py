@@ -207,7 +207,7 @@ def test_cleaning_up_never_hides_the_fault(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize('name', ['out/ckpt_best.pt', 'model.safetensors', 'data/train.bin', 'meta.pkl', 'train.py',
                                   'config/my.PY', 'out/config.json', 'run.json', 'metrics.jsonl', 'evaluation.json',
-                                  'calibration.json', 'ckpt.pt.damaged'])
+                                  'calibration.json', 'ckpt.pt.damaged', 'prepare.lock'])
 @pytest.mark.parametrize('link', [True, False])
 def test_files_of_other_commands_are_no_outputs(tmp_path: Path, name: str, link: bool) -> None:
     path = tmp_path / name
@@ -222,3 +222,14 @@ def test_files_of_other_commands_are_no_outputs(tmp_path: Path, name: str, link:
     assert 'which stays; choose another name' in why_unwritable(str(asked)) and path.read_text() == 'old'
     (tmp_path / 'texts.txt').write_text('old')
     assert why_unwritable(str(tmp_path / 'texts.txt')) is None
+
+
+@pytest.mark.parametrize('name', ['README.md', 'LICENSE', 'pyproject.toml', '.git/config', 'docs/data.md',
+                                  'tests/data/notes.txt', 'core/common/notes.txt'])
+def test_files_of_the_program_are_no_outputs(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('core.common.files.PROGRAM', tmp_path)
+    for there in (name, 'mine.md', 'docs/results/performance.json', 'out/texts.md'):
+        (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / there).write_text('old')
+        reason = why_unwritable(str(tmp_path / there))
+        assert (reason is not None) == (there == name), there

@@ -167,7 +167,7 @@ def test_marked_encodings_are_read(tmp_path: Path, monkeypatch, encoding: str) -
         path.write_bytes(b'\xfe\xff' + 'one é'.encode('utf-16-be'))
         assert ''.join(text_blocks(path)) == 'one é'
         path.write_bytes(b'\xff\xfea')
-        with pytest.raises(UserError, match='is not utf-16'):
+        with pytest.raises(UserError, match='cut off'):
             list(text_blocks(path))
 
 
@@ -177,6 +177,25 @@ def test_marked_encodings_are_read(tmp_path: Path, monkeypatch, encoding: str) -
 def test_other_encodings_are_recognised_and_the_cure_works(data_here: Path, encoding: str, text: str) -> None:
     Path('my.txt').write_bytes(('plain\n' * 30_000 * (encoding == 'cp1252') + text).encode(encoding))
     with pytest.raises(UserError, match=f'my.txt .*it seems to be .*: add --encoding={encoding}, or save it as UTF-8'):
+        prepare('my.txt')
+    prepare('my.txt', f'--encoding={encoding}')
+    assert text_of('custom').endswith(text)
+
+
+@pytest.mark.parametrize(('encoding', 'text'), [('utf-8', 'é' * 9), ('utf-8', 'wörter ' * 40_000 + 'é'), ('utf-16', 'ab'),
+                                                ('utf-32', 'ab'), ('utf-16', 'a😀')])
+def test_a_file_that_was_cut_off_is_said_to_be(data_here: Path, encoding: str, text: str) -> None:
+    Path('my.txt').write_bytes(text.encode(encoding)[:-1])
+    with pytest.raises(UserError, match='my.txt ends in the middle of a character, so it was cut off') as caught:
+        prepare('my.txt')
+    assert 'encoding' not in str(caught.value)
+
+
+@pytest.mark.parametrize(('encoding', 'text'), [('koi8-r', 'Привет, мир\n' * 50), ('shift_jis', '日本語のテキスト。\n' * 50),
+                                                ('gbk', '很久很久以前\n' * 50), ('cp1253', 'Μια φορά κι έναν καιρό\n' * 50)])
+def test_no_western_encoding_is_offered_for_other_letters(data_here: Path, encoding: str, text: str) -> None:
+    Path('my.txt').write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match='add --encoding=NAME of the encoding that it was saved in'):
         prepare('my.txt')
     prepare('my.txt', f'--encoding={encoding}')
     assert text_of('custom').endswith(text)

@@ -83,6 +83,25 @@ def test_a_page_without_a_place_is_refused_before_any_work(tmp_path):
         run(page, [Section('study', (), text_of)])
 
 
+@pytest.mark.parametrize('content', ['{"mine": 1}', 'words'])
+def test_records_of_someone_else_are_refused_before_any_work(tmp_path, content):
+    page = make_page(tmp_path, ['a', 'b'])
+    (tmp_path / 'results').mkdir()
+    (tmp_path / 'results' / 'b.json').write_text(content)
+    before = page.read_text()
+    there = tmp_path / 'ckpt.pt'
+    there.write_bytes(b'')
+    with pytest.raises(UserError, match='b.json'):
+        run(page, [Section(name, (Experiment('a', 'train a', str(there), 'nelbo'),), text_of) for name in 'ab'])
+    assert page.read_text() == before and [one.name for one in (tmp_path / 'results').iterdir()] == ['b.json']
+    (tmp_path / 'results' / 'b.json').unlink()
+    (tmp_path / 'results').rmdir()
+    (tmp_path / 'results').write_text('mine')
+    with pytest.raises(UserError, match='results'):
+        run(page, [Section(name, (Experiment('a', 'train a', str(there), 'nelbo'),), text_of) for name in 'ab'])
+    assert (tmp_path / 'results').read_text() == 'mine'
+
+
 def test_another_page_is_refused_with_the_names_of_those_there_are(tmp_path):
     with pytest.raises(UserError, match='other.md is no page of the study; give --report=docs/results.md or docs/b.md'):
         run(tmp_path / 'other.md', [Section('a', (), text_of), Section('b', (), text_of, page='docs/b.md')])
@@ -122,6 +141,10 @@ def test_what_metrics_say_of_a_training(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text(json.dumps(lines[0]))
     with pytest.raises(UserError, match='no iteration'):
         training_facts(tmp_path)
+    for damaged in ('{', '[]', '3', '\0', '{"kind": "iteration"}\n{"kind": "evaluation"}', '\u00ff{'):
+        (tmp_path / 'metrics.jsonl').write_text(damaged, encoding='latin-1')
+        with pytest.raises(UserError, match='metrics.jsonl is damaged or of another program'):
+            training_facts(tmp_path)
 
 
 def row(policy, calls, head, nats):

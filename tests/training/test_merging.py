@@ -72,6 +72,14 @@ def test_judges_are_merged_and_validated_on_the_texts_that_they_were_trained_on(
     assert out.count('as judge: val ') == out.count('above filled') == 3
 
 
+@pytest.mark.parametrize('output, words', [('absent/x.pt', 'create it first'), ('', 'output is empty'),
+                                           ('n' * 300, '300 bytes'), ('one', 'there already')])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(two, output, words, capsys):
+    with pytest.raises(UserError, match=words):
+        main([*two, f'--output={output}'])
+    assert capsys.readouterr().out == ''
+
+
 def test_what_cannot_be_merged_is_one_sentence(two):
     other_shape, other_words = Path('wide.pt'), Path('words.pt')
     checkpoint = load_checkpoint(two[0])
