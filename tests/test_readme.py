@@ -97,3 +97,16 @@ def test_what_is_touched_for_a_change_exists():
     for _, touched, test in rows:
         paths = re.findall(r'`([\w/]+\.py)`', touched)
         assert 1 <= len(paths) <= 4 and all((ROOT / path).is_file() for path in (*paths, test.strip('`'))), touched
+
+
+def test_the_fault_matrix_names_tests_that_exist():
+    """Each row of docs/reliability.md names files of tests, and parts of the names of tests in them."""
+    tests = {path.stem: re.findall(r'def (test_\w+)', path.read_text()) for path in ROOT.glob('tests/**/test_*.py')}
+    rows = [line for line in (ROOT / 'docs/reliability.md').read_text().splitlines() if line.startswith('|') and '`test_' in line]
+    assert len(rows) > 50
+    for row in rows:
+        for named in row.rstrip(' |').rpartition('|')[2].split(';'):
+            file, _, parts = named.strip().partition(':')
+            for part in (part.strip().split(' (')[0] for part in parts.split(',') if part.strip()):
+                assert any(part in name for name in tests[file.strip('`')]), named
+            assert tests[file.strip('`')], named

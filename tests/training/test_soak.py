@@ -131,7 +131,9 @@ def soak(kills: int, seed: int = 0) -> None:
         resumes += saved > 0
         delay = chance.uniform(0, reach) if killed < kills else 600
         aim = (board, chance.uniform(0, 0.02)) if killed % 2 and killed < kills else ()  # every second one at a save
+        begin = time.monotonic()
         if ended(start(arguments, board), delay, *aim):
+            reach = (reach + time.monotonic() - begin) / 2  # the first one may have met a busy machine
             equal_runs(Path('whole'), folder)
             runs, saved, unfinished = runs + 1, 0, False
             continue
