@@ -8,8 +8,8 @@ from configurator import option
 
 
 class QualityMetric(StrEnum):
-    """What is computed of the texts after generation. A new one is a member, a branch of `scored` in run.py and a line
-    of `tell_totals` in result.py (docs/extending.md)."""
+    """What is computed of the texts after generation. A new one is a member, a branch of `_scored` in run.py and a line
+    of `tell_totals` in result.py."""
 
     NONE = 'none'
     SELF = 'self'

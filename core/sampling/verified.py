@@ -108,7 +108,7 @@ def draft_log_probabilities(model: GPT, task: FillTask, drafts: Tensor) -> Tenso
     right = torch.arange(window.size, device=drafts.device) >= window.left
     shown = torch.where(right, known, shown)  # on the right only what the block held already
     inputs = prepare_sampler_inputs(task.hidden_states.flatten(0, 1), shown.to(task.hidden_states.device),
-                                    model.neighbour_embedding(), window.left)
+                                    model.neighbour_embedding(), window.left).sampler_input
     new = ((shown >= 0) & (known < 0)).sum(1).to(inputs.device)
     logits = model.sampler_head(inputs, model.lm_head(task.hidden_states).flatten(0, 1), model.lm_head.weight, new)
     return _log_probabilities(to_exact(logits), task.rule).view(B, W, -1)

@@ -93,7 +93,7 @@ def test_threshold_mode_takes_back_what_the_external_model_calls_wrong(folder, t
     """Before a critic head, in a generator that has one, too."""
     found = remaskings(folder, tmp_path, f'--checkpoint_name={checkpoint}', f'--remasking_checkpoint_name={kind}.pt',
                        '--schedule_mode=threshold', '--start_threshold=0.5', '--end_threshold=0.5', '--iterations=3',
-                       '--intelligent_remasking=False', '--start_text=ac', '--num_samples=3')
+                       '--start_text=ac', '--num_samples=3')
     wrong = VOCABULARY.encode(WRONG)
     assert len(found) == 6
     for tokens, changed in found:

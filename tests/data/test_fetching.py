@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import threading
 from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +115,15 @@ def test_the_index_is_that_of_pip_or_uv(tmp_path, monkeypatch) -> None:
     assert index_address() == 'https://uv.example'
     monkeypatch.setenv('PIP_INDEX_URL', 'https://pip.example')
     assert index_address() == 'https://pip.example'
+
+
+def test_downloads_are_checked(index) -> None:
+    index.pages = {'/file': b'content'}
+    address = os.environ['UV_INDEX_URL'].replace('/simple', '/file')
+    digest = hashlib.sha256(b'content').hexdigest()
+    assert fetching.download(address, digest, 'cure') == b'content'
+    with pytest.raises(UserError, match=r'delivered another file than expected .*; the cure$'):
+        fetching.download(address, hashlib.sha256(b'other').hexdigest(), 'the cure')
+    for out_of_reach in (f'{address}/absent', Path(__file__).resolve().as_uri()):
+        with pytest.raises(UserError, match=r'cannot be reached .*; the cure$'):
+            fetching.download(out_of_reach, digest, 'the cure')

