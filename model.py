@@ -426,6 +426,36 @@ class SamplerHead(nn.Module):
         return torch.einsum('vd,esd->sve', embedding, neighbours)
 
 
+class HeadRow(NamedTuple):
+    """What training, logging and loading must know of a head.
+
+    name: of its loss ('loss_<name>' in the log); module: its attribute of `GPT`, which begins its parameters' names;
+    title, curve: in the picture, of its stage and of its loss. added_by, starts_at: the fields of `GPTConfig` that add
+    it and hold its first iteration. weight, grows_until: those that hold the weight of its loss and the iteration at
+    which that is reached; None: the weight is 1 at once. clipped_apart: its loss reaches no other parameter, so its
+    gradient is clipped by itself; matrices: its parameters that Muon takes.
+    """
+
+    name: str
+    module: str
+    title: str
+    curve: str
+    added_by: str
+    starts_at: str
+    weight: str | None = None
+    grows_until: str | None = None
+    clipped_apart: bool = False
+    matrices: tuple[str, ...] = ()
+
+
+HEAD_ROWS = (
+    HeadRow('sampler', 'sampler_head', 'sampler head', 'training, sampler head', 'add_sampler_head',
+            'start_sampler_iteration', clipped_apart=True, matrices=('input.weight', 'hidden.weight')),
+    HeadRow('critic', 'critic_head', 'critic', 'training, critic (binary)', 'add_critic_head',
+            'start_critic_iteration', 'critic_alpha', 'end_critic_iteration'),
+)  # in the order of their stages
+
+
 class GPT(nn.Module):
     """The trunk, what its mode predicts, and the optional heads. `seed` decides the initial weights.
 

@@ -1,35 +1,13 @@
-"""The heads that a generator may have beside its output layer: one row each.
+"""When the heads of a generator train, and with what weight.
 
-A new head is a module of `GPT`, its loss in core/objective.py and a row of `HEADS`.
+A new head is a module of `GPT` with its row of `HEAD_ROWS`, its loss in core/objective.py and its options.
 """
 
-from dataclasses import dataclass
-
-from model import GPTConfig
+from model import HEAD_ROWS, GPTConfig, HeadRow
 
 
-@dataclass(frozen=True)
-class Head:
-    """What training, logging and loading must know of a head.
-
-    name: of its loss ('loss_<name>' in the log); module: its attribute of `GPT`, which begins its parameters' names;
-    title, curve: in the picture, of its stage and of its loss.
-    added_by, starts_at: the fields of `GPTConfig` that add it and hold its first iteration. weight, grows_until: those
-    that hold the weight of its loss and the iteration at which that is reached; None: the weight is 1 at once.
-    clipped_apart: its loss reaches no other parameter, so its gradient is clipped by itself; matrices: its parameters
-    that Muon takes.
-    """
-
-    name: str
-    module: str
-    title: str
-    curve: str
-    added_by: str
-    starts_at: str
-    weight: str | None = None
-    grows_until: str | None = None
-    clipped_apart: bool = False
-    matrices: tuple[str, ...] = ()
+class Head(HeadRow):
+    """A row of `HEAD_ROWS` with what follows from it about the time of its training."""
 
     @property
     def when_it_trains(self) -> list[str]:
@@ -63,11 +41,8 @@ class Head:
         return max(self.start(config) + 1, end)
 
 
-SAMPLER = Head('sampler', 'sampler_head', 'sampler head', 'training, sampler head', 'add_sampler_head',
-               'start_sampler_iteration', clipped_apart=True, matrices=('input.weight', 'hidden.weight'))
-CRITIC = Head('critic', 'critic_head', 'critic', 'training, critic (binary)', 'add_critic_head',
-              'start_critic_iteration', 'critic_alpha', 'end_critic_iteration')
-HEADS = (SAMPLER, CRITIC)  # in the order of their stages
+HEADS = tuple(Head(*row) for row in HEAD_ROWS)  # in the order of their stages
+SAMPLER, CRITIC = (next(head for head in HEADS if head.name == name) for name in ('sampler', 'critic'))
 
 
 def heads_of(config: GPTConfig) -> list[Head]:
