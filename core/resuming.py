@@ -7,7 +7,7 @@ from pathlib import Path
 from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.heads import CRITIC, SAMPLER, started_heads
 from core.checkpoints.helpers import read_generator
-from core.checkpoints.run_folder import CONFIG, latest_checkpoint, read_json, require_run
+from core.checkpoints.run_folder import described_by, latest_checkpoint, read_json, require_run
 from core.checkpoints.weights import TRAINING_FIELDS, model_config_from_dict
 from core.common.errors import UserError
 from core.common.runtime import resolve_device
@@ -47,7 +47,7 @@ def saved_options(config: TrainConfig, explicit: Mapping[str, str]) -> tuple[dic
     """
     if not config.out_dir.strip():
         return {}, ''  # which is refused with whatever else is wrong
-    source = Path(config.out_dir) / CONFIG
+    source = described_by(Path(config.out_dir))
     options = read_json(source)
     if options is None:
         require_run(Path(config.out_dir), resume=True)

@@ -275,6 +275,13 @@ def _read_marker(path: Path) -> dict[str, object] | None:
     return values
 
 
+def described_by(folder: Path) -> Path:
+    """The config.json of the run in `folder`; where a kill left its first save's renames out, under its other name."""
+    moves = (_read_marker(folder) or {}).get('moves', [])
+    waiting = [folder / source for source, target in moves if target == CONFIG and (folder / source).exists()]
+    return waiting[0] if waiting else folder / CONFIG
+
+
 def _is_move(source: str, target: str) -> bool:
     """Whether a run that replaces another one moves `source` to `target`: an own file aside, a new one to its place."""
     aside, _, name = target.rpartition('/')

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import train as script
+from core.checkpoints import run_folder
 from core.checkpoints.checkpoint import export_checkpoint, load_checkpoint, save_checkpoint
+from core.checkpoints.run_folder import RunFolder
 from core.common.errors import UserError
 from core.common.runtime import Runtime
 from core.interpolation import merge_checkpoints
@@ -153,6 +155,29 @@ def test_a_run_goes_on_with_its_own_options(small_corpus, capsys):
     assert config['dropout'] == 0.1 and config['init_from'] == 'resume' and config['max_iters'] == 12
     main('--init_from=resume', '--out_dir=parts')
     assert 'the run in parts is finished' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('made', [0, 3, 99])
+def test_a_run_killed_between_the_renames_of_its_first_save_goes_on_with_its_own_options(small_corpus, monkeypatch, made):
+    """Not with those of the run that it replaces, whose config.json still has its name."""
+    run('--out_dir=whole', '--seed=7', '--weight_decay=0.2')
+    run('--max_iters=4')
+    renamed = 0
+
+    def moving(source, target):
+        nonlocal renamed
+        if renamed == made:
+            raise KeyboardInterrupt
+        renamed += 1
+        os.replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder, '_move', moving)
+        patch.setattr(RunFolder, 'close', lambda self: os.close(self._lock))  # a kill cleans nothing up
+        stopping_at(patch, 5)
+        run('--seed=7', '--weight_decay=0.2', '--overwrite=True')
+    main('--init_from=resume')
+    equal_runs(Path('whole'), Path('out'))
 
 
 def test_without_config_json_the_checkpoint_has_the_options(small_corpus, capsys):

@@ -94,8 +94,10 @@ def ended(child: int, seconds: float, board: Board | None = None, within: float 
 def newest(folder: Path) -> int:
     """The iteration that a run in `folder` would go on from, 0 where it would begin anew; every file must verify."""
     from core.checkpoints.checkpoint import load_checkpoint, verify_checkpoint
-    from core.checkpoints.run_folder import latest_checkpoint
+    from core.checkpoints.run_folder import RunFolder, latest_checkpoint
 
+    if folder.exists():
+        RunFolder(folder).close()  # makes the renames of a first save that a kill left out, as the next start would
     paths = [path for path in folder.glob('ckpt*.pt') if verify_checkpoint(path)] if folder.exists() else []
     if not {'ckpt.pt', 'ckpt_previous.pt'} & {path.name for path in paths}:
         return 0
