@@ -55,9 +55,21 @@ def during_step(monkeypatch, iteration: int, *numbers: signal.Signals) -> list[i
     return saves
 
 
+@pytest.fixture
+def heard():
+    """No signal is ignored, whoever started the tests (nohup ignores the closed window)."""
+    before = {one: signal.getsignal(one) for one in core.trainer.STOPPING}
+    for one, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(one, signal.SIG_DFL)
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129),
                                           (signal.SIGUSR1, 128 + signal.SIGUSR1)])
-def test_a_signal_finishes_the_step_saves_once_and_stops(small_corpus, monkeypatch, number, code):
+def test_a_signal_finishes_the_step_saves_once_and_stops(small_corpus, monkeypatch, heard, number, code):
     handlers = [signal.getsignal(one) for one in core.trainer.STOPPING]
     saves = during_step(monkeypatch, 6, number)
     with pytest.raises(SystemExit) as stopped:
