@@ -33,9 +33,9 @@ class SampleConfig:
     batch_size: int = option(16, 'texts generated at once; lower it when memory runs out, the texts stay the same',
         minimum=1, maximum=2**32)
     sequence_length: int | None = option(None, 'tokens per text; the block size by default, longer goes by blocks',
-        minimum=1, maximum=10**9)
+        minimum=1, maximum=10**6)
     max_new_tokens: int | None = option(None, 'tokens after start_text, in place of sequence_length',
-        minimum=1, maximum=10**9)
+        minimum=1, maximum=10**6)
     start_text: str = option('', r'prompt, never changed; \n is a line break, @FILE the text of a file',
                              alias='seed_text')
     seed_placement: Literal['prefix', 'random'] = option('prefix', 'where start_text stands in each text')
