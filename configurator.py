@@ -117,7 +117,7 @@ def configure(options: type[Options], arguments: Sequence[str],
     return Configuration(options(**values), explicit, reader.notes)
 
 
-def bound_problems(config: Any) -> list[str]:
+def bound_problems(config: object) -> list[str]:
     """What is wrong with the options of `config` by the bounds that each states, a sentence for each."""
     return [problem for entry in dataclasses.fields(config)
             for problem in _bound_problems(entry.name, entry, getattr(config, entry.name))]

@@ -1,21 +1,8 @@
 # Block diffusion on byte-pair tokens: blocks of 4, each written from one trunk call through the sampler head.
 # Two CPU cores: shrunk in proportion; not measured yet.
 # One GPU: 6 layers, 384 channels, 6000 iterations; not measured yet.
-base_config = 'config/train_char_diffusion.py'
+base_config = 'config/train_char_block.py'
 out_dir = 'out-block-bpe'
 dataset = 'shakespeare_bpe'
-attention_type = 'block'
 block_length = [4]
-
-add_sampler_head = True
-sampler_order = 'left_to_right'
 sampler_context_left = 3  # all others of a block
-sampler_context_right = 0
-sampler_gate = True
-sampler_gradient = 'trunk'  # the trunk learns what the head needs of it
-sampler_n_embd = 3 * n_embd
-
-if device == 'cpu':
-    max_iters = 1000
-
-lr_decay_iters = max_iters
