@@ -242,7 +242,8 @@ def block_folder(tmp_path_factory):
     vocabulary = Vocabulary('characters', tuple('abc \n'))
     head = {'add_sampler_head': True, 'sampler_context_left': 3, 'sampler_context_right': 0,
             'sampler_order': 'left_to_right', 'sampler_gate': True}
-    for name, lengths, changes in (('ckpt_best.pt', (4, 16), head), ('plain.pt', (4,), {}), ('mixture.pt', (1, 4), head)):
+    for name, lengths, changes in (('ckpt_best.pt', (4, 16), head), ('plain.pt', (4,), {}), ('mixture.pt', (1, 4), head),
+                                   ('every.pt', (1, 4, 16), head)):
         model = model_over(vocabulary, attention_type='block', block_length=lengths, **changes)
         save_model(folder / name, vocabulary, model, kind='block')
     return folder
@@ -277,6 +278,10 @@ def test_a_mixture_reads_both_sides_in_a_window(block_folder):
     (('--remasking_checkpoint_name=x.pt', '--block_length=4'), ['remasking_checkpoint_name', 'whole texts']),
     (('--verify_drafts=True',), ['verify_drafts', 'block lengths 4, 16', '--block_length=[1,8]']),
     (('--checkpoint_name=mixture.pt', '--verify_drafts=True', '--repetition_penalty=1.2'), ['repetition_penalty']),
+    (('--checkpoint_name=mixture.pt', '--verify_drafts=True', '--iterations=3'), ['iterations does not apply']),
+    (('--checkpoint_name=mixture.pt', '--verify_drafts=True', '--block_length=1'), ['blocks of more than one token']),
+    (('--checkpoint_name=every.pt', '--verify_drafts=True', '--infill_text=ab__c'), ['leave out infill_text']),
+    (('--checkpoint_name=every.pt', '--verify_drafts=True', '--block_length=16'), ['less than the window (16)']),
     (('--checkpoint_name=plain.pt', '--verify_drafts=True'), ['block_length=4', 'sampler head'])])
 def test_what_a_block_model_cannot_do_is_said(block_folder, arguments, words):
     with pytest.raises(UserError) as caught:

@@ -62,6 +62,23 @@ class Generation(NamedTuple):
     confidence: Tensor
     waves: int
 
+    @classmethod
+    def of(cls, layout: Layout) -> 'Generation':
+        """Nothing drawn yet."""
+        zeros = torch.zeros(layout.tokens.shape, dtype=torch.float64, device=layout.tokens.device)
+        return cls(layout.tokens, zeros, 0)
+
+    def part(self, start: int, stop: int) -> 'Generation':
+        """Positions start .. stop - 1."""
+        return self._replace(tokens=self.tokens[:, start:stop], confidence=self.confidence[:, start:stop])
+
+    def with_part(self, start: int, made: 'Generation') -> 'Generation':
+        """The whole, with `made` from position `start` on."""
+        stop = start + made.tokens.size(1)
+        tokens, confidence = (torch.cat((whole[:, :start], part, whole[:, stop:]), dim=1) for whole, part in (
+            (self.tokens, made.tokens), (self.confidence, made.confidence)))
+        return Generation(tokens, confidence, made.waves)
+
 
 # Windows --------------------------------------------------------------------------------------------------------------
 
@@ -123,7 +140,7 @@ def generate(network: Network, layout: Layout, settings: GenerationSettings, gen
     """Write the masked positions of `layout` [B, L], one row per row of `generator`; protected ones never change."""
     tokens, protected = layout = Layout(*map(to_exact, layout))
     assert len(tokens) == len(generator.rows)
-    confidence, waves = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device), 0
+    whole = Generation.of(layout)
     with network.precision():
         if settings.method == 'standard' and network.model.config.attention_type == 'causal':
             return _read_on(network, layout, settings, generator, watch)
@@ -132,14 +149,11 @@ def generate(network: Network, layout: Layout, settings: GenerationSettings, gen
         for number, (start, stop, first_new) in enumerate(windows(tokens.size(1), network.model.config.block_size)):
             fixed = protected[:, start:stop] | (torch.arange(start, stop, device=tokens.device) < first_new)
             window = WindowRun(number, start, fixed, generator, watch, Soundness(tokens.device))
-            made = WRITERS[settings.method](network, settings, window,
-                                            Generation(tokens[:, start:stop], confidence[:, start:stop], waves))
+            made = WRITERS[settings.method](network, settings, window, whole.part(start, stop))
             window.soundness.require()
             assert not (made.tokens == network.model.config.mask_token_id).any(), 'masks were left behind'
-            tokens = torch.cat((tokens[:, :start], made.tokens, tokens[:, stop:]), dim=1)
-            confidence = torch.cat((confidence[:, :start], made.confidence, confidence[:, stop:]), dim=1)
-            waves = made.waves
-    return Generation(tokens, confidence, waves)
+            whole = whole.with_part(start, made)
+    return whole
 
 
 def follow_policy(network: Network, settings: GenerationSettings, window: WindowRun, made: Generation) -> Generation:
@@ -267,27 +281,23 @@ def write_blocks(network: Network, layout: Layout, settings: GenerationSettings,
     Blocks that hold no mask are only read. A text has any length; positions before a block that a full cache dropped
     are forgotten.
     """
-    text, b, length = layout.tokens, settings.block_length, layout.tokens.size(1)
-    blocks, confidence = BlockNetwork(network, b, len(text)), torch.zeros(text.shape, dtype=torch.float64,
-                                                                         device=text.device)
-    waves, limit = 0, settings.policy.limit(b)
+    whole, b, (rows, length) = Generation.of(layout), settings.block_length, layout.tokens.shape
+    blocks, limit = BlockNetwork(network, b, rows), settings.policy.limit(b)
     for number, start in enumerate(range(0, length, b)):
         stop = min(length, start + b)
         protected = layout.protected[:, start:stop]
         sizes = (~protected).sum(1).tolist()
         if not any(sizes):
             continue
-        blocks.begin(text, start, stop)
-        window = WindowRun(number, start, protected, generator, watch, Soundness(text.device))
-        made = Generation(text[:, start:stop], confidence[:, start:stop], waves)
+        blocks.begin(whole.tokens, start, stop)
+        window = WindowRun(number, start, protected, generator, watch, Soundness(protected.device))
+        made = whole.part(start, stop)
         window.tell(0, limit, 'start', made)
         made = run_block(blocks, settings, window, Block(protected, sizes, 0, limit), made)
         window.soundness.require()
         assert not (made.tokens == network.model.config.mask_token_id).any(), 'masks were left behind'
-        text = torch.cat((text[:, :start], made.tokens, text[:, stop:]), dim=1)
-        confidence = torch.cat((confidence[:, :start], made.confidence, confidence[:, stop:]), dim=1)
-        waves = made.waves
-    return Generation(text, confidence, waves)
+        whole = whole.with_part(start, made)
+    return whole
 
 
 def redraw(network: Network, settings: GenerationSettings, window: WindowRun, made: Generation) -> Generation:

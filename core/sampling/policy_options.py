@@ -166,7 +166,7 @@ def model_problems(config: SampleConfig, explicit: Mapping[str, str], model_conf
     if causal and 'confidence_groups' in explicit:
         problems.append('confidence_groups does not apply to a causal checkpoint; leave it out')
     if model_config.attention_type == 'block':
-        problems += _block_problems(config, model_config)
+        problems += [*_block_problems(config, model_config), *verifying_problems(config, explicit, model_config)]
     elif config.verify_drafts:
         problems.append('verify_drafts needs a block model; train one with config/train_char_block.py --block_length=[1,8]')
     if not model_config.add_sampler_head and (method == 'sampler' or 'use_sampler_head' in explicit and
@@ -193,18 +193,25 @@ def _block_problems(config: SampleConfig, model_config: GPTConfig) -> list[str]:
     if config.remasking_checkpoint_name:
         problems.append(f'remasking_checkpoint_name reads whole texts, but a block model writes blocks; leave it out, '
                         f'or {cure}')
-    problems += verifying_problems(config, model_config)
     if config.sampling_method == 'multinomial':
         problems.append(f'sampling_method is multinomial, which redraws a whole window; take '
                         f'--sampling_method=diffusion or {cure}')
     return problems
 
 
-def verifying_problems(config: SampleConfig, model_config: GPTConfig) -> list[str]:
+def verifying_problems(config: SampleConfig, explicit: Mapping[str, str], model_config: GPTConfig) -> list[str]:
     """What keeps drafts from being verified."""
     if not config.verify_drafts:
         return []
-    problems = []
+    unused = ('iterations', *(name for name in POLICY_OPTIONS if name != 'iterations'))
+    problems = [f'{name} does not apply to verify_drafts, which follows no policy; leave one of them out'
+                for name in unused if name in explicit]
+    if config.infill_text or config.seed_placement == 'random':
+        problems.append('verify_drafts writes from left to right after a prompt; leave out infill_text and '
+                        'seed_placement=random, or verify_drafts')
+    if config.block_length in (1, model_config.block_size):
+        problems.append(f'block_length is {config.block_length}, but verify_drafts drafts blocks of more than one token '
+                        f'and less than the window ({model_config.block_size}); take one of these or leave it out')
     if 1 not in model_config.block_length or max(model_config.block_length) == 1:
         problems.append(f'verify_drafts needs a checkpoint that was trained with block_length=1 and a longer one, but '
                         f'this one has {_listed(model_config.block_length)}; train one with --block_length=[1,8]')

@@ -46,24 +46,20 @@ def write_verified(network: Network, layout: Layout, settings: GenerationSetting
 
 def _write(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
            watch: Watch | None) -> Generation:
-    text, b, length = layout.tokens, settings.block_length, layout.tokens.size(1)
-    drafting, checking = BlockNetwork(network, b, len(text)), BlockNetwork(network, 1, len(text), spare=2 * b)
-    confidence, waves = torch.zeros(text.shape, dtype=torch.float64, device=text.device), 0
+    whole, b, (rows, length) = Generation.of(layout), settings.block_length, layout.tokens.shape
+    drafting, checking = BlockNetwork(network, b, rows), BlockNetwork(network, 1, rows, spare=2 * b)
     for number, start in enumerate(range(0, length, b)):
         stop = min(length, start + b)
         protected = layout.protected[:, start:stop]
         if bool(protected.all()):
             continue
         for one in (drafting, checking):
-            one.begin(text, start, stop)
-        window = WindowRun(number, start, protected, generator, watch, Soundness(text.device))
-        made = Generation(text[:, start:stop], confidence[:, start:stop], waves)
+            one.begin(whole.tokens, start, stop)
+        window = WindowRun(number, start, protected, generator, watch, Soundness(protected.device))
+        made = whole.part(start, stop)
         window.tell(0, ROUNDS, 'start', made)
-        made = _write_block(drafting, checking, settings, window, made)
-        text = torch.cat((text[:, :start], made.tokens, text[:, stop:]), dim=1)
-        confidence = torch.cat((confidence[:, :start], made.confidence, confidence[:, stop:]), dim=1)
-        waves = made.waves
-    return Generation(text, confidence, waves)
+        whole = whole.with_part(start, _write_block(drafting, checking, settings, window, made))
+    return whole
 
 
 def _write_block(drafting: BlockNetwork, checking: BlockNetwork, settings: GenerationSettings, window: WindowRun,
