@@ -29,6 +29,10 @@ def main(arguments: list[str]) -> None:
     from core.bench.report import run_benchmark  # after the options, so that a typo is answered at once
     from core.bench.scaling_run import run_scaling
 
+    if configuration.config.gpu_checks:
+        from core.bench.gpu_checks import run_gpu_checks
+
+        return run_gpu_checks(configuration.config, say)
     run = run_scaling if configuration.config.scaling else run_benchmark
     run(configuration.config, configuration.explicit, say)
 

@@ -268,8 +268,8 @@ def block_attention_mask(block_length: Tensor | int, length: int, device: torch.
     A token of x_t sees its own block of x_t and the blocks of x_0 before it; a token of x_0 its own block of x_0 and
     those before it. block_length: int64 [B], a length for each row, or one number for all (then B is 1).
     """
-    lengths = torch.as_tensor(block_length, device=device).reshape(-1, 1)  # [B, 1]
-    block = torch.arange(length, device=device) // lengths  # [B, T]
+    lengths = block_length[:, None] if isinstance(block_length, Tensor) else block_length  # [B, 1]
+    block = torch.arange(length, device=device)[None] // lengths  # [B, T]
     own, earlier = block[:, :, None] == block[:, None, :], block[:, :, None] > block[:, None, :]  # [B, T, T]
     noisy = torch.cat((own, earlier), dim=2)
     clean = torch.cat((torch.zeros_like(own), own | earlier), dim=2)

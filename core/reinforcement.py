@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from core.batches import Batch, BatchPlan, draw_windows, micro_steps, whole_batch
 from core.common.drawing import DrawRule
+from core.common.precision import to_exact
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.timing import TimingAccumulator
 from core.objective import Losses
@@ -138,7 +139,7 @@ class GroupObjective(nn.Module):
     def forward(self, batch: Batch, stage: Stage, generator: RowRandom) -> Losses:
         """The loss of one micro-step; the texts of a row follow from (seed, iteration, row)."""
         of_iteration = keyed(generator.seed, generator.iteration, 0, 1).derived_seed(Purpose.REINFORCEMENT)
-        written = write(self.model, batch.inputs, self.allowed, self.asked, RowRandom(of_iteration, 0, batch.rows))
+        written = write(self.model, to_exact(batch.inputs), self.allowed, self.asked, RowRandom(of_iteration, 0, to_exact(batch.rows)))
         weights = batch.main_weights.to(written.rewards.device).double()  # [B]
         advantages = group_advantages(written.rewards, self.asked.group_size)
         surrogate = -(weights * advantages * written.per_token(written.log_probabilities)).sum()
@@ -165,7 +166,7 @@ def validate_rewards(model: GPT, held_out: HeldOut, allowed: Tensor, asked: Rein
         device = held_out.runtime.device
         generator = keyed(VALIDATION_SEED, 0, place.start, len(rows), device)
         with held_out.runtime.autocast():
-            found[place] = write(model, asked.prompts(rows).to(device), allowed, asked, generator).measures()
+            found[place] = write(model, to_exact(asked.prompts(rows).to(device)), allowed, asked, generator).measures()
     found = held_out.runtime.total(found)  # [W, 4]
     values = asked.kl_weight * found[:, MEASURES.index('kl')] - found[:, MEASURES.index('reward')]  # [W]
     error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan

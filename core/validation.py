@@ -181,7 +181,7 @@ def block_terms(model: GPT, windows: Tensor, block_length: int, generator: RowRa
     counts = (((offset + cells.double() / (T // b)) % 1.0) * b).long().clamp(max=b - 1) + 1  # [B, T / b]
     order = generator.uniform(Purpose.VALIDATION, T).view(rows, T // b, b).argsort(2).argsort(2)  # [B, T / b, b]
     mask = (order < counts[..., None]).view(rows, T).to(windows.device)
-    weights = to_exact(1.0 / counts.double()).repeat_interleave(b, dim=1) / (T // b)  # [B, T]
+    weights = (1.0 / counts.double()).repeat_interleave(b, dim=1) / (T // b)  # [B, T]
     positions = mask.flatten().nonzero().squeeze(1)  # [N]
     hidden = model.encode_streams(apply_mask(windows, mask, model.config.mask_token_id), windows, b,
                                   positions)  # [N, D]
@@ -189,7 +189,7 @@ def block_terms(model: GPT, windows: Tensor, block_length: int, generator: RowRa
     losses = to_exact(F.cross_entropy(logits, windows.flatten()[positions], reduction='none')).double()  # [N]
     terms = torch.zeros(rows, dtype=torch.float64, device=losses.device)
     places = to_exact(positions)
-    return terms.index_add(0, places // T, losses * weights.flatten()[places])
+    return terms.index_add(0, places // T, losses * weights.flatten().to(places.device)[places])
 
 
 def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""An Apple GPU has no float64 and no pinned memory: everything runs on one all the same, with the numbers of a CPU."""
+"""Everything runs on an emulated GPU, with the numbers of a CPU: on an Apple GPU, which has no float64 and no pinned
+memory, and on one that has float64, where no tensor of the processor may meet one of the device."""
 
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from core.logger import read_metrics
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
 from core.sampling.run import run_sampling
-from helpers.apple import AppleTensor, Refused, emulated_mps
+from helpers.apple import AppleTensor, Refused, emulated_gpu, emulated_mps
 from helpers.runs import run
 from helpers.toys import model_over, save_model
 
@@ -31,6 +32,18 @@ def test_the_emulated_device_refuses_what_the_real_one_refuses():
             with pytest.raises((Refused, RuntimeError)):
                 wrong()
         assert held.cpu().double().tolist() == [0.0, 1.0, 2.0] and held[torch.tensor([2])].tolist() == [2.0]
+
+
+def test_a_processor_tensor_is_not_indexed_from_the_device():
+    with emulated_mps():
+        places = torch.tensor([2]).to('mps')
+        with pytest.raises(Refused, match='on the device and on the CPU'):
+            torch.ones(3)[places]
+
+
+@pytest.fixture(params=[emulated_mps, emulated_gpu], ids=['apple', 'float64'])
+def emulated(request):
+    return request.param
 
 
 def test_auto_takes_the_device_that_is_there():
@@ -51,8 +64,8 @@ BLOCKS = ('--attention_type=block', '--block_length=[4,8]', '--sampler_order=lef
           '--sampler_context_left=7', '--sampler_context_right=0', '--add_critic_head=False')
 
 
-def trained(out, *arguments):
-    with emulated_mps():
+def trained(emulated, out, *arguments):
+    with emulated():
         run('--device=mps', f'--out_dir={out}', '--sample_length=0', *arguments)
 
 
@@ -65,21 +78,21 @@ def values(folder):
 @pytest.mark.parametrize('further', [
     (), BLOCKS, (*BLOCKS, '--block_mask_shares=[0.3,0.8]', '--block_length_from=[0,3]', '--sampler_gradient=trunk'),
     ('--attention_type=causal', '--add_sampler_head=False', '--add_critic_head=False')])
-def test_training_with_all_heads_and_stages_gives_the_numbers_of_a_cpu(small_corpus, further):
+def test_training_with_all_heads_and_stages_gives_the_numbers_of_a_cpu(small_corpus, emulated, further):
     small = ('--dropout=0.0', '--max_iters=7', '--start_sampler_iteration=1', '--start_critic_iteration=3',
              '--end_critic_iteration=5')
     run('--out_dir=cpu', *small, *further)
-    trained('apple', *small, '--sample_length=12', *further)
+    trained(emulated, 'apple', *small, '--sample_length=12', *further)
     assert len(values(Path('cpu'))) == 10
     for expected, found in zip(values(Path('cpu')), values(Path('apple')), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_run_is_taken_up(small_corpus):
+def test_a_run_is_taken_up(small_corpus, emulated=emulated_mps):  # torch.load knows no emulated device with float64
     small = '--start_sampler_iteration=1', '--start_critic_iteration=2', '--end_critic_iteration=3', '--max_iters=5'
-    trained('whole', *small)
-    trained('parts', *small, '--max_iters=3')
-    trained('parts', *small, '--init_from=resume')
+    trained(emulated, 'whole', *small)
+    trained(emulated, 'parts', *small, '--max_iters=3')
+    trained(emulated, 'parts', *small, '--init_from=resume')
     whole, parts = (load_checkpoint(f'{name}/ckpt.pt') for name in ('whole', 'parts'))
     assert parts.iteration == 5
     for name, tensor in whole.model.items():
@@ -89,9 +102,18 @@ def test_a_run_is_taken_up(small_corpus):
 @pytest.mark.parametrize('kind',
                          [('--training_type=remasking',), ('--training_type=remasking', '--remasking_kind=binary'),
                                   ('--training_type=judge',)])
-def test_helpers_train(small_corpus, kind):
-    trained('helper', *kind, '--add_sampler_head=False', '--add_critic_head=False', '--max_iters=3')
+def test_helpers_train(small_corpus, emulated, kind):
+    trained(emulated, 'helper', *kind, '--add_sampler_head=False', '--add_critic_head=False', '--max_iters=3')
     assert load_checkpoint('helper/ckpt.pt').iteration == 3
+
+
+def test_a_generator_learns_from_rewards(small_corpus, emulated):
+    trained(emulated, 'start', '--max_iters=3', '--start_sampler_iteration=1', '--start_critic_iteration=2',
+            '--end_critic_iteration=3')
+    trained(emulated, 'grpo', '--training_type=grpo', '--init_from_checkpoint=start/ckpt_best.pt', '--max_iters=2',
+            '--group_size=2', '--add_critic_head=False', '--reward=line_ends', '--prompt_length=4', '--draw_calls=2',
+            '--dropout=0.0')
+    assert load_checkpoint('grpo/ckpt.pt').iteration == 2
 
 
 @pytest.fixture(scope='module')
@@ -135,10 +157,10 @@ FURTHER = [(*checkpoint, *policy_way(name)) for checkpoint in ((), (BLOCK,)) for
 
 @pytest.mark.parametrize('way', [*WAYS, *(pytest.param(way, marks=pytest.mark.long) for way in FURTHER
                                           if way not in WAYS)], ids=' '.join)
-def test_samples_are_those_of_a_cpu(folder, way, monkeypatch, tmp_path):
+def test_samples_are_those_of_a_cpu(folder, emulated, way, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     expected = sample(folder, 'cpu', *way)
-    with emulated_mps():
+    with emulated():
         assert sample(folder, 'mps', *way).texts == expected.texts
 
 
@@ -148,7 +170,7 @@ def test_samples_are_those_of_a_cpu(folder, way, monkeypatch, tmp_path):
     ('unmasking', ('--measure=errors', '--windows=16')),
     ('block', ('--measure=nelbo', '--windows=8')),
     ('block', ('--measure=likelihood', '--trunk_calls=[1,3]', '--policies=random,margin', '--windows=4'))])
-def test_evaluation_gives_the_numbers_of_a_cpu(small_corpus, kind, measure):
+def test_evaluation_gives_the_numbers_of_a_cpu(small_corpus, emulated, kind, measure):
     model = model_over(small_corpus.vocabulary, add_sampler_head=True, add_critic_head=True,
                        **(BLOCK_MODEL if kind == 'block' else {}))
 
@@ -158,7 +180,7 @@ def test_evaluation_gives_the_numbers_of_a_cpu(small_corpus, kind, measure):
         return measured_rows(configuration.config, configuration.explicit, lambda line: None)
 
     expected = rows('cpu')
-    with emulated_mps():
+    with emulated():
         found = rows('mps')
     assert len(expected) > 0
     for one, other in zip(expected, found, strict=True):

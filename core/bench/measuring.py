@@ -22,7 +22,7 @@ from core.bench.cases import Case, Shape, base_vocabulary, model_config, short_n
 from core.bench.records import COPY, FORMAT, VERSION, BenchRecord, Machine, ShapeRecord
 from core.bench.sampling_cases import (POLICY_ROWS, TEMPERATURE, PolicyRun, decode_cases, fill_cases, policy_runs,
                                        sampling_cases, sampling_network)
-from core.bench.training_cases import baseline_case, training_cases
+from core.bench.training_cases import baseline_cases, training_cases
 from core.checkpoints.environment import environment
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
@@ -52,7 +52,7 @@ def benchmark(shapes: Mapping[str, Shape], groups: Sequence[str], say: Say, *, d
     """The record of `groups` (of `GROUPS`) of all `shapes`, in built-in types. repetitions None: `USUAL`, at least
     `FEWEST` where they take long.
 
-    dtype 'auto' and compile None choose as train.py and sample.py do. baseline: training gets the yardstick's row, and
+    dtype 'auto' and compile None choose as train.py and sample.py do. baseline: training gets the yardstick's rows, and
     sampling a group of its own, 'decode'; these two take `USUAL` rounds however long they take.
     """
     found: BenchRecord = {'format': FORMAT, 'version': VERSION, 'machine': describe_machine(), 'shapes': {}}
@@ -89,7 +89,7 @@ def measure_shape(name: str, shape: Shape, groups: Sequence[str], runtime: Runti
         'sampling_dtype': short_name(autocast or torch.float32), 'compile': runtime.compile,
         'critic_row_stride': critic_row_stride, 'parameters': GPT(with_heads).parameter_count()}
     in_turns: dict[str, Callable[[], dict[str, Case]]] = {
-        'training': lambda: ({'baseline': baseline_case(shape, device)} if baseline else {})
+        'training': lambda: (baseline_cases(shape, runtime) if baseline else {})
         | training_cases(shape, runtime, critic_row_stride),
         'fill': lambda: fill_cases(shape, device, autocast),
         'sampling': lambda: sampling_cases(shape, device, autocast),

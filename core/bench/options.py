@@ -17,7 +17,7 @@ class BenchConfig:
     groups: str = option('training,fill,sampling,policies', 'what to measure, with a comma between')
     repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 where they take long',
         minimum=1, maximum=10**6)
-    baseline: bool = option(False, "measure the yardsticks beside: an eager float32 GPT's step, a cached causal decode",
+    baseline: bool = option(False, "measure the yardsticks too: a plain GPT's step in each of its forms, a cached causal decode",
                             bare='True')
     critic_row_stride: int = option(4, 'stage 3 trains the critic on every n-th row; 4 as in the full recipe')
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
@@ -26,6 +26,7 @@ class BenchConfig:
     compile: bool | None = option(None, 'torch.compile the training step; None: where it pays')
     scaling: bool = option(False, 'measure memory and step time of other sizes instead', bare='True')
     sizes: str | None = option(None, 'with --scaling: which of them, with a comma between; None: all')
+    gpu_checks: bool = option(False, 'check on a CUDA GPU what must hold there instead', bare='True')
     json: str | None = option(None, 'write every measured number to this file', path=True)
     report: str | None = option(None, 'write the tables into this file, between its two marker lines', path=True)
     from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier', path=True)

@@ -68,9 +68,11 @@ class Group(TypedDict):
     cases: Annotated[dict[str, CaseRecord], Items(1)]
 
 
+BASELINES = [f'baseline, {dtype}, {form}' for dtype in ('float32', 'bfloat16') for form in ('eager', 'compiled')]
 TrainingCases = TypedDict('TrainingCases', {
-    'baseline': NotRequired[CaseRecord], 'causal': CaseRecord, 'stage 1': CaseRecord, 'stage 2': CaseRecord,
-    'stage 3': CaseRecord})
+    'baseline': NotRequired[CaseRecord],  # eager float32, in records of before its other forms were measured
+    **{name: NotRequired[CaseRecord] for name in BASELINES}, 'causal': CaseRecord, 'stage 1': CaseRecord, 'stage 2': CaseRecord,
+    'stage 3': CaseRecord, 'block': NotRequired[CaseRecord]})
 FillCases = TypedDict('FillCases', {'trunk call': CaseRecord, 'wavefront fill': CaseRecord})
 
 

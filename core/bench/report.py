@@ -9,7 +9,7 @@ from configurator import bound_problems
 from core.bench.cases import SHAPES, Shape
 from core.bench.measuring import GROUPS, Say, benchmark
 from core.bench.options import BenchConfig, measurement_problems
-from core.bench.records import (COPY, BenchRecord, RecordKind, file_problems, name_problems, read_json_record,
+from core.bench.records import (BASELINES, COPY, BenchRecord, RecordKind, file_problems, name_problems, read_json_record,
                                 show_and_write)
 from core.bench.sampling_cases import FILL_ROWS, POLICY_ROWS, PREDICTIONS
 from core.common.errors import raise_problems
@@ -19,8 +19,10 @@ from core.common.tables import markdown_table
 KIND = RecordKind('bench.py', BenchRecord, '<!-- bench.py writes from here -->', '<!-- bench.py writes to here -->')
 CASES = {  # what a case is called in a table
     'baseline': 'baseline: eager float32 causal step',
+    **{name: f'{name.replace("baseline,", "baseline:")} causal step' for name in BASELINES},
     'causal': 'causal step of the same trunk', 'stage 1': 'stage 1: diffusion, main loss only',
     'stage 2': 'stage 2: and the sampler head', 'stage 3': 'stage 3: and the critic on {rows}',
+    'block': 'block diffusion: two streams, main loss only',
     'trunk call': f'trunk call, {FILL_ROWS} rows', 'wavefront fill': f'wavefront fill of {FILL_ROWS} fully masked rows',
 }
 TITLES = {'training': 'training step', 'fill': 'part of a prediction', 'sampling': 'sampling',
@@ -107,8 +109,11 @@ def ratios(entry: Mapping[str, Any]) -> dict[str, tuple[Spread, Callable[[float]
                   'stage 3 / stage 1': (ratio(training, 'stage 3', 'stage 1'), _times),
                   'sampler head, share of a stage 2 step': (added_share(training, 'stage 2', 'stage 1'), _percent),
                   'critic, share of a stage 3 step': (added_share(training, 'stage 3', 'stage 2'), _percent)}
-        if 'baseline' in training['cases']:
-            found |= {f'tokens/s of the {step} step / of the baseline': (ratio(training, 'baseline', name), _times)
+        if 'block' in training['cases']:
+            found['block diffusion step / causal step'] = (ratio(training, 'block', 'causal'), _times)
+        if any(name.startswith('baseline') for name in training['cases']):
+            found |= {f'tokens/s of the {step} step / of the baseline': (
+                ratio(training, fastest(training, 'baseline'), name), _times)
                       for step, name in (('causal', 'causal'), ('diffusion', 'stage 1'))}
     if fill := entry.get('fill'):
         found['wavefront fill / trunk call'] = (ratio(fill, 'wavefront fill', 'trunk call'), _times)

@@ -14,10 +14,10 @@ import torch
 from core.batches import BatchPlan, RowShare
 from core.bench.cases import Case, Shape, base_vocabulary, model_config
 from core.bench.sampling_cases import fill_operations
-from core.bench.yardstick import Baseline, BaselineTraining
+from core.bench.yardstick import Baseline, BaselineTraining, Form
 from core.checkpoints.kinds import CheckpointKind
-from core.common.runtime import Runtime
-from core.noise import Masking, seen_neighbours
+from core.common.runtime import Runtime, has_fast_bfloat16
+from core.noise import BlockNoise, Masking, seen_neighbours
 from core.optimizer import is_matrix
 from core.training_step import StepSettings, TrainingState, training_step
 from model import GPT, GPTConfig
@@ -29,36 +29,58 @@ TRAINING = StepSettings('muon', learning_rate=1e-3, weight_decay=0.05, betas=(0.
 
 def training_cases(shape: Shape, runtime: Runtime, critic_row_stride: int) -> dict[str, Case]:
     """One training step of each kind, on models of their own: causal, stage 1 (main loss, no heads), stage 2 (with the
-    sampler head) and stage 3 (with the critic too)."""
+    sampler head), stage 3 (with the critic too), and block diffusion (two streams, no heads)."""
     sampler = {'add_sampler_head': True}
     critic = {**sampler, 'add_critic_head': True, 'critic_row_stride': critic_row_stride}
     configs = {'causal': model_config(shape, attention_type='causal'), 'stage 1': model_config(shape),
-               'stage 2': model_config(shape, **sampler), 'stage 3': model_config(shape, **critic)}
+               'stage 2': model_config(shape, **sampler), 'stage 3': model_config(shape, **critic),
+               'block': model_config(shape, attention_type='block', block_length=(8,))}
     return {name: Case(_training_run(config, shape, runtime), step_operations(config, shape), shape.tokens,
                        runtime.dtype, step_bytes(config, shape, runtime.dtype))
             for name, config in configs.items()}
 
 
-def _training_run(config: GPTConfig, shape: Shape, runtime: Runtime) -> Callable[[int], object]:
-    kind = CheckpointKind.CAUSAL if config.attention_type == 'causal' else CheckpointKind.UNMASKING
+def training_plan(config: GPTConfig, shape: Shape) -> tuple[CheckpointKind, BatchPlan]:
+    """What a model of `model_config` is trained as, and on what."""
+    kind = {'causal': CheckpointKind.CAUSAL, 'bidirectional': CheckpointKind.UNMASKING,
+            'block': CheckpointKind.BLOCK}[config.attention_type]
     masking = Masking(shape.base_size, 'elbo', seen_neighbours(config),
-                      config.critic_row_stride, config.critic_target_scope)
-    plan = BatchPlan(_corpus(shape), 1, shape.block_size, RowShare(shape.batch_size), masking)
+                      config.critic_row_stride, config.critic_target_scope,
+                      blocks=BlockNoise(config.block_length) if config.block_length else None)
+    return kind, BatchPlan(made_up_tokens(shape.base_size), 1, shape.block_size, RowShare(shape.batch_size), masking)
+
+
+def _training_run(config: GPTConfig, shape: Shape, runtime: Runtime) -> Callable[[int], object]:
+    kind, plan = training_plan(config, shape)
     model = GPT(config).to(runtime.device)
     state = TrainingState(model, base_vocabulary(config, runtime.device), runtime, plan, kind, TRAINING)
     return lambda iteration: training_step(state, iteration, TRAINING.learning_rate)
 
 
-def baseline_case(shape: Shape, device: torch.device) -> Case:
-    """A training step of the yardstick (core/bench/yardstick.py) of the same shape: causal, eager, float32."""
-    model = Baseline(shape.block_size, shape.vocabulary_size, shape.n_layer, shape.n_head, shape.n_embd).to(device)
-    training = BaselineTraining(model, _corpus(shape), shape.batch_size, shape.block_size)
+def baseline_cases(shape: Shape, runtime: Runtime) -> dict[str, Case]:
+    """A training step of the yardstick (core/bench/yardstick.py) of the same shape in each of its forms, of which the
+    fastest counts: in float32, but not on a GPU with fast bfloat16; in bfloat16 where that is fast; each eager, and
+    compiled where this program's steps are."""
+    fast = has_fast_bfloat16(runtime.device)
+    dtypes = ([torch.float32] if runtime.device.type == 'cpu' or not fast else []) + ([torch.bfloat16] if fast else [])
+    forms = [Form(dtype, compile) for dtype in dtypes for compile in ([False, True] if runtime.compile else [False])]
     operations = step_operations(model_config(shape, attention_type='causal'), shape)
-    return Case(lambda _: training.step(), operations, shape.tokens, torch.float32, baseline_bytes(model, shape))
+    found = {}
+    for form in forms:
+        model = Baseline(shape.block_size, shape.vocabulary_size, shape.n_layer, shape.n_head, shape.n_embd)
+        training = BaselineTraining(model.to(runtime.device), made_up_tokens(shape.base_size), shape.batch_size,
+                                    shape.block_size, form)
+        found[form.name] = Case(_numbered(training), operations, shape.tokens, form.dtype, baseline_bytes(model, shape))
+    return found
 
 
-def _corpus(shape: Shape) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, shape.base_size, TOKENS, dtype=np.uint16)
+def _numbered(training: BaselineTraining) -> Callable[[int], object]:
+    return lambda _: training.step()
+
+
+def made_up_tokens(base_size: int) -> np.ndarray:
+    """uint16 [TOKENS], every id of the base vocabulary equally likely."""
+    return np.random.default_rng(0).integers(0, base_size, TOKENS, dtype=np.uint16)
 
 
 # Operations ---------------------------------------------------------------------------------------------------------
@@ -72,7 +94,7 @@ def step_operations(config: GPTConfig, shape: Shape) -> float:
     with torch.device('meta'):
         trunk = GPT(config).operations_per_token()
     D, V, masked = config.n_embd, config.vocab_size, shape.tokens / 2
-    operations = 3.0 * trunk * shape.tokens
+    operations = 3.0 * trunk * shape.tokens * (2 if config.attention_type == 'block' else 1)  # streams
     if config.add_sampler_head:  # its input is detached, so the first matrix has one product less to take back
         first = (config.sampler_window.size + 1) * D * D
         operations += masked * 2 * (2 * first + 3 * D * D + (3 if config.sampler_output == 'own' else 2) * D * V)
@@ -107,7 +129,8 @@ def step_bytes(config: GPTConfig, shape: Shape, dtype: torch.dtype) -> float:
     of stage 3 the trunk's second reading counts, its drawing does not.
     """
     D, V, W = config.n_embd, config.vocab_size, config.sampler_n_embd or config.n_embd
-    trunk = float(shape.tokens * config.n_layer * (2 * NORM + ROTATION + ACTIVATION) * D)
+    read = shape.tokens * (2 if config.attention_type == 'block' else 1)  # streams
+    trunk = float(read * config.n_layer * (2 * NORM + ROTATION + ACTIVATION) * D)
     predicted = shape.tokens if config.attention_type == 'causal' else shape.tokens / 2
     values = trunk + predicted * LOSS * V
     if config.add_sampler_head:  # its input is gathered: read and written once

@@ -1,5 +1,4 @@
-"""The yardstick of training speed: a causal GPT and its step in the manner of nanoGPT (Karpathy 2022), as plain eager
-float32 code.
+"""The yardstick of training speed: a causal GPT and its step in the manner of nanoGPT (Karpathy 2022), in plain code.
 
 LayerNorm before each part of a layer, GELU, learned positions, tied embeddings (GPT-2, Radford et al. 2019), fused
 AdamW, clipped gradients; no dropout. bench.py runs it beside this program's own steps and nothing else uses it.
@@ -8,12 +7,14 @@ Letters: B rows, T sequence length, V vocabulary, D width, H heads.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.common.runtime import moved
 from core.data.corpus import gather_windows
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS, GRAD_CLIP = 1e-3, 0.1, (0.9, 0.99), 1.0
@@ -73,11 +74,25 @@ class Baseline(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+class Form(NamedTuple):
+    """How the yardstick is run: in float32 or in autocast of a lower precision, eager or compiled."""
+
+    dtype: torch.dtype
+    compile: bool
+
+    @property
+    def name(self) -> str:
+        """'baseline, float32, eager'."""
+        return f'baseline, {str(self.dtype).removeprefix("torch.")}, {"compiled" if self.compile else "eager"}'
+
+
 class BaselineTraining:
     """`model` in training on random windows of a corpus, tokens of any integer type [N]."""
 
-    def __init__(self, model: Baseline, tokens: np.ndarray, batch_size: int, block_size: int) -> None:
+    def __init__(self, model: Baseline, tokens: np.ndarray, batch_size: int, block_size: int,
+                 form: Form = Form(torch.float32, False)) -> None:
         self.model, self.tokens, self.batch_size, self.block_size = model, tokens, batch_size, block_size
+        self.form, self.network = form, torch.compile(model, dynamic=False) if form.compile else model
         self.device = model.tokens.weight.device
         self.generator = torch.Generator().manual_seed(1)
         matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
@@ -89,8 +104,9 @@ class BaselineTraining:
     def step(self) -> Tensor:
         """Draw a batch and train on it; the loss before, a scalar on the device."""
         starts = torch.randint(len(self.tokens) - self.block_size, (self.batch_size,), generator=self.generator)
-        windows = gather_windows(self.tokens, starts, self.block_size + 1).to(self.device)  # [B, T + 1]
-        _, loss = self.model(windows[:, :-1], windows[:, 1:])
+        windows = moved(gather_windows(self.tokens, starts, self.block_size + 1), self.device)  # [B, T + 1]
+        with torch.autocast(self.device.type, self.form.dtype, enabled=self.form.dtype is not torch.float32):
+            _, loss = self.network(windows[:, :-1], windows[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
         self.optimizer.step()

@@ -6,6 +6,7 @@ import platform
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -112,8 +113,10 @@ class Runtime:
         return int(self.total(torch.tensor([count], dtype=torch.int64, device=self.device)))
 
     def matrix_dtype(self) -> torch.dtype:
-        """What the optimizer multiplies matrices in: bfloat16 where the forward pass does, else float32."""
-        return torch.bfloat16 if self.dtype is torch.bfloat16 else torch.float32
+        """What the optimizer multiplies matrices in: bfloat16 where the forward pass does, and on every CUDA GPU that has
+        it, since TF32 would round a float32 product as coarsely; else float32."""
+        coarse = self.device.type == 'cuda' and has_fast_bfloat16(self.device)
+        return torch.bfloat16 if coarse or self.dtype is torch.bfloat16 else torch.float32
 
     def matrix_rate(self) -> tuple[float, str]:
         """(operations per second that mfu is a share of, words for where the figure comes from)."""
@@ -155,10 +158,23 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
     if runtime.device.type == 'cpu':
         torch.set_flush_denormal(True)  # numbers near zero would cost a hundred times as much
         _keep_freed_memory()
-        # Else a compiled step adds up the gradient of the embedding in the order in which threads come.
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs that costs a pass
+    _repeat_exactly(runtime.device)
     return runtime
+
+
+def _repeat_exactly(device: torch.device) -> None:
+    """Let two runs of one seed on one machine be the same to the last bit, compiled or not.
+
+    Else sums are added up in the order in which threads come: the gradient of the embedding in a compiled step, and on
+    a GPU those of attention and of picked positions too. cuBLAS needs a workspace of its own for it, which it reads
+    from the environment when it starts. cumsum has no such variant on a GPU, but draws along short rows need none.
+    """
+    if device.type == 'cuda':
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        warnings.filterwarnings('ignore', message='cumsum_cuda_kernel does not have a deterministic implementation')
+    if device.type in ('cpu', 'cuda'):
+        torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs that costs a pass
 
 
 def _described(device: torch.device) -> str:

@@ -151,7 +151,8 @@ def test_each_ratio_compares_what_its_name_says():
                                 'causal_decode, batch 16, float32': [50.0] * 3,
                                 'diffusion K=4, batch 16, float32': [25.0] * 3})}
     assert fastest(entry['decode'], 'causal_decode, batch 1, ') == 'causal_decode, batch 1, float32'
-    entry['training']['cases']['baseline'] = {'seconds': [6.0] * 3}
+    entry['training']['cases'] |= {'baseline, float32, eager': {'seconds': [6.0] * 3},
+                                   'baseline, bfloat16, eager': {'seconds': [9.0] * 3}}
     assert {name: write(one.median) for name, (one, write) in ratios(entry).items()} == {
         'diffusion step / causal step': '2.000', 'stage 2 / stage 1': '1.250', 'stage 3 / stage 1': '2.500',
         'sampler head, share of a stage 2 step': '20.0%', 'critic, share of a stage 3 step': '50.0%',
@@ -350,7 +351,7 @@ def test_record_report_and_files(quick, tmp_path, monkeypatch, capsys):
             for one in ('training', 'fill', 'sampling')} == {
                 'training': {'float32': 2, COPY: 2}, 'fill': {'float32': 2}, 'sampling': {'float32': 2}}
     assert 'decode' not in entry, 'a yardstick is measured only where it is asked for'
-    assert list(entry['training']['cases']) == ['causal', 'stage 1', 'stage 2', 'stage 3']
+    assert list(entry['training']['cases']) == ['causal', 'stage 1', 'stage 2', 'stage 3', 'block']
     assert all(len(case['seconds']) == 2 and min(case['seconds']) > 0 and case['operations'] > 0 and case['tokens'] > 0
                for one in ('training', 'fill', 'sampling') for case in entry[one]['cases'].values())
     assert len(entry['policies']['bare_seconds']) == 2 and set(entry['policies']['runs']) == set(policy_runs(TINY))
@@ -382,16 +383,16 @@ def test_yardsticks_are_measured_beside_on_demand_however_long_they_take(quick, 
     main(['--shapes=small', '--groups=training,sampling', '--baseline', '--device=cpu', '--compile=False',
           f'--json={tmp_path}/record.json'])
     entry, = read_record(tmp_path / 'record.json')['shapes'].values()
-    assert list(entry['training']['cases'])[:2] == ['baseline', 'causal']
+    assert list(entry['training']['cases'])[:2] == ['baseline, float32, eager', 'causal']
     assert {name: {len(case['seconds']) for case in entry[name]['cases'].values()}
             for name in ('training', 'sampling', 'decode')} == {'training': {2}, 'sampling': {1}, 'decode': {2}}
-    baseline, causal = (entry['training']['cases'][name] for name in ('baseline', 'causal'))
+    baseline, causal = (entry['training']['cases'][name] for name in ('baseline, float32, eager', 'causal'))
     assert baseline['dtype'] == 'float32' and baseline['operations'] == causal['operations']
     assert baseline['bytes'] < causal['bytes'] and baseline['tokens'] == causal['tokens'] == TINY.tokens
     shown = {name for name in ratios(entry) if 'baseline' in name or 'causal_decode' in name}
     assert len(shown) == 2 + 2 * len(DECODE_PREDICTIONS)
     printed = capsys.readouterr().out
-    assert all(f'| {name}' in printed for name in shown) and '| baseline: eager float32 causal step' in printed
+    assert all(f'| {name}' in printed for name in shown) and '| baseline: float32, eager causal step' in printed
 
 
 @pytest.mark.parametrize('dtype, fast, expected', [
@@ -518,7 +519,7 @@ def test_precision_and_stride_reach_training_and_sampling(quick, monkeypatch):
     record = benchmark({'one': TINY}, ('training', 'fill', 'sampling'), lambda line: None, device='cpu',
                        dtype='bfloat16', compile=False, repetitions=1, critic_row_stride=2)
     assert (record['shapes']['one']['dtype'], record['shapes']['one']['sampling_dtype']) == ('bfloat16', 'bfloat16')
-    assert rates == [torch.bfloat16] * 3 and strides == [1, 1, 1, 2]
+    assert rates == [torch.bfloat16] * 3 and strides == [1, 1, 1, 2, 1]
 
 
 def test_automatic_precision_is_that_of_sampling(quick):

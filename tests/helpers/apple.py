@@ -1,8 +1,8 @@
-"""An Apple GPU that is not there: tensors that say 'mps', hold their values on the CPU, and refuse what such a device
-refuses.
+"""GPUs that are not there: tensors that say 'mps', hold their values on the CPU, and refuse what a GPU refuses.
 
-    with emulated_mps():
+    with emulated_mps():            an Apple GPU
         GPT(config).to('mps')
+    with emulated_gpu():            the same with float64, as on a CUDA GPU: exact arithmetic stays on the device
 
 A float64 or complex128 tensor on the device raises, whatever operation would make it; so does an operation between a
 tensor of the device and one of the CPU, a number or an index apart, and pinned memory. Every operation computes on the
@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from core.common import runtime
+from core.common import precision, runtime
 
 MPS, SERVED = torch.device('mps', 0), torch.device('meta')
-_REFUSED = (torch.float64, torch.complex128)
+_refused = [torch.float64, torch.complex128]
 _OPS = torch.ops.aten
 _NAMING = (torch.device, torch.autocast)  # what takes the name of a device and makes no tensor
 
@@ -37,7 +37,7 @@ class AppleTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> 'AppleTensor':
-        if inner.dtype in _REFUSED:
+        if inner.dtype in _refused:
             raise Refused(f'the device has no {inner.dtype}')
         return torch.Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), dtype=inner.dtype,
                                                    storage_offset=inner.storage_offset(), device=SERVED)
@@ -61,7 +61,9 @@ def _mixes(operation: Any, args: tuple, kwargs: dict) -> bool:
     if operation in (_OPS.copy_.default, _OPS._to_copy.default):
         return False
     if operation in (_OPS.index.Tensor, _OPS.index_put_.default, _OPS.index_put.default, _OPS._index_put_impl_.default):
-        args = (args[0], *args[2:])  # indices may be on the CPU
+        indices, args = args[1], (args[0], *args[2:])  # indices may be on the CPU
+        if not isinstance(args[0], AppleTensor) and any(isinstance(index, AppleTensor) for index in indices):
+            return True
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     ours = [isinstance(tensor, AppleTensor) for tensor in tensors]
     return any(ours) and not all(mine or tensor.dim() == 0 for mine, tensor in zip(ours, tensors))
@@ -151,3 +153,16 @@ def emulated_mps() -> Iterator[None]:
         patch.setattr(runtime, 'measure_matrix_rate', lambda device, dtype: 1e9)  # seconds, of no meaning here
         patch.setattr(torch.__future__, 'get_swap_module_params_on_conversion', lambda: True)  # tied weights stay tied
         yield
+
+
+@contextmanager
+def emulated_gpu() -> Iterator[None]:
+    """The emulated device is there, and it has float64."""
+    with pytest.MonkeyPatch.context() as patch, emulated_mps():
+        patch.setattr(precision, '_WITHOUT_FLOAT64', ())
+        kept = _refused[:]
+        _refused.clear()
+        try:
+            yield
+        finally:
+            _refused.extend(kept)

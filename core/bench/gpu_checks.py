@@ -1,0 +1,378 @@
+"""What must hold on a CUDA GPU, as checks that fail loudly: `bench.py --gpu_checks`.
+
+They take a few minutes, need no corpus and train untrained models on made-up tokens. Speed is not theirs: the other
+tables of bench.py measure it. docs/gpu.md says what each check asks for and what it found.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as distributed
+from torch import nn
+
+from core.batches import BatchPlan, RowShare
+from core.bench.cases import SHAPES, SPECIAL, Shape, base_vocabulary, model_config
+from core.bench.measuring import describe_machine
+from core.bench.options import BenchConfig
+from core.bench.sampling_cases import FILL_ROWS, TEMPERATURE, sampling_network
+from core.bench.scaling import SIZES, Size, peak_bytes
+from core.bench.training_cases import TOKENS, TRAINING, made_up_tokens, training_plan
+from core.checkpoints.kinds import CheckpointKind
+from core.checkpoints.run_folder import LATEST
+from core.common.drawing import DrawRule
+from core.common.errors import UserError
+from core.common.files import write_whole
+from core.common.randomness import RowRandom
+from core.common.runtime import Runtime, measure_matrix_rate, resolve_device, start_runtime
+from core.common.timing import TimingAccumulator
+from core.noise import Masking, seen_neighbours
+from core.sampling.network import Network
+from core.training_step import StepSettings, TrainingState, training_step
+from model import GPT, GPTConfig
+from sample_utils import FillTask, draw_wave
+
+Say = Callable[[str], None]
+Facts = dict[str, Any]
+
+LEARNING_RATE = 3e-3
+STEPS = 20  # of a short training
+COMPILED = (False, True)
+BF16_TOLERANCE = 0.01  # of a loss in nats, relative
+FORMULA = (0.75, 1.1)  # measured peak over formula, which counts what a processor keeps
+# Host waits that a step needs: the fill of the critic's text must know how many positions each wave has.
+WAITS = {'stage 3': 2}
+
+
+class CheckFailed(Exception):
+    """What was found and what should have been."""
+
+
+def require(holds: bool, words: str) -> None:
+    """Raise `CheckFailed` unless it holds."""
+    if not holds:
+        raise CheckFailed(words)
+
+
+def run_gpu_checks(config: BenchConfig, say: Say) -> None:
+    """Run every check, print a line of each, write --json. UserError if there is no GPU; exit code 1 if one failed."""
+    device = torch.device(resolve_device(config.device))
+    if device.type != 'cuda':
+        raise UserError(f'gpu_checks needs a CUDA GPU, but the device is {device}; leave it out on this machine')
+    found: dict[str, Facts] = {}
+    for name, check in CHECKS.items():
+        start = time.perf_counter()
+        try:
+            facts: Facts = {'passed': True, **check(device)}
+        except Exception as error:  # a check that breaks is a failed one, and the others still run
+            facts = {'passed': False, 'problem': f'{type(error).__name__}: {error}'}
+        found[name] = facts | {'seconds': round(time.perf_counter() - start, 1)}
+        say(f'{name}: {"passed" if facts["passed"] else "FAILED"} {json.dumps(found[name])}')
+        torch.cuda.empty_cache()
+        if config.json is not None:
+            write_whole(Path(config.json), json.dumps({'machine': describe_machine(), 'checks': found}, indent=1) + '\n')
+    failed = [name for name, facts in found.items() if not facts['passed']]
+    say(f'{len(found) - len(failed)} of {len(found)} checks passed' + (f'; failed: {", ".join(failed)}' if failed else ''))
+    if failed:
+        raise SystemExit(1)
+
+
+# What is trained ----------------------------------------------------------------------------------------------------
+
+def _configs(shape: Shape) -> dict[str, GPTConfig]:
+    """The models whose steps are checked, by what they are called."""
+    sampler = {'add_sampler_head': True}
+    return {'causal': model_config(shape, attention_type='causal'), 'stage 1': model_config(shape),
+            'stage 2': model_config(shape, **sampler),
+            'stage 3': model_config(shape, **sampler, add_critic_head=True, critic_row_stride=4),
+            'block': model_config(shape, attention_type='block', block_length=(8,), sampler_order='left_to_right',
+                                  sampler_context_left=7, sampler_context_right=0, sampler_gate=True,
+                                  sampler_gradient='trunk', **sampler)}
+
+
+def _state(config: GPTConfig, shape: Shape, runtime: Runtime, settings: StepSettings = TRAINING) -> TrainingState:
+    model = GPT(config).to(runtime.device)
+    kind, plan = training_plan(config, shape)
+    return TrainingState(model, base_vocabulary(config, runtime.device), runtime,
+                         plan._replace(tokens=_learnable_tokens(shape.base_size)), kind, settings)
+
+
+def _learnable_tokens(base_size: int) -> np.ndarray:
+    """uint16 [TOKENS]: a walk whose steps are small, so that losses fall."""
+    steps = np.random.default_rng(0).integers(0, 4, TOKENS)
+    return (np.cumsum(steps) % base_size).astype(np.uint16)
+
+
+def _losses(state: TrainingState, steps: int) -> list[float]:
+    found = [training_step(state, number, LEARNING_RATE).total for number in range(steps)]
+    return torch.stack(found).tolist()
+
+
+def _runtime(device: torch.device, dtype: str, compile: bool) -> Runtime:
+    return start_runtime(str(device), dtype, compile, width=1024, iterations=10_000)
+
+
+# Checks of the training step -------------------------------------------------------------------------------------------
+
+def check_compiled_steps(device: torch.device) -> Facts:
+    """Every kind of step compiles without a graph break, and its losses are those of eager steps within bfloat16."""
+    from torch._dynamo.utils import counters
+
+    facts: Facts = {}
+    for name, config in _configs(SHAPES['small']).items():
+        torch.compiler.reset()
+        counters.clear()
+        compiled = _losses(_state(config, SHAPES['small'], _runtime(device, 'bfloat16', True)), STEPS)
+        breaks = dict(counters['graph_break'])
+        eager = _losses(_state(config, SHAPES['small'], _runtime(device, 'bfloat16', False)), STEPS)
+        apart = max(abs(one / other - 1) for one, other in zip(compiled, eager))
+        facts[name] = {'graphs': counters['stats']['unique_graphs'], 'breaks': breaks, 'apart': apart}
+        require(not breaks, f'{name}: graph breaks {breaks}')
+        require(apart < BF16_TOLERANCE, f'{name}: compiled losses {compiled} but eager {eager}')
+    return facts
+
+
+def check_waits(device: torch.device) -> Facts:
+    """The host waits for the device in no step, but where `WAITS` says so."""
+    facts: Facts = {}
+    for name, config in _configs(SHAPES['small']).items():
+        state = _state(config, SHAPES['small'], _runtime(device, 'bfloat16', False))
+        _losses(state, 3)
+        waits = _counted_waits(lambda: training_step(state, 3, LEARNING_RATE))
+        facts[name] = waits
+        require(len(waits) <= WAITS.get(name, 0), f'{name}: the host waits {len(waits)} times: {waits}')
+    return facts
+
+
+def _counted_waits(run: Callable[[], object]) -> list[str]:
+    """Where `run` makes the host wait for the device: file and line of each time, as torch sees it."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('warn')
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    root = str(Path(__file__).resolve().parents[2]) + os.sep
+    return [f'{one.filename.removeprefix(root)}:{one.lineno}' for one in caught if 'synchroniz' in str(one.message)]
+
+
+def check_precision(device: torch.device) -> Facts:
+    """bfloat16 losses of a short training are those of float32, and TF32 losses too."""
+    facts: Facts = {}
+    for name, config in _configs(SHAPES['small']).items():
+        losses = {dtype: _losses(_state(config, SHAPES['small'], _runtime(device, dtype, False)), STEPS)
+                  for dtype in ('float32', 'bfloat16')}
+        torch.set_float32_matmul_precision('highest')
+        state = _state(config, SHAPES['small'], Runtime(device, torch.float32, False))
+        exact = _losses(state, STEPS)
+        torch.set_float32_matmul_precision('high')
+        facts[name] = {dtype: max(abs(one / other - 1) for one, other in zip(values, exact))
+                       for dtype, values in losses.items()}
+        require(max(facts[name].values()) < BF16_TOLERANCE, f'{name}: {facts[name]} from float32 without TF32')
+    return facts
+
+
+def check_memory(device: torch.device) -> Facts:
+    """The peak of a step is what the formulas of core/bench/scaling.py give."""
+    facts: Facts = {}
+    wanted = [name for name, size in SIZES.items() if size.ranks == 1]
+    for name, bfloat16 in [(name, one) for name in wanted for one in (False, True)]:
+        size = replace(SIZES[name], bfloat16=bfloat16)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        positions = _train_size(size, device)
+        ratio = (torch.cuda.max_memory_allocated() - before) / peak_bytes(size, positions)
+        facts[f'{name} {"bfloat16" if bfloat16 else "float32"}'] = {
+            'MB': round((torch.cuda.max_memory_allocated() - before) / 1e6), 'over formula': round(ratio, 3)}
+    off = {name: one for name, one in facts.items() if not FORMULA[0] <= one['over formula'] <= FORMULA[1]}
+    require(not off, f'beyond {FORMULA} of the formula: {off}; all: {facts}')
+    return facts
+
+
+def _train_size(size: Size, device: torch.device) -> int:
+    """Train it for three steps; the most positions that a micro-step predicted."""
+    config, base = size.config, size.vocab_size - SPECIAL
+    runtime = _runtime(device, 'bfloat16' if size.bfloat16 else 'float32', False)
+    masking = Masking(base, 'masked_mean', seen_neighbours(config), config.critic_row_stride,
+                      config.critic_target_scope)
+    plan = BatchPlan(made_up_tokens(base), 1, size.block_size, RowShare(size.rows, size.micro_steps), masking)
+    settings = replace(TRAINING, optimizer=size.optimizer, activation_checkpointing=size.recompute)
+    state = TrainingState(GPT(config).to(device), base_vocabulary(config, device), runtime, plan,
+                          CheckpointKind.UNMASKING, settings)
+    for step in range(3):
+        training_step(state, step, LEARNING_RATE)
+    return max(len(batch.positions) for step in range(3)
+               for batch in state.training.batches(plan, step, runtime.total_count))
+
+
+def check_repeats(device: torch.device) -> Facts:
+    """Two trainings from one seed end with the same weights, bit for bit, eager and compiled."""
+    facts: Facts = {}
+    for name, config in _configs(SHAPES['small']).items():
+        for compile in COMPILED:
+            torch.compiler.reset()
+            ends = []
+            for _ in range(2):
+                state = _state(config, SHAPES['small'], _runtime(device, 'bfloat16', compile))
+                _losses(state, STEPS)
+                ends.append({key: value.clone() for key, value in state.model.state_dict().items()})
+            different = [key for key, value in ends[0].items() if not torch.equal(value, ends[1][key])]
+            most = max((ends[0][key] - ends[1][key]).abs().max().item() for key in ends[0])
+            facts[f'{name}, {"compiled" if compile else "eager"}'] = {'different': len(different), 'most': most}
+    require(not any(one['different'] for one in facts.values()), f'{facts}')
+    return facts
+
+
+# Checks of sampling -----------------------------------------------------------------------------------------------------
+
+def check_compiled_waves(device: torch.device) -> Facts:
+    """A fill whose waves are compiled writes what the plain one writes, and how long each takes."""
+    facts: Facts = {}
+    for name in ('small', 'large', 'medium'):
+        shape = SHAPES[name]
+        plain = sampling_network(model_config(shape, add_sampler_head=True), device, torch.bfloat16)
+        compiled = Network(plain.model, TimingAccumulator(device), torch.bfloat16, torch.compile(plain.model.encode),
+                           wave=torch.compile(draw_wave, dynamic=True))
+        tokens = torch.full((FILL_ROWS, shape.block_size), shape.base_size, device=device)
+        rule = DrawRule(base_vocabulary(plain.model.config, device), TEMPERATURE)
+        texts, seconds = [], {}
+        for kind, network in (('plain', plain), ('compiled', compiled)):
+            with network.precision():
+                hidden = plain.encode(tokens)
+                task = FillTask(tokens, hidden, rule, RowRandom(1, 0, torch.arange(FILL_ROWS, device=device)))
+                texts.append(network.filler('wave').fill(task).tokens)
+                waits = _counted_waits(lambda: network.filler('wave').fill(task))
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(5):
+                    network.filler('wave').fill(task)
+                torch.cuda.synchronize()
+                seconds[kind] = (time.perf_counter() - start) / 5
+        same = (texts[0] == texts[1]).float().mean().item()
+        facts[name] = {'same': same, 'milliseconds': {key: round(1000 * value, 2) for key, value in seconds.items()},
+                       'waits': waits}
+        require(same > 0.99, f'{name}: {same:.4f} of the tokens are the same')
+    return facts
+
+
+# Checks of several processes and of whole runs ---------------------------------------------------------------------------
+
+@contextmanager
+def _one_rank() -> Iterator[None]:
+    """A process group of this process alone, over NCCL."""
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group('nccl', init_method=f'file://{folder}/meeting', rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+
+def check_nccl(device: torch.device) -> Facts:
+    """One rank over NCCL: sums, and steps through DistributedDataParallel and through cut weights (FSDP), give the
+    losses of a plain run."""
+    torch.cuda.set_device(device if device.index is not None else 0)
+    config = _configs(SHAPES['small'])['stage 2']
+    plain = _losses(_state(config, SHAPES['small'], _runtime(device, 'float32', False)), STEPS)
+    with _one_rank():
+        total = torch.ones(3, device=device)
+        distributed.all_reduce(total)
+        require(total.tolist() == [1.0] * 3, f'a sum over one rank is {total.tolist()}')
+        state = _state(config, SHAPES['small'], _runtime(device, 'float32', False))
+        state.enter(_first_stage(state))
+        state.parallel = nn.parallel.DistributedDataParallel(state.objective)
+        parallel = _losses(state, STEPS)
+        settings = replace(TRAINING, optimizer='adamw', sharded=True)
+        cut = _losses(_state(config, SHAPES['small'], _runtime(device, 'float32', False), settings), STEPS)
+        whole = _losses(_state(config, SHAPES['small'], _runtime(device, 'float32', False),
+                               replace(TRAINING, optimizer='adamw')), STEPS)
+        state.leave_ranks()
+    facts = {'parallel': _most_apart(parallel, plain), 'cut': _most_apart(cut, whole)}
+    require(max(facts.values()) < 1e-3, f'{facts}')
+    return facts
+
+
+def _first_stage(state: TrainingState) -> Any:
+    from core.stages import stage_at
+
+    return stage_at(state.model.config, 0)
+
+
+def _most_apart(values: list[float], others: list[float]) -> float:
+    return max(abs(one / other - 1) for one, other in zip(values, others))
+
+
+def check_resume(device: torch.device) -> Facts:
+    """train.py stopped and resumed ends where the run that was never stopped ends; samples are written from it, and the
+    same ones again."""
+    root, facts = Path(__file__).resolve().parents[2], {}
+    shape = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=64', '--batch_size=16', '--warmup_iters=5',
+             '--eval_interval=20', '--eval_iters=2', '--start_sampler_iteration=10', '--start_critic_iteration=20',
+             '--end_critic_iteration=30', '--lr_decay_iters=40', f'--device={device}']
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / 'data'
+        (Path(folder) / 'text.txt').write_text(_made_up_text(), encoding='utf-8')
+
+        def run(*command: str) -> str:
+            result = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, encoding='utf-8',
+                                    env={**os.environ, 'MASKED_DIFFUSION_DATA_DIR': str(data)})
+            require(result.returncode == 0, f'{" ".join(command)} ended with {result.returncode}: '
+                                            f'{result.stderr.strip()[-600:]}')
+            return result.stdout
+
+        run('data/custom/prepare.py', f'{folder}/text.txt')
+        for compile in (False, True):
+            ends = []
+            for name, lengths in (('whole', (40,)), ('again', (40,)), ('stopped', (20, 40))):
+                out = f'{folder}/{name}-{compile}'
+                for number, length in enumerate(lengths):
+                    resumed = ['--init_from=resume'] if number else []
+                    run('train.py', 'config/train_char_diffusion_sampler.py', '--dataset=custom', f'--out_dir={out}',
+                        f'--compile={compile}', f'--max_iters={length}', *shape, *resumed)
+                ends.append(torch.load(f'{out}/{LATEST}', map_location='cpu', weights_only=True)['model'])
+            for name, end in zip(('again', 'stopped'), ends[1:]):
+                most = max((end[key] - value).abs().max().item() for key, value in ends[0].items())
+                facts[f'{name}, {"compiled" if compile else "eager"}'] = most
+        texts = [run('sample.py', f'--out_dir={folder}/whole-False', '--num_samples=2', '--iterations=8',
+                     f'--device={device}') for _ in range(2)]
+        facts['samples are the same'] = _without_times(texts[0]) == _without_times(texts[1])
+    require(facts['samples are the same'], f'samples of one seed differ: {texts}')
+    require(not any(value for name, value in facts.items() if 'stopped' in name), f'{facts}')
+    return facts
+
+
+def _without_times(text: str) -> str:
+    return text.partition('\n---\n')[0]
+
+
+def _made_up_text() -> str:
+    """Lines of words that follow each other by a rule, so that there is something to learn."""
+    random, words = np.random.default_rng(0), ['sun', 'moon', 'rises', 'falls', 'over', 'the', 'old', 'sea', 'and', 'hill']
+    order = random.integers(0, len(words), (20_000,))
+    return '\n'.join(' '.join(words[one] for one in line) for line in order.reshape(-1, 8))
+
+
+def check_rates(device: torch.device) -> Facts:
+    """The rates that tables are shares of, for the record."""
+    return {'TFLOP/s': {name: round(measure_matrix_rate(device, dtype) / 1e12, 1)
+                        for name, dtype in (('bfloat16', torch.bfloat16), ('float32 as TF32', torch.float32))}}
+
+
+CHECKS: Mapping[str, Callable[[torch.device], Facts]] = {
+    'rates': check_rates, 'host waits': check_waits, 'precision': check_precision,
+    'compiled steps': check_compiled_steps, 'repeats': check_repeats, 'memory': check_memory,
+    'compiled waves': check_compiled_waves, 'nccl': check_nccl, 'resume': check_resume}
