@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from core.common.layers import Norm, rotary_tables, rotate
 from core.common.precision import to_exact
+from core.sampler_head import SAMPLER_KINDS, SamplerHead, SamplerKind, SamplerShape, SamplerWindow
 
 
 class ModelMode(str, Enum):
@@ -60,6 +62,7 @@ class GPTConfig:
     start_critic_iteration: int = 0
     end_critic_iteration: int = 0
     add_sampler_head: bool = False
+    sampler_kind: SamplerKind = 'neighbours'  # what the head sees of the tokens that were placed since the trunk call
     start_sampler_iteration: int = 0
     sampler_min_neighbors_ratio: float = 0.01
     sampler_context: int = 1  # neighbours on each side
@@ -71,6 +74,7 @@ class GPTConfig:
     sampler_output: Literal['own', 'shared_detached'] = 'own'
     sampler_residual: bool = True  # the head's output is added to the trunk's detached logits
     sampler_n_embd: int | None = None  # width of the head; None: n_embd
+    sampler_attention_n_embd: int | None = None  # width of its attention, in kinds that have one; None: n_embd
     sampler_zero_hidden: bool = False  # control: the head sees neighbours alone, nothing of the trunk
 
     def __post_init__(self) -> None:
@@ -94,7 +98,8 @@ class GPTConfig:
                               ('position_encoding', ('absolute', 'rotary')),
                               ('critic_target_scope', ('masked_only', 'masked_and_ignore')),
                               ('critic_gradient', ('trunk', 'head')), ('sampler_output', ('own', 'shared_detached')),
-                              ('sampler_order', ('wave', 'left_to_right')), ('sampler_gradient', ('head', 'trunk'))):
+                              ('sampler_order', ('wave', 'left_to_right')), ('sampler_gradient', ('head', 'trunk')),
+                              ('sampler_kind', tuple(SAMPLER_KINDS))):
             if getattr(self, name) not in choices:
                 problems.append(f'{name} is {getattr(self, name)!r}, but must be one of {", ".join(choices)}')
         for name in ('cls_token_id', 'mask_token_id', 'pad_token_id', 'wrong_token_id'):
@@ -112,7 +117,22 @@ class GPTConfig:
     @property
     def sampler_window(self) -> 'SamplerWindow':
         """How many neighbours the sampler head sees on each side."""
-        return SamplerWindow.of(self.sampler_context, self.sampler_context_left, self.sampler_context_right)
+        return SamplerWindow.of(self.sampler_context, self.sampler_context_left, self.sampler_context_right) \
+            if SAMPLER_KINDS[self.sampler_kind].window else SamplerWindow(0, 0)
+
+    @property
+    def sampler_shape(self) -> SamplerShape:
+        """What the sampler head is built from."""
+        return SamplerShape(
+            SAMPLER_KINDS[self.sampler_kind], self.sampler_window, self.n_embd, self.vocab_size, self.n_head,
+            self.block_size, self.sampler_n_embd or self.n_embd, self.sampler_attention_n_embd or self.n_embd,
+            self.sampler_output == 'own', self.sampler_zero_hidden,
+            self.sampler_residual and not self.sampler_zero_hidden, self.sampler_gate)
+
+    @property
+    def reads_row(self) -> bool:
+        """Whether there is a sampler head that reads whole rows, and so needs hidden states of visible tokens too."""
+        return self.add_sampler_head and SAMPLER_KINDS[self.sampler_kind].reads_row
 
     def _block_problems(self) -> list[str]:
         if self.attention_type != 'block':
@@ -142,17 +162,12 @@ class GPTConfig:
             if not 0 < self.sampler_min_neighbors_ratio <= 0.5:
                 problems.append(f'sampler_min_neighbors_ratio is {self.sampler_min_neighbors_ratio}, but must lie in '
                                 f'(0, 0.5]: bootstrapped positions are never adjacent')
-            if not 1 <= self.sampler_context < self.block_size:
-                problems.append(f'sampler_context is {self.sampler_context}, but must lie between 1 and '
-                                f'block_size - 1 ({self.block_size - 1})')
-            problems += [f'{name} is {getattr(self, name)}, but must lie between 0 and block_size - 1 '
-                         f'({self.block_size - 1})' for name in ('sampler_context_left', 'sampler_context_right')
-                         if getattr(self, name) is not None and not 0 <= getattr(self, name) < self.block_size]
-            if self.sampler_window.size == 0:
-                problems.append('sampler_context_left and sampler_context_right are 0, but a head needs a neighbour; '
-                                'give one of them')
-            if self.sampler_order == 'left_to_right' and self.sampler_window.left == 0:
-                problems.append('sampler_order is left_to_right, but sampler_context_left is 0; give it at least 1')
+            problems += self._window_problems()
+            if SAMPLER_KINDS.get(self.sampler_kind, SAMPLER_KINDS['neighbours']).reads_row:
+                problems += self._attention_problems()
+            elif self.sampler_attention_n_embd is not None:
+                problems.append(f'sampler_attention_n_embd is {self.sampler_attention_n_embd}, but a head of '
+                                f'sampler_kind={self.sampler_kind} has no attention; leave it out')
             if self.sampler_gate and not (self.sampler_residual and not self.sampler_zero_hidden):
                 problems.append("sampler_gate is True, but the head does not add the trunk's logits; leave it out, or "
                                 'take sampler_residual=True without sampler_zero_hidden')
@@ -174,27 +189,39 @@ class GPTConfig:
                 problems.append(f'critic_alpha is {self.critic_alpha}, but must not be negative')
         return problems
 
+    def _window_problems(self) -> list[str]:
+        problems = []
+        if self.sampler_kind not in SAMPLER_KINDS:
+            return problems
+        if not SAMPLER_KINDS[self.sampler_kind].window:
+            given = {'sampler_context': self.sampler_context if self.sampler_context != 1 else None,
+                     'sampler_context_left': self.sampler_context_left,
+                     'sampler_context_right': self.sampler_context_right}
+            return [f'{name} is {value}, but a head of sampler_kind={self.sampler_kind} sees no neighbours apart; '
+                    f'leave it out, or take sampler_kind=layer_neighbours' for name, value in given.items()
+                    if value is not None]
+        if not 1 <= self.sampler_context < self.block_size:
+            problems.append(f'sampler_context is {self.sampler_context}, but must lie between 1 and '
+                            f'block_size - 1 ({self.block_size - 1})')
+        problems += [f'{name} is {getattr(self, name)}, but must lie between 0 and block_size - 1 '
+                     f'({self.block_size - 1})' for name in ('sampler_context_left', 'sampler_context_right')
+                     if getattr(self, name) is not None and not 0 <= getattr(self, name) < self.block_size]
+        if self.sampler_window.size == 0:
+            problems.append('sampler_context_left and sampler_context_right are 0, but a head needs a neighbour; '
+                            'give one of them')
+        if self.sampler_order == 'left_to_right' and self.sampler_window.left == 0:
+            problems.append('sampler_order is left_to_right, but sampler_context_left is 0; give it at least 1')
+        return problems
 
-class SamplerWindow(NamedTuple):
-    """Neighbours of a position, in the order of the head's slots: left_L .. left_1, right_1 .. right_R."""
-
-    left: int
-    right: int
-
-    @classmethod
-    def of(cls, context: int, left: int | None, right: int | None) -> 'SamplerWindow':
-        """`context` neighbours on each side where left or right say nothing else."""
-        return cls(context if left is None else left, context if right is None else right)
-
-    @property
-    def size(self) -> int:
-        """L + R, called C."""
-        return self.left + self.right
-
-    def offsets(self, device: torch.device | None = None) -> Tensor:
-        """int64 [C]: -L .. -1, 1 .. R."""
-        steps = torch.arange(-self.left, self.right + 1, device=device)
-        return torch.cat((steps[:self.left], steps[self.left + 1:]))
+    def _attention_problems(self) -> list[str]:
+        problems, width = [], self.sampler_attention_n_embd or self.n_embd
+        if self.n_head >= 1 and (width < 1 or width % self.n_head or width // self.n_head % 2):
+            problems.append(f'sampler_attention_n_embd is {width}, but must be n_head ({self.n_head}) times an even '
+                            f'number')
+        if self.sampler_gradient == 'trunk':
+            problems.append(f'sampler_gradient is trunk, but a head of sampler_kind={self.sampler_kind} is trained '
+                            f'apart from the trunk; take sampler_gradient=head')
+        return problems
 
 
 class GPTOutput(NamedTuple):
@@ -227,30 +254,14 @@ class Reading(NamedTuple):
 
 class Asked(NamedTuple):
     """Which hidden states the last layer computes: of the first `length` tokens of each row, at `positions` int64 [N],
-    flat indices into [B, length], or at all of them where that is None."""
+    flat indices into [B, length], or at all of them where that is None. all: all of them come out too, without a
+    gradient; those at `positions` are the same numbers as if it were False."""
 
     length: int
     positions: Tensor | None
+    all: bool = False
 
 
-GATE_AFTER_A_DRAW = 0.3  # share of the trunk's logits that a gate begins with where a neighbour is new; else all
-
-
-class Norm(nn.Module):
-    """Root mean square normalisation (Zhang & Sennrich 2019) with a gain per channel."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), eps=1e-6)
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021) on queries or keys x [B, T, H, D / H]; cosine and sine are [T, 1, D / 2H]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
 def picked(x: Tensor, asked: Asked | None) -> Tensor:
@@ -354,78 +365,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class SamplerHead(nn.Module):
-    """Predicts a masked token from its hidden state and the tokens next to it (docs/sampler.md).
-
-    Input slots, each D wide: neighbours left_L .. left_1, the hidden state, neighbours right_1 .. right_R; a neighbour
-    that is missing (sequence boundary, or still masked) is a zero vector. The first matrix acts on each slot alone, so
-    its product with every token's embedding can be kept in a table: `neighbour_tables`, `hidden_projection` and
-    `from_projection` together give what `forward` gives, up to rounding. With sampler_zero_hidden the hidden state
-    counts as a zero vector and the trunk's logits are not added: what neighbours alone are worth.
-
-    A residual head adds the trunk's logits. They know nothing of the neighbours filled since the trunk call, so with
-    more of these they mislead. With sampler_gate the head adds a share of them that it chooses itself from what it sees
-    and from the number of new neighbours.
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        width, self.window = config.sampler_n_embd or config.n_embd, config.sampler_window
-        self.zero_hidden = config.sampler_zero_hidden
-        self.residual = config.sampler_residual and not self.zero_hidden
-        self.input = nn.Linear((self.window.size + 1) * config.n_embd, width)
-        self.norm_1 = nn.LayerNorm(width)
-        self.hidden = nn.Linear(width, width)
-        self.norm_2 = nn.LayerNorm(width)
-        self.output_head = nn.Linear(width, config.vocab_size, bias=False) if config.sampler_output == 'own' else None
-        self.new_neighbours = self.gate = self.gate_start = None
-        if config.sampler_gate:
-            self.new_neighbours = nn.Embedding(self.window.size + 1, width)
-            self.gate = nn.Linear(width, 1)
-            self.gate_start = nn.Parameter(torch.full((self.window.size + 1,), GATE_AFTER_A_DRAW))
-
-    def forward(self, sampler_input: Tensor, trunk_logits: Tensor, output_weight: Tensor,
-                new: Tensor | None = None) -> Tensor:
-        """Logits [..., V] from sampler_input [..., (C + 1) D].
-
-        trunk_logits [..., V] are added when the head is residual; output_weight [V, D] is the trunk's `lm_head`, read
-        when sampler_output is 'shared_detached'; new int64 [...]: how many of the neighbours were masked when the trunk
-        was called, read by a gate.
-        """
-        if self.zero_hidden:
-            slots = sampler_input.unflatten(-1, (self.window.size + 1, -1))  # [..., C + 1, D]
-            place = torch.arange(self.window.size + 1, device=slots.device) == self.window.left
-            sampler_input = slots.masked_fill(place[:, None], 0.0).flatten(-2)
-        return self.from_projection(self.input(sampler_input), trunk_logits, output_weight, new)
-
-    def from_projection(self, projection: Tensor, trunk_logits: Tensor, output_weight: Tensor,
-                        new: Tensor | None = None) -> Tensor:
-        """Logits [..., V] from the first matrix's product, projection [..., W]; the rest as in `forward`."""
-        if self.new_neighbours is not None:
-            projection = projection + self.new_neighbours(new)
-        x = self.norm_1(F.silu(projection))
-        x = self.norm_2(F.silu(self.hidden(x)))
-        logits = F.linear(x, output_weight) if self.output_head is None else self.output_head(x)
-        if not self.residual:
-            return logits
-        if self.gate is None:
-            return logits + trunk_logits
-        return logits + trunk_logits * (self.gate_start[new] * self.gate(x).squeeze(-1).exp())[..., None]
-
-    def hidden_projection(self, hidden_states: Tensor) -> Tensor:
-        """The hidden state's part of the first matrix's product, bias included: [..., D] to [..., W]."""
-        if self.zero_hidden:
-            hidden_states = torch.zeros_like(hidden_states)
-        width, left = hidden_states.size(-1), self.window.left
-        return F.linear(hidden_states, self.input.weight[:, left * width:(left + 1) * width], self.input.bias)
-
-    def neighbour_tables(self, embedding: Tensor) -> Tensor:
-        """Each token's part of the first matrix's product per neighbour slot: embedding [V, D] to [C, V, W]."""
-        slots = self.input.weight.view(self.input.out_features, self.window.size + 1, -1)  # [W, C + 1, D]
-        neighbours = torch.cat((slots[:, :self.window.left], slots[:, self.window.left + 1:]), dim=1)  # [W, C, D]
-        return torch.einsum('vd,esd->sve', embedding, neighbours)
-
-
 class HeadRow(NamedTuple):
     """What training, logging and loading must know of a head.
 
@@ -450,7 +389,9 @@ class HeadRow(NamedTuple):
 
 HEAD_ROWS = (
     HeadRow('sampler', 'sampler_head', 'sampler head', 'training, sampler head', 'add_sampler_head',
-            'start_sampler_iteration', clipped_apart=True, matrices=('input.weight', 'hidden.weight')),
+            'start_sampler_iteration', clipped_apart=True, matrices=(
+                'input.weight', 'hidden.weight', *(f'attention.{name}.weight' for name in (
+                    'query', 'content', 'token', 'output')))),
     HeadRow('critic', 'critic_head', 'critic', 'training, critic (binary)', 'add_critic_head',
             'start_critic_iteration', 'critic_alpha', 'end_critic_iteration'),
 )  # in the order of their stages
@@ -479,7 +420,7 @@ class GPT(nn.Module):
         else:
             self.scorer = nn.Linear(config.n_embd, 1)
         if config.add_sampler_head:
-            self.sampler_head = SamplerHead(config)
+            self.sampler_head = SamplerHead(config.sampler_shape)
         if config.add_critic_head:
             self.critic_head = nn.Linear(config.n_embd, 1)
         self._initialise(seed)
@@ -530,8 +471,8 @@ class GPT(nn.Module):
         if start > 0 and T > 1:  # tokens that follow what is cached: all of that, and what precedes them here
             assert attention_mask is None, 'a cache takes no padding'
             attention_mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
-        hidden_states = self._read(tokens, self._places(start, T), attention_mask, cache,
-                                   None if positions is None else Asked(T, self._here(positions)))
+        hidden_states, _ = self._read(tokens, self._places(start, T), attention_mask, cache,
+                                      None if positions is None else Asked(T, self._here(positions)))
         if cache is not None:
             cache.length += T
         return hidden_states
@@ -544,15 +485,29 @@ class GPT(nn.Module):
         clean: int64 [B, T], the same text without masks; block_length: int64 [B], or one number for all rows. With one
         block alone there is no text before it, and noisy is read like a bidirectional model's.
         """
-        noisy, clean, T = self._here(noisy), self._here(clean), noisy.size(1)
-        positions = None if positions is None else self._here(positions)
-        if isinstance(block_length, int) and block_length >= T:
-            return self.encode(noisy, positions=positions)
+        T, positions = noisy.size(1), None if positions is None else self._here(positions)
+        return self._read_streams(noisy, clean, block_length, Asked(T, positions))[0]
+
+    def encode_all(self, tokens: Tensor, positions: Tensor, clean: Tensor | None = None,
+                   block_length: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, D] of tokens int64 [B, T] at positions int64 [N], the same numbers as `encode` gives, and
+        those of every position [B, T, D], without a gradient: one trunk call. With clean and block_length, which are
+        those of `encode_streams`, of a block model."""
+        asked = Asked(tokens.size(1), self._here(positions), all=True)
+        if clean is not None:
+            return self._read_streams(tokens, clean, block_length, asked)
+        return self._read(self._here(tokens), self._places(0, asked.length), None, None, asked)
+
+    def _read_streams(self, noisy: Tensor, clean: Tensor, block_length: Tensor | int,
+                      asked: Asked) -> tuple[Tensor, Tensor | None]:
+        noisy, clean, T = self._here(noisy), self._here(clean), asked.length
         places = self._places(0, T)
+        if isinstance(block_length, int) and block_length >= T:
+            return self._read(noisy, places, None, None, asked)
         places = places.repeat(2, *[1] * (places.dim() - 1)) if isinstance(places, Tensor) else \
             tuple(one.repeat(2, 1, 1) for one in places)
         return self._read(torch.cat((noisy, clean), dim=1), places,
-                          block_attention_mask(block_length, T, noisy.device), None, Asked(T, positions))
+                          block_attention_mask(block_length, T, noisy.device), None, asked)
 
     def encode_blocks(self, tokens: Tensor, block_length: int, cache: KeyValueCache, kept: int) -> Tensor:
         """Hidden states [B, T, D] of tokens int64 [B, T] that follow what a block model's cache holds, each given its
@@ -565,7 +520,7 @@ class GPT(nn.Module):
         block = torch.arange(start + T, device=tokens.device) // block_length  # [K]
         mask = None if start // block_length == (start + T - 1) // block_length else \
             (block[start:, None] >= block)[None, None]  # [1, 1, T, K]
-        hidden_states = self._read(tokens, self._places(start, T), mask, cache, None)
+        hidden_states, _ = self._read(tokens, self._places(start, T), mask, cache, None)
         cache.length += kept
         return hidden_states
 
@@ -582,7 +537,7 @@ class GPT(nn.Module):
         read = torch.cat((tokens, torch.full_like(tokens[:, kept:], self.config.mask_token_id)), dim=1)
         at = self.transformer['wpe'].weight[places] if self.config.position_encoding == 'absolute' else \
             (self.rotary_cosine[places], self.rotary_sine[places])
-        hidden_states = self._read(read, at, sees[None, None], cache, None)
+        hidden_states, _ = self._read(read, at, sees[None, None], cache, None)
         cache.length += kept
         return hidden_states[:, T:]
 
@@ -599,8 +554,9 @@ class GPT(nn.Module):
         return self.rotary_cosine[start:stop], self.rotary_sine[start:stop]
 
     def _read(self, tokens: Tensor, places: tuple[Tensor, Tensor] | Tensor, attention_mask: Tensor | None,
-              cache: KeyValueCache | None, asked: Asked | None) -> Tensor:
-        """The layers on tokens [B, T] at `places`, then the final norm: [B, T, D], or what is asked."""
+              cache: KeyValueCache | None, asked: Asked | None) -> tuple[Tensor, Tensor | None]:
+        """The layers on tokens [B, T] at `places`, then the final norm: [B, T, D], or what is asked; and all of it
+        without a gradient, None where nobody asks."""
         x = self.transformer['wte'](tokens)  # [B, T, D]
         absolute = isinstance(places, Tensor)
         if absolute:
@@ -609,8 +565,12 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         reading, last = Reading(None if absolute else places, attention_mask, cache), self.config.n_layer - 1
         for layer, block in enumerate(self.transformer['h']):
-            x = block(x, reading, layer, asked if layer == last else None)
-        return self.transformer['ln_f'](x)  # [B, T, D] or [N, D]
+            before, x = x, block(x, reading, layer, asked if layer == last else None)
+        x = self.transformer['ln_f'](x)  # [B, T, D] or [N, D]
+        if asked is None or not asked.all:
+            return x, None
+        with torch.no_grad():  # after the other, whose dropout it is not to change
+            return x, self.transformer['ln_f'](block(before, reading, last, Asked(asked.length, None)))
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> GPTOutput:
         """Raw logits and hidden states of tokens [B, T]; `GPTOutput` gives the shapes for each mode."""
@@ -666,14 +626,6 @@ class GPT(nn.Module):
         return 2 * (matrices + attention)
 
     def sampler_operations_per_token(self) -> int:
-        """Floating-point operations of the sampler head per token drawn; what neighbours add comes from a table."""
-        width = self.config.sampler_n_embd or self.config.n_embd
-        hidden = 0 if self.config.sampler_zero_hidden else self.config.n_embd
-        return 2 * width * (hidden + width + self.config.vocab_size)
-
-
-def rotary_tables(length: int, width: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [length, 1, width / 2] of position times frequency, base 10,000 (Su et al. 2021)."""
-    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float()[:, None], angle.sin().float()[:, None]
+        """Floating-point operations of the sampler head per token, where one trunk call fills all of a text."""
+        shape = self.config.sampler_shape
+        return shape.operations_per_token() + shape.operations_per_read_token()

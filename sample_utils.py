@@ -10,7 +10,7 @@ position on the left and on the right, C = L + R, W width of the sampler head, N
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -24,8 +24,11 @@ from core.common.drawing import (Chosen, DrawRule, Draws, allowed_ids, allowed_l
 from core.common.errors import UserError
 from core.common.precision import to_exact
 from core.common.randomness import Purpose, RowRandom, keyed
-from core.common.waves import Order, distance_to_last, distance_to_next, follow_on_schedule, stage_schedule
-from model import GPT, GPTConfig, ModelMode, SamplerWindow
+from core.common.waves import (Order, Turns, distance_to_last, distance_to_next, fill_turns, follow_on_schedule,
+                               sees_in_turn, stage_schedule)
+from core.noise import Shown, neighbours_in_turn
+from core.sampler_head import Memory, SamplerWindow
+from model import GPT, GPTConfig, ModelMode
 
 Head = Literal['none', 'wave', 'left_to_right']  # who fills: `lm_head` alone, or the sampler head in that order
 _CHUNK = 1 << 24  # most logits held at once
@@ -73,6 +76,40 @@ def prepare_sampler_inputs(hidden: Tensor, neighbour_tokens: Tensor, embedding_w
     embedded = embedded * (neighbour_tokens >= 0)[..., None]
     joined = torch.cat((embedded[:, :left], hidden[:, None], embedded[:, left:]), dim=1).flatten(1)  # [N, (C + 1) D]
     return SamplerInputs(joined, targets, len(hidden))
+
+
+def shown_logits(model: GPT, hidden_states: Tensor, text: Tensor, masked: Tensor, shown: Shown,
+                 block: Tensor | None = None) -> Tensor:
+    """Logits [N, V] of the sampler head at the positions of masked bool [B, T], each given what it is `shown` of text
+    int64 [B, T], which holds true or placed tokens.
+
+    hidden_states [B, T, D], of the text with masks; block int64 [B, T]: of a block model.
+    """
+    read = None
+    if model.sampler_head.attention is not None:
+        read = rows_read(model, hidden_states, (text, model.neighbour_embedding()), masked,
+                         Turns(*shown.turns.unbind(2)), block)[masked]
+    return _head_logits(model, hidden_states[masked], shown.neighbours[masked], shown.new[masked], read)
+
+
+def rows_read(model: GPT, hidden_states: Tensor, text: tuple[Tensor, Tensor], masked: Tensor, turns: Turns,
+              block: Tensor | None = None) -> Tensor:
+    """[B, T, W]: what a head that reads rows gives each position, in the order of `turns`.
+
+    hidden_states [B, T, D], of tokens that are masked where masked bool [B, T] says; text: the true or placed tokens
+    int64 [B, T] and the embeddings [V, D] that they have for the head; block int64 [B, T]: of a block model, whose head
+    looks at its own block alone.
+    """
+    (tokens, embedding), within = text, None if block is None else block[:, None] == block[..., None]
+    return model.sampler_head.attention(hidden_states, embedding[tokens], embedding[model.config.mask_token_id],
+                                        sees_in_turn(masked, turns, within), within)
+
+
+def _head_logits(model: GPT, hidden: Tensor, neighbours: Tensor, new: Tensor, read: Tensor | None) -> Tensor:
+    """Logits [N, V] of the sampler head, of hidden [N, D], neighbours int64 [N, C], new int64 [N] and read [N, W]."""
+    head = model.sampler_head
+    inputs = prepare_sampler_inputs(hidden, neighbours, model.neighbour_embedding(), head.window.left).sampler_input
+    return head(inputs, model.lm_head(hidden), model.lm_head.weight, new, read)
 
 
 # What is to be filled ------------------------------------------------------------------------------------------------
@@ -182,6 +219,9 @@ def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: T
     The host must know these counts to end the waves, so here it waits for the device: once, and once more where rows
     hold no revealed token.
     """
+    if model.config.reads_row:
+        stage = _one_by_one(positions, model.config.sampler_order)
+        return stage, _counted(stage).tolist()
     if model.config.sampler_order == 'left_to_right':
         stage = follow_on_schedule(masked, positions, model.config.sampler_window.left)
         return stage, _counted(stage).tolist()
@@ -196,25 +236,79 @@ def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: T
     return stage, counts
 
 
+def _one_by_one(positions: Tensor, order: Order) -> Tensor:
+    """int64 [B, T]: 0 outside the group positions bool [B, T], 2 for its first position in each row, 3, 4, ..."""
+    turns = fill_turns(positions.long() - 1, order)
+    number = torch.where(positions, turns.turn, positions.size(1) ** 2).argsort(1).argsort(1)
+    return torch.where(positions, number + 2, 0)
+
+
 def _counted(stage: Tensor) -> Tensor:
     """int64 [T + 3]: how many positions of stage int64 [B, T] each stage has."""
     zeros = torch.zeros(stage.size(1) + 3, dtype=torch.int64, device=stage.device)
     return zeros.scatter_add(0, stage.flatten(), torch.ones_like(stage).flatten())
 
 
-def neighbour_tables(model: GPT) -> Tensor:
-    """[C V, W]: what a token in each neighbour slot adds to the head's first product, zero for a mask.
+class SamplerTables(NamedTuple):
+    """neighbours [C V, W]: what a token in each neighbour slot adds to the head's first product, zero for a mask;
+    contents [V, 2 A]: what a token adds to keys and values of a head that reads the row, None of another one.
 
-    It follows from the weights alone, so whoever fills again and again with the same weights makes it once.
+    They follow from the weights alone, so whoever fills again and again with the same weights makes them once.
     """
-    tables = model.sampler_head.neighbour_tables(model.neighbour_embedding())  # [C, V, W]
+
+    neighbours: Tensor
+    contents: Tensor | None
+
+
+def sampler_tables(model: GPT) -> SamplerTables:
+    """The tables of a model's sampler head."""
+    embedding, head = model.neighbour_embedding(), model.sampler_head
+    tables = head.neighbour_tables(embedding)  # [C, V, W]
     shown = torch.arange(tables.size(1), device=tables.device)[:, None] != model.config.mask_token_id  # [V, 1]
-    return (tables * shown).flatten(0, 1)
+    return SamplerTables((tables * shown).flatten(0, 1),
+                         None if head.attention is None else head.attention.token(embedding))
+
+
+class RowMemory:
+    """What a head that reads rows remembers of the rows of one fill: keys and values of all that is known, to which
+    each draw adds its token. So a draw costs one query, and one key and value."""
+
+    def __init__(self, model: GPT, task: FillTask, contents: Tensor) -> None:
+        """contents [V, 2 A]: see `SamplerTables`."""
+        self._attention, self._contents = model.sampler_head.attention, contents
+        tokens = task.tokens.to(contents.device)  # [B, T]
+        self._of_hidden = self._attention.contents(task.hidden_states)  # [B, T, 2 A]
+        self._memory = self._attention.remembered(self._of_hidden + contents[tokens])  # masks with the mask's embedding
+        known = (tokens != model.config.mask_token_id) | self._attention.sees_masks
+        self._known = F.pad(known, (1, 0), value=True)  # [B, 1 + T]
+
+    def read(self, hidden: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """[n, W]: what the head gives the positions `places` int64 [n] of `rows` int64 [n], none of which comes twice;
+        hidden [n, D]."""
+        rows, places = rows.to(hidden.device), places.to(hidden.device)
+        memory, known = self._memory, self._known
+        if len(rows) < len(known):
+            memory, known = Memory(*(one[rows] for one in memory)), known[rows]
+        return self._attention.read(self._attention.queries(hidden, places), memory, known)
+
+    def add(self, rows: Tensor, places: Tensor, tokens: Tensor) -> None:
+        """Know the tokens int64 [n] at these positions from now on."""
+        rows, places, tokens = (one.to(self._contents.device) for one in (rows, places, tokens))
+        made = self._attention.keys_values(self._of_hidden[rows, places] + self._contents[tokens], places)
+        at = rows, places + 1
+        if torch.is_grad_enabled():  # what was read before is needed on the way back
+            self._memory = Memory(*(old.transpose(1, 2).index_put(at, new).transpose(1, 2)
+                                    for old, new in zip(self._memory, made)))
+        else:
+            for old, new in zip(self._memory, made):
+                old.transpose(1, 2).index_put_(at, new)
+        self._known = self._known.index_put(at, torch.ones_like(rows, dtype=torch.bool))
 
 
 class Wave(NamedTuple):
     """The n positions of one wave. bags int64 [C n]: rows of the tables, those of position i from starts [n] on;
-    projected [n, W]: what the hidden state adds to the head's first product; logits [n, V]: the trunk's; new int64 [n]:
+    projected [n, W]: what the hidden state and the rest of the row add to the head's first product; logits [n, V]: the
+    trunk's; new int64 [n]:
     how many neighbours were filled since the trunk call, None where the head does not ask; choice [n]: what draws, or
     the tokens to place; seen bool [n, V]: revealed ids, None where the rule does not ask."""
 
@@ -230,34 +324,71 @@ class Wave(NamedTuple):
 def draw_wave(choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, wave: Wave) -> Chosen:
     """The tokens of one wave, by `choose` (`choose_tokens` or `place_tokens`), with tables [C V, W]. Nothing here waits
     for the device, and torch.compile makes a few kernels of it."""
-    bags, starts = wave.bags.to(tables.device), wave.starts.to(tables.device)
-    neighbours = F.embedding_bag(bags, tables, starts, mode='sum')  # [n, W]
-    logits = model.sampler_head.from_projection(wave.projected + neighbours, wave.logits, model.lm_head.weight,
+    projected = wave.projected
+    if len(tables):
+        bags, starts = wave.bags.to(tables.device), wave.starts.to(tables.device)
+        projected = projected + F.embedding_bag(bags, tables, starts, mode='sum')  # [n, W]
+    logits = model.sampler_head.from_projection(projected, wave.logits, model.lm_head.weight,
                                                 None if wave.new is None else wave.new.to(tables.device))
     return choose(logits, rule, wave.choice, wave.seen)
 
 
-def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', tables: Tensor | None = None,
+def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', tables: SamplerTables | None = None,
                            wave: Callable[..., Chosen] = draw_wave) -> Fill:
     """Fill masked positions wave by wave through the sampler head, from one trunk call (docs/sampler.md).
 
     The task's positions limit the fill to a group; visible ones among them stay. Each token is drawn given the hidden
     state and the neighbours revealed so far; neighbours missing or masked contribute nothing. With gradients enabled
-    the log-probabilities keep the graph of head and trunk. tables: `neighbour_tables` of the model, made here if None;
+    the log-probabilities keep the graph of head and trunk. tables: `sampler_tables` of the model, made here if None;
     wave: `draw_wave`, or the same compiled.
+
+    A head that reads the row draws one token of a row at a time, given all before, in the order it was trained in
+    (`fill_turns`). Tokens that are placed and not drawn are all known, so then one pass serves.
     """
     masked = task.tokens == model.config.mask_token_id
     positions = masked if task.positions is None else task.positions & masked
+    if task.truth is not None and model.config.reads_row and task.rule.repetition_penalty == 1:
+        return _fill_with_truth(model, task, positions)
     stage, counts = _fill_stages(model, masked, positions, task.hidden_states, task.rule,
                                  task.generator.uniform(Purpose.BOOTSTRAP, masked.size(1)), order)
     picked = stage.flatten().argsort(stable=True)[counts[0]:]  # [N], in the order of filling
-    found = _run_waves(model, task, picked, counts[1:], neighbour_tables(model) if tables is None else tables, wave)
+    found = _run_waves(model, task, picked, counts[1:], sampler_tables(model) if tables is None else tables, wave)
     waves = tuple(counts[2:counts.index(0, 2)]) if 0 in counts[2:] else tuple(counts[2:])
     statistics = WaveStatistics(len(waves), counts[1], waves)
     return _scatter_draws(task.tokens, picked, _in_parts(found), positions, statistics)
 
 
-def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int], tables: Tensor,
+def logits_in_turn(model: GPT, task: FillTask, text: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(flat positions [n], logits [n, V]) of the task's `positions` bool [B, T] by a head that reads rows, each given
+    the tokens of text int64 [B, T] at the positions that its fill draws before: one pass for all, in parts."""
+    config, hidden_states = model.config, task.hidden_states
+    mask_token_id, window, T = config.mask_token_id, config.sampler_window, positions.size(1)
+    turns = fill_turns(positions.long() - 1, config.sampler_order)
+    text = torch.where(positions, text, task.tokens)
+    wide = Turns(F.pad(turns.group, window, value=-1), F.pad(turns.turn, window))
+    neighbours, new = (found[:, window.left:window.left + T].flatten(0, 1) for found in neighbours_in_turn(
+        replace(task, tokens=text).padded(window, mask_token_id), task.padded(window, mask_token_id) == mask_token_id,
+        window, wide))
+    device, picked = hidden_states.device, flat_positions(positions, task.count)
+    masked, turns = (task.tokens == mask_token_id).to(device), Turns(*(one.to(device) for one in turns))
+    read = rows_read(model, hidden_states, (text.to(device), model.neighbour_embedding()), masked,
+                     turns).flatten(0, 1)  # [B T, W]
+    for part in picked.split(max(1, _CHUNK // config.vocab_size)) if len(picked) else ():
+        hidden, beside, of_these, found = (one[part.to(one.device)] for one in (
+            hidden_states.flatten(0, 1), neighbours, new, read))
+        yield part, _head_logits(model, hidden, beside.to(device), of_these.to(device), found)
+
+
+def _fill_with_truth(model: GPT, task: FillTask, positions: Tensor) -> Fill:
+    """The true tokens at `positions` bool [B, T], each scored by a head that reads rows given those before it."""
+    parts, draws = [], []
+    for part, logits in logits_in_turn(model, task, task.truth, positions):
+        parts.append(part)
+        draws.append(completed([place_tokens(logits, task.rule, task.truth.flatten()[part], None)]))
+    return _scatter_draws(task.tokens, torch.cat(parts) if parts else None, draws, positions, None)
+
+
+def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int], tables: SamplerTables,
                wave: Callable[..., Chosen]) -> Iterator[Chosen]:
     """The tokens of the flat positions picked int64 [N], wave by wave: first counts[0] that come from `lm_head`, then
     counts[1], counts[2], ... through the head, each given what was found before."""
@@ -271,19 +402,25 @@ def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int]
     neighbours = padded_positions[:, None] + window.offsets(device)  # [N, C]
     hidden = task.hidden_states.reshape(B * T, D)[picked]  # [N, D]
     seen = task.seen(model.config)
+    memory = None if tables.contents is None else RowMemory(model, task, tables.contents)
     choose, choices = task.choice()
     parts = zip(_trunk_logits(model, hidden, sizes), *(part.split(sizes) for part in (
-        choices[picked], picked // T, padded_positions, neighbours, head.hidden_projection(hidden))))
-    for number, (logits, choice, row, position, neighbour, projected) in enumerate(parts):
+        choices[picked], picked // T, picked % T, padded_positions, neighbours, hidden,
+        head.hidden_projection(hidden))))
+    for number, (logits, choice, row, place, position, neighbour, mine, projected) in enumerate(parts):
         seen_here = None if seen is None else seen[row]
         if number == 0 and counts[0] > 0:  # bootstrapped, or the first of a group
             found = choose(logits, task.rule, choice, seen_here)
         else:
             shown = padded.take(neighbour)  # [n, C]
             new = None if head.gate is None else (unread.take(neighbour) & (shown != mask_token_id)).sum(1)
-            found = wave(choose, model, tables, task.rule, Wave((shown + slot).flatten(), starts[:len(position)],
-                                                                projected, logits, new, choice, seen_here))
+            if memory is not None:
+                projected = projected + memory.read(mine, row, place)
+            found = wave(choose, model, tables.neighbours, task.rule, Wave(
+                (shown + slot).flatten(), starts[:len(position)], projected, logits, new, choice, seen_here))
         padded[position] = found.tokens
+        if memory is not None:
+            memory.add(row, place, found.tokens)
         if seen is not None:
             seen[row, found.tokens] = True
         yield found
@@ -368,9 +505,9 @@ class Filler:
         self.model, self.head, self.wave = model, head, wave
 
     @cached_property
-    def tables(self) -> Tensor:
-        """`neighbour_tables` of the model."""
-        return neighbour_tables(self.model)
+    def tables(self) -> SamplerTables:
+        """`sampler_tables` of the model."""
+        return sampler_tables(self.model)
 
     def fill(self, task: FillTask) -> Fill:
         """The task's positions filled."""

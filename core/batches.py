@@ -19,7 +19,7 @@ from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.runtime import moved
 from core.data.corpus import gather_windows
 from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, draw_mask, judged_text,
-                        low_discrepancy_times, neighbours_shown)
+                        low_discrepancy_times, what_is_shown)
 
 # N is padded to one of these shares of B * T, so that compiled steps see the same shape again and again: the number of
 # masked positions of a batch with low-discrepancy times stays within a few per cent of the schedule's mean (one half of
@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     mean_weights: Tensor  # float32 [N], 1 / number of predicted positions in the global batch
     neighbours: Tensor    # int64 [N, C], tokens that the sampler head is shown, -1 for none
     new: Tensor           # int64 [N], how many of these are masked in `inputs`
+    turns: Tensor         # int64 [B, T, 2], `Turns` for a sampler head that reads the row; [0] for all others
     block_length: Tensor  # int64 [B], of each row of a block model; [0] for all others
     rows: Tensor          # int64 [B], global row indices
     critic_share: Tensor  # float32 scalar, 1 / number of positions that the critic is trained on in the global batch
@@ -104,14 +105,15 @@ def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
         main = mean if masking.loss_weighting == 'masked_mean' else \
             (weights / (plan.rows.global_batch * T)).float().expand_as(mask).flatten()[positions]
         block = torch.arange(T) // block_length[:, None] if len(block_length) else None  # [B, T]
-        neighbours, new = neighbours_shown(generator, targets, mask, masking.neighbours, block)
+        neighbours, new, turns = what_is_shown(generator, targets, mask, masking.neighbours, block)
         capacity = next(size for size in (int(B_T * targets.numel()) for B_T in CAPACITIES) if size >= len(positions))
         padding = (0, capacity - len(positions))
         batches.append(Batch(
             apply_mask(targets, mask, masking.mask_token_id), targets, F.pad(positions, padding),
             F.pad(main, padding), F.pad(mean, padding),
             F.pad(neighbours.flatten(0, 1)[positions], (0, 0, *padding), value=-1),
-            F.pad(new.flatten()[positions], padding), block_length, generator.rows, torch.tensor(1 / max(1, judged))))
+            F.pad(new.flatten()[positions], padding), turns, block_length, generator.rows,
+            torch.tensor(1 / max(1, judged))))
     return batches
 
 
@@ -189,5 +191,5 @@ def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) 
 def whole_batch(generator: RowRandom, inputs: Tensor, targets: Tensor, weights: Tensor) -> Batch:
     """A batch whose every position is read; no sampler head and no critic trains on it."""
     return Batch(inputs, targets, torch.arange(targets.numel()), weights, weights,
-                 targets.new_empty(targets.numel(), 0), targets.new_zeros(targets.numel()), generator.rows[:0],
-                 generator.rows, torch.tensor(0.0))
+                 targets.new_empty(targets.numel(), 0), targets.new_zeros(targets.numel()), targets.new_empty(0),
+                 generator.rows[:0], generator.rows, torch.tensor(0.0))

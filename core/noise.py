@@ -17,7 +17,8 @@ from torch import Tensor
 
 from core.common.precision import to_exact
 from core.common.randomness import Purpose, RowRandom
-from model import SamplerWindow
+from core.common.waves import Order, Turns, fill_turns
+from core.sampler_head import SAMPLER_KINDS, SamplerWindow
 
 MINIMUM_TIME = 1e-3  # epsilon: times below it are never drawn, so the weight 1 / t of the linear schedule stays bounded
 
@@ -120,10 +121,12 @@ def draw_exact_mask(generator: RowRandom, counts: Tensor, length: int) -> Tensor
 
 
 class SeenNeighbours(NamedTuple):
-    """What the sampler head sees. window: how far; order: in which a fill runs."""
+    """What the sampler head sees. window: how far; order: in which a fill runs; reads_row: it sees the whole row, in
+    the order of a fill."""
 
     window: SamplerWindow
-    order: Literal['wave', 'left_to_right'] = 'wave'
+    order: Order = 'wave'
+    reads_row: bool = False
 
 
 def seen_neighbours(config: object) -> SeenNeighbours | None:
@@ -132,8 +135,9 @@ def seen_neighbours(config: object) -> SeenNeighbours | None:
     asked = vars(config)
     if not asked['add_sampler_head']:
         return None
-    return SeenNeighbours(SamplerWindow.of(asked['sampler_context'], asked['sampler_context_left'],
-                                           asked['sampler_context_right']), asked['sampler_order'])
+    kind = SAMPLER_KINDS[asked['sampler_kind']]
+    window = SamplerWindow.of(asked['sampler_context'], asked['sampler_context_left'], asked['sampler_context_right'])
+    return SeenNeighbours(window if kind.window else SamplerWindow(0, 0), asked['sampler_order'], kind.reads_row)
 
 
 class BlockNoise(NamedTuple):
@@ -210,6 +214,68 @@ class Corruption(NamedTuple):
     cls_token_id: int
     loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = 'all_positions'
     fill: Callable[[Tensor, Tensor, RowRandom], Tensor] | None = None
+
+
+class Shown(NamedTuple):
+    """What the sampler head is shown in training. neighbours int64 [B, T, C]: the true tokens next to a position, -1
+    for those not shown; new int64 [B, T]: how many of them the trunk does not know; turns int64 [B, T, 2]: `Turns`, in
+    which a head that reads the row knows the tokens of others, [0] for one that does not."""
+
+    neighbours: Tensor
+    new: Tensor
+    turns: Tensor
+
+
+def what_is_shown(generator: RowRandom, targets: Tensor, mask: Tensor, seen: SeenNeighbours | None,
+                  block: Tensor | None = None, groups: Tensor | None = None) -> Shown:
+    """`Shown` for targets int64 [B, T] under mask bool [B, T]; block int64 [B, T]: see `shown_neighbours`.
+
+    A head that reads the row is shown what a fill in groups shows: tokens revealed before, and those of its own group
+    that came before it. groups int64 [B, T]: see `Turns`; None for `drawn_groups`.
+    """
+    if seen is None or not seen.reads_row:
+        return Shown(*neighbours_shown(generator, targets, mask, seen, block), targets.new_empty(0))
+    turns = fill_turns(drawn_groups(generator, mask, block) if groups is None else groups, seen.order)
+    return Shown(*neighbours_in_turn(targets, mask, seen.window, turns, block), torch.stack(turns, dim=2))
+
+
+def drawn_groups(generator: RowRandom, mask: Tensor, block: Tensor | None = None) -> Tensor:
+    """int64 [B, T]: the masked positions of each row dealt out to groups, each as a fill would reveal it from this
+    trunk call; -1 where nothing is masked.
+
+    The size of a group is log-uniform from 1 to T, since texts are written in few trunk calls and in many. Groups are,
+    with equal chances, random ones, runs of masked positions, or every k-th of them: as the policies `random`,
+    `left_to_right` and `strided` reveal them. In a block model no group goes beyond its block.
+    """
+    (rows, T), uniform = mask.shape, generator.uniform(Purpose.NEIGHBOUR, 2, stream=1)
+    block = torch.zeros_like(mask, dtype=torch.int64) if block is None else block
+    size = (T ** uniform[:, :1]).floor().clamp(min=1)  # [B, 1]
+    place = torch.arange(T).expand(rows, T)
+    by_lot = generator.uniform(Purpose.NEIGHBOUR, T, stream=2)  # [B, T]
+    way = (uniform[:, 1:] * 3).long()  # [B, 1]
+    key = torch.where(way == 0, by_lot, place / T)
+    order = torch.where(mask, block + key, math.inf).argsort(1).argsort(1)  # by block, then by key
+    counts = torch.zeros_like(block).scatter_add(1, block, mask.long())  # [B, T], masked positions of each block
+    rank = order - (counts.cumsum(1) - counts).gather(1, block)  # in its block
+    count = counts.gather(1, block)
+    groups = (count / size).ceil().clamp(min=1)
+    number = torch.where(way == 2, rank % groups, (rank / size).floor()).long()
+    return torch.where(mask, block * T + number, -1)
+
+
+def neighbours_in_turn(targets: Tensor, mask: Tensor, window: SamplerWindow, turns: Turns,
+                       block: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `neighbours_shown`: the neighbours that are revealed, or that their own group has drawn before."""
+    places = torch.arange(targets.size(1), device=mask.device)[:, None] + window.offsets(mask.device)  # [T, C]
+    inside, places = (places >= 0) & (places < targets.size(1)), places.clamp(0, targets.size(1) - 1)
+    unknown = mask[:, places]  # [B, T, C]
+    if block is not None:
+        unknown = unknown & (block[:, places] == block[..., None])
+        inside = inside & (block[:, places] <= block[..., None])
+    group, turn = turns
+    drawn = (group[:, places] == group[..., None]) & (turn[:, places] < turn[..., None])
+    shown = inside & (~unknown | drawn)
+    return torch.where(shown, targets[:, places], -1), (shown & unknown).sum(2)
 
 
 def neighbours_shown(generator: RowRandom, targets: Tensor, mask: Tensor, seen: SeenNeighbours | None,

@@ -20,9 +20,10 @@ from core.batches import Batch
 from core.checkpoints.heads import CRITIC, SAMPLER
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
+from core.common.waves import Turns
 from core.stages import Stage
 from model import GPT, ModelMode
-from sample_utils import build_critic_artifacts_from_logits, prepare_sampler_inputs, wrong_from_logits
+from sample_utils import build_critic_artifacts_from_logits, prepare_sampler_inputs, rows_read, wrong_from_logits
 
 # Logits, N * V, beyond which the losses go through the positions in chunks. The softmax and its gradient keep about
 # four float32 copies of them, 0.5 GiB at this limit. With less, the chunks of a vocabulary of 50,000 would hold fewer
@@ -133,6 +134,14 @@ def judge_loss(model: GPT, batch: Batch, allowed: Tensor) -> tuple[Tensor, None]
     return (error.square() * batch.main_weights).sum(), None
 
 
+class Hidden(NamedTuple):
+    """Hidden states of one trunk call. asked [N, D]: of the predicted positions; all [B, T, D]: of every position,
+    without a gradient, None unless the sampler head reads whole rows."""
+
+    asked: Tensor
+    all: Tensor | None
+
+
 WholeLoss = Callable[[GPT, Batch, Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -172,24 +181,26 @@ class Objective(nn.Module):
             total = total + stage.heads[name] * loss
         return Losses(total, main, heads)
 
-    def _loss_of_filled_text(self, batch: Batch, hidden: Tensor, generator: RowRandom, with_sampler: bool) -> Tensor:
-        """The critic's loss on the critic's rows, their masks filled as inference fills them; hidden [N, D]: of the
-        predicted positions."""
-        rows = slice(None, None, self.model.config.critic_row_stride)
-        hidden_states = hidden.new_zeros(*batch.inputs.shape, hidden.size(-1))  # [B, T, D], read at masked positions
-        hidden_states.flatten(0, 1).index_copy_(0, batch.positions, hidden.detach())  # padding slots repeat position 0
+    def _loss_of_filled_text(self, batch: Batch, hidden: Hidden, generator: RowRandom, with_sampler: bool) -> Tensor:
+        """The critic's loss on the critic's rows, their masks filled as inference fills them."""
+        rows, (asked, hidden_states) = slice(None, None, self.model.config.critic_row_stride), hidden
+        if hidden_states is None:
+            hidden_states = asked.new_zeros(*batch.inputs.shape, asked.size(-1))  # [B, T, D], read at masked positions
+            hidden_states.flatten(0, 1).index_copy_(0, batch.positions, asked.detach())  # padding repeats position 0
         artifacts = build_critic_artifacts_from_logits(
             self.model, batch.inputs[rows], batch.targets[rows], hidden_states[rows], DrawRule(self.allowed),
             RowRandom(generator.seed, generator.iteration, generator.rows[rows]), use_sampler_head=with_sampler)
         return self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * batch.critic_share)
 
-    def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(main loss, sampler loss or None, hidden states [N, D] of the predicted positions) from one trunk call."""
-        hidden = self._hidden_states(batch)  # [N, D]
+    def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool) -> tuple[Tensor, Tensor | None, Hidden]:
+        """(main loss, sampler loss or None, hidden states) from one trunk call."""
+        hidden = self._hidden_states(batch)
         targets = batch.targets.flatten().index_select(0, batch.positions)  # [N]
         embedding = self.model.neighbour_embedding().detach() if with_sampler else None  # [V, D]
-        parts = hidden, targets, batch.main_weights, batch.mean_weights, batch.neighbours, batch.new
-        chunks = math.ceil(len(hidden) / max(1, MOST_LOGITS // len(self.allowed)))
+        read = hidden.asked.new_empty(len(targets), 0) if embedding is None or hidden.all is None else \
+            self._read_rows(batch, hidden.all, embedding)
+        parts = hidden.asked, targets, batch.main_weights, batch.mean_weights, batch.neighbours, batch.new, read
+        chunks = math.ceil(len(targets) / max(1, MOST_LOGITS // len(self.allowed)))
         if chunks <= 1:
             return *self._position_losses(*parts, embedding), hidden
         found = [checkpoint(self._position_losses, *chunk, embedding, use_reentrant=False, preserve_rng_state=False)
@@ -197,23 +208,37 @@ class Objective(nn.Module):
         main, sampler = zip(*found)
         return sum(main), sum(sampler) if with_sampler else None, hidden
 
-    def _hidden_states(self, batch: Batch) -> Tensor:
-        """[N, D]: of the predicted positions, from one trunk call."""
+    def _hidden_states(self, batch: Batch) -> Hidden:
+        """From one trunk call."""
         config = self.model.config
         if config.attention_type == 'causal':  # every position predicts, in order
-            return self.model.encode(batch.inputs).flatten(0, 1)
+            return Hidden(self.model.encode(batch.inputs).flatten(0, 1), None)
+        text = (batch.targets, config.block_length[0] if len(config.block_length) == 1 else batch.block_length) \
+            if config.attention_type == 'block' else ()
+        if config.reads_row:
+            return Hidden(*self.model.encode_all(batch.inputs, batch.positions, *text))
+        if text:
+            return Hidden(self.model.encode_streams(batch.inputs, *text, batch.positions), None)
+        return Hidden(self.model.encode(batch.inputs, positions=batch.positions), None)
+
+    def _read_rows(self, batch: Batch, hidden_states: Tensor, embedding: Tensor) -> Tensor:
+        """[N, W]: what a sampler head that reads whole rows gives the predicted positions, with the true tokens of what
+        is known to them; hidden_states [B, T, D], embedding [V, D]."""
+        config, block = self.model.config, None
         if config.attention_type == 'block':
-            one_length = len(config.block_length) == 1
-            return self.model.encode_streams(batch.inputs, batch.targets, config.block_length[0] if one_length else
-                                             batch.block_length, batch.positions)
-        return self.model.encode(batch.inputs, positions=batch.positions)
+            block = torch.arange(batch.inputs.size(1), device=batch.inputs.device) // batch.block_length[:, None]
+        read = rows_read(self.model, hidden_states, (batch.targets, embedding), batch.inputs == config.mask_token_id,
+                         Turns(*batch.turns.unbind(2)), block)  # [B, T, W]
+        return read.flatten(0, 1).index_select(0, batch.positions)
 
     def _position_losses(self, hidden: Tensor, targets: Tensor, main_weights: Tensor, mean_weights: Tensor,
-                         neighbours: Tensor, new: Tensor, embedding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+                         neighbours: Tensor, new: Tensor, read: Tensor,
+                         embedding: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(main loss, sampler loss) of N positions; the latter None without embedding [V, D], the neighbours'.
 
-        hidden [N, D]; the others are fields of `Batch` at these positions. The head's own loss stops before the trunk
-        unless sampler_gradient is 'trunk'; the matrix that it may share, and the embeddings, it never moves.
+        hidden [N, D]; read [N, W], or [N, 0] where the head reads no rows; the others are fields of `Batch` at these
+        positions. The head's own loss stops before the trunk unless sampler_gradient is 'trunk'; the matrix that it may
+        share, and the embeddings, it never moves.
         """
         logits = self.model.lm_head(hidden)  # [N, V]
         main = weighted_cross_entropy(logits, targets, main_weights, self.allowed)
@@ -223,7 +248,8 @@ class Objective(nn.Module):
         if self.model.config.sampler_gradient == 'head':
             hidden, logits = hidden.detach(), logits.detach()
         inputs = prepare_sampler_inputs(hidden, neighbours, embedding, head.window.left, targets)
-        logits = head(inputs.sampler_input, logits, self.model.lm_head.weight.detach(), new)  # [N, V]
+        logits = head(inputs.sampler_input, logits, self.model.lm_head.weight.detach(), new,
+                      read if read.size(1) else None)  # [N, V]
         return main, weighted_cross_entropy(logits, inputs.sampler_targets, mean_weights, self.allowed)
 
     def _critic_loss(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -87,6 +87,9 @@ class TrainConfig:
         minimum=0)
     # sampler head (docs/sampler.md)
     add_sampler_head: bool = option(False, 'a small head that fills masks in waves')
+    sampler_kind: Literal['neighbours', 'layer', 'layer_neighbours', 'rerun'] = option(
+        'neighbours', 'what it sees of the tokens just placed: those next to it, all of the row through an attention '
+        'layer, both, or all and the masks too')
     start_sampler_iteration: int = option(0, 'its training begins here', minimum=0, maximum=10**12)
     sampler_context: int = option(1, 'neighbours it sees on each side')
     sampler_context_left: int | None = option(None, 'neighbours on the left; sampler_context by default')
@@ -98,6 +101,7 @@ class TrainConfig:
     sampler_output: Literal['own', 'shared_detached'] = option('own', 'shared_detached for a large vocabulary')
     sampler_residual: bool = option(True, "add its output to the trunk's logits")
     sampler_n_embd: int | None = option(None, 'its width; n_embd by default')
+    sampler_attention_n_embd: int | None = option(None, 'width of its attention layer; n_embd by default')
     sampler_zero_hidden: bool = option(False, 'a control: it sees its neighbours and nothing of the trunk')
     sampler_min_neighbors_ratio: float = option(0.01, 'share of a fully masked row drawn first, without neighbours')
     # critic head (docs/training.md)

@@ -20,11 +20,11 @@ from core.common.precision import exact_device, to_exact
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.runtime import Runtime
 from core.data.corpus import Corpus, gather_windows
-from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, draw_exact_mask, judged_text,
-                        neighbours_shown, replace_tokens, seen_neighbours, stratified_mask_counts)
+from core.noise import (Corruption, Masking, Shown, apply_mask, behind_cls, corrupt, draw_exact_mask, judged_text,
+                        replace_tokens, seen_neighbours, stratified_mask_counts, what_is_shown)
 from core.objective import PositionSums, position_metrics, position_sums, remasking_terms, wrong_shares
 from model import GPT, ModelMode
-from sample_utils import prepare_sampler_inputs
+from sample_utils import shown_logits
 
 VALIDATION_SEED = 20_240_607  # one for all runs, so that their figures compare
 TIMES = 4096  # in which the mean over time is taken
@@ -94,10 +94,10 @@ def any_order_terms(model: GPT, windows: Tensor, counts: Tensor, mask: Tensor, a
 
 
 def masked_sums(model: GPT, windows: Tensor, mask: Tensor, allowed: Tensor,
-                shown: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+                shown: Shown | None = None) -> tuple[Tensor, Tensor | None]:
     """(float64 [B]: cross-entropy summed over each row's masked positions, in nats; the same of the sampler head).
 
-    shown: what the head sees, as `neighbours_shown` gives it, in the patterns of training; None without a head.
+    shown: what the head sees, in the patterns of training; None without a head.
     """
     def summed(logits: Tensor) -> Tensor:
         logits = logits.float().masked_fill(~allowed, -torch.inf)  # [N, V]
@@ -106,13 +106,12 @@ def masked_sums(model: GPT, windows: Tensor, mask: Tensor, allowed: Tensor,
         return torch.zeros(len(windows), dtype=torch.float64, device=losses.device).index_add(0, rows, losses)
 
     inputs, targets = apply_mask(windows, mask, model.config.mask_token_id), windows[mask]
-    hidden = model.encode(inputs)[mask]  # [N, D]
-    logits = model.lm_head(hidden)  # [N, V]
+    hidden_states = model.encode(inputs)  # [B, T, D]
+    main = summed(model.lm_head(hidden_states[mask]))
     if shown is None:
-        return summed(logits), None
-    neighbours, new = (part.to(mask.device)[mask] for part in shown)  # [N, C], [N]
-    given = prepare_sampler_inputs(hidden, neighbours, model.neighbour_embedding(), model.sampler_head.window.left)
-    return summed(logits), summed(model.sampler_head(given.sampler_input, logits, model.lm_head.weight, new))
+        return main, None
+    shown = Shown(*(part.to(mask.device) for part in shown))
+    return main, summed(shown_logits(model, hidden_states, windows, mask, shown))
 
 
 def training_shares(noise: Masking, counts: Tensor, length: int) -> Tensor:
@@ -149,7 +148,7 @@ def validate_generator(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Ma
             counts = stratified_mask_counts(generator, held_out.windows, T)  # [B]
             mask = draw_exact_mask(generator, counts, T)
             shown = None if noise is None or noise.neighbours is None else \
-                neighbours_shown(generator, rows, mask, noise.neighbours)
+                what_is_shown(generator, rows, mask, noise.neighbours)
             sums, sampler = masked_sums(model, *(one.to(runtime.device) for one in (rows, mask)), allowed, shown)
             terms[place] = sums / to_exact(counts).to(sums.device)
             if noise is not None:
@@ -195,16 +194,14 @@ def block_terms(model: GPT, windows: Tensor, block_length: int, generator: RowRa
 def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tensor) -> Tensor:
     """float64 [B]: exact nats per token of windows int64 [B, T] where each block of a block model is written from one
     trunk call, from left to right through a sampler head of that order."""
-    (rows, T), head = windows.shape, model.sampler_head
+    rows, T = windows.shape
     masked = torch.ones_like(windows, dtype=torch.bool)
     hidden = model.encode_streams(torch.full_like(windows, model.config.mask_token_id), windows, block_length)
-    embedding, seen = model.neighbour_embedding(), seen_neighbours(model.config)
     block = (torch.arange(T, device=windows.device) // block_length).expand(rows, T)
-    left, new = (part.to(windows.device) for part in neighbours_shown(
-        keyed(0, 0, 0, rows), *(part.cpu() for part in (windows, masked)), seen, block.cpu()))
-    inputs = prepare_sampler_inputs(hidden.flatten(0, 1), left.flatten(0, 1), embedding, head.window.left)
-    logits = head(inputs.sampler_input, model.lm_head(hidden).flatten(0, 1), model.lm_head.weight,
-                  new.flatten())  # [B T, V]
+    text, masks, blocks = (part.cpu() for part in (windows, masked, block))
+    shown = what_is_shown(keyed(0, 0, 0, rows), text, masks, seen_neighbours(model.config), blocks, groups=blocks)
+    shown = Shown(*(part.to(windows.device) for part in shown))
+    logits = shown_logits(model, hidden, windows, masked, shown, block)  # [B T, V]
     logits = logits.float().masked_fill(~allowed, -torch.inf)
     return to_exact(F.cross_entropy(logits, windows.flatten(), reduction='none')).double().view(rows, T).mean(1)
 

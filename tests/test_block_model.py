@@ -128,7 +128,7 @@ def test_gradients_of_two_streams_are_those_of_one_pass_for_each_block():
     for first in range(0, T, 3):
         text = torch.cat((clean[:, :first], noisy[:, first:first + 3]), dim=1)
         block = torch.arange(first + 3) // 3
-        hidden = model._read(text, model._places(0, first + 3), (block[:, None] >= block)[None, None], None, None)
+        hidden, _ = model._read(text, model._places(0, first + 3), (block[:, None] >= block)[None, None], None, None)
         (hidden[:, first:] * weight[:, first:first + 3]).sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

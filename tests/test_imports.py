@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (  # from top to bottom
     ('train', 'sample', 'evaluate', 'bench'), ('core.study',), ('core.bench',), ('core.evaluation',), ('core',),
     ('core.sampling',), ('core.checkpoints',), ('core.data',), ('sample_utils', 'configurator'), ('core.noise',),
-    ('model',), ('core.common',))
+    ('model',), ('core.sampler_head',), ('core.common',))
 
 
 def sources(root: Path) -> dict[str, str]:

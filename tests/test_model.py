@@ -203,7 +203,7 @@ def test_the_sampler_heads_operations_are_those_of_its_matrices(width, blind):
 
 
 def test_rotary_scores_depend_on_distance_only():
-    from model import rotary_tables, rotate
+    from core.common.layers import rotary_tables, rotate
 
     cosine, sine = rotary_tables(16, 8)
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
@@ -214,7 +214,7 @@ def test_rotary_scores_depend_on_distance_only():
 
 
 def test_normalisation_is_that_of_the_paper():
-    from model import Norm
+    from core.common.layers import Norm
 
     x = torch.randn(3, 8)
     expected = x / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()

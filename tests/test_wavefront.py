@@ -13,7 +13,8 @@ from core.common.drawing import DrawRule, allowed_ids, allowed_log_probabilities
 from core.common.randomness import RowRandom, keyed
 from core.common.waves import follow_on_schedule, group_schedule, wave_schedule
 from helpers.toys import awake
-from model import GPT, GPTConfig, SamplerWindow
+from model import GPT, GPTConfig
+from core.sampler_head import SamplerWindow
 from sample_utils import (FillTask, Filler, _bootstrap_fill_by_confidence, draw_wave, independent_fill,
                           neighbour_tokens, predict_and_sample_tokens, prepare_sampler_inputs, sampler_wavefront_fill)
 
@@ -246,7 +247,9 @@ def test_neighbours_never_cross_a_row():
     assert neighbour_tokens(tokens, torch.tensor([1, 2]), SamplerWindow(1, 1), MASK).tolist() == [[1, -1], [-1, 2]]
 
 
-@pytest.mark.parametrize('changes', [{}, {'sampler_gate': True}, {'sampler_output': 'shared_detached'}])
+@pytest.mark.parametrize('changes', [{}, {'sampler_gate': True}, {'sampler_output': 'shared_detached'},
+                                     {'sampler_kind': 'layer_neighbours'},
+                                     {'sampler_kind': 'rerun', 'sampler_context': 1}])
 def test_log_probabilities_of_draws_have_their_true_gradient(changes):
     """Through head, trunk and embeddings, against finite differences of the same draws: what policy gradients need."""
     trained = awake(GPT(GPTConfig(**{**SHAPE, **changes}), seed=1).double())

@@ -3,11 +3,12 @@
 Letters: B batch (rows), T sequence length.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 Order = Literal['wave', 'left_to_right']
 
 
@@ -80,3 +81,40 @@ def stage_schedule(masked: Tensor, positions: Tensor, seeds: Tensor, order: Orde
     whole = torch.where(seeds, 1, torch.where(remaining, waves + 1, 0))
     complete = (positions == masked).all(1, keepdim=True)  # [B, 1]
     return torch.where(complete, whole, group_schedule(positions, order))
+
+
+class Turns(NamedTuple):
+    """The order of a fill in which every token is drawn given all that its group has drawn before, of one row or more.
+
+    group int64 [B, T]: positions of one number are filled from one trunk call, -1 for those that are not filled; turn
+    int64 [B, T]: in each group the position of the lowest comes first, and none of a group are equal.
+    """
+
+    group: Tensor
+    turn: Tensor
+
+
+def fill_turns(group: Tensor, order: Order) -> Turns:
+    """`Turns` of groups int64 [B, T]. 'left_to_right': by place. 'wave': by the distance from the middle of a run of
+    adjacent positions of one group, and by place among those of one distance."""
+    T = group.size(1)
+    place = torch.arange(T, device=group.device)
+    if order == 'left_to_right':
+        return Turns(group, place.expand_as(group))
+    begins = F.pad(group[:, 1:] != group[:, :-1], (1, 0), value=True)
+    ends = F.pad(begins[:, 1:], (0, 1), value=True)
+    first = place - distance_to_last(begins, missing=T)  # [B, T], of the run
+    last = place + distance_to_next(ends, missing=T)
+    return Turns(group, (place - (first + last) // 2).abs() * T + place)
+
+
+def sees_in_turn(masked: Tensor, turns: Turns, within: Tensor | None = None) -> Tensor:
+    """bool [B, T, T]: whether a position (second index) knows the token at another one (third) when it is drawn: one
+    that is not masked, or one that its own group has drawn before.
+
+    masked bool [B, T]; within bool [B, T, T]: where it may look at all, None for everywhere.
+    """
+    group, turn = turns
+    drawn = (group[:, None] == group[..., None]) & (turn[:, None] < turn[..., None]) & (group >= 0)[:, None]
+    known = drawn | ~masked[:, None]
+    return known if within is None else known & within

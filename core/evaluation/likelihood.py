@@ -77,7 +77,8 @@ def likelihood_cells(evaluation: Evaluation) -> list[Cell]:
                         f'{evaluation.checkpoint.kind}; --measure=nelbo gives the likelihood of a causal one')
     lengths = evaluation.model.config.block_length or (T,)
     policies, calls = split_names(config.policies or POLICIES_SHOWN), asked_calls(config.trunk_calls, max(lengths))
-    ways = HEADS if evaluation.model.config.sampler_order == 'wave' else ('none', 'left_to_right')
+    trained = evaluation.model.config
+    ways = HEADS if trained.sampler_order == 'wave' and not trained.reads_row else ('none', trained.sampler_order)
     heads = split_names(config.heads) if config.heads is not None else \
         list(ways) if evaluation.sampler_head else ['none']
     raise_problems([*policy_problems(policies), *call_problems(calls, max(lengths)),

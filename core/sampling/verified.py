@@ -22,7 +22,7 @@ from core.sampling.network import LOGITS, Network, Soundness
 from core.sampling.prompt import Layout
 from core.sampling.trace import Watch
 from model import GPT
-from sample_utils import FillTask, neighbour_tokens, prepare_sampler_inputs
+from sample_utils import FillTask, logits_in_turn, neighbour_tokens, prepare_sampler_inputs
 
 ROUNDS = 1 << 10  # steps that the random numbers of a block are numbered within; a block has fewer positions
 
@@ -93,7 +93,12 @@ def _write_block(drafting: BlockNetwork, checking: BlockNetwork, settings: Gener
 
 def draft_log_probabilities(model: GPT, task: FillTask, drafts: Tensor) -> Tensor:
     """float64 [B, W, V]: what each of the drafts int64 [B, W] of `task` was drawn from by the head, given the drafts on
-    its left."""
+    its left; at the task's positions alone where the head reads rows."""
+    if model.config.reads_row:
+        scores = torch.zeros(drafts.numel(), task.rule.allowed.numel(), dtype=torch.float64, device=drafts.device)
+        for part, logits in logits_in_turn(model, task, drafts, task.positions):
+            scores[part] = _log_probabilities(to_exact(logits), task.rule)
+        return scores.view(*drafts.shape, -1)
     (B, W), window, mask = drafts.shape, model.config.sampler_window, model.config.mask_token_id
     wide, before = (FillTask(tokens, task.hidden_states, task.rule, task.generator, left_context=task.left_context)
                     .padded(window, mask) for tokens in (drafts, task.tokens))

@@ -12,7 +12,8 @@ from itertools import combinations, permutations, product
 import torch
 from torch import nn
 
-from model import GPTConfig, SamplerWindow
+from model import GPTConfig
+from core.sampler_head import SamplerWindow
 
 T, V0 = 4, 3
 MASK, V = V0, V0 + 4
@@ -22,7 +23,7 @@ EMPTY = ((MASK, 1.0),) * T
 class Head(nn.Module):
     """A sampler head whose logits are the trunk's, plus a number for each neighbour that is revealed."""
 
-    window, gate = SamplerWindow(1, 1), None
+    window, gate, attention = SamplerWindow(1, 1), None, None
 
     def __init__(self, generator):
         super().__init__()

@@ -13,7 +13,8 @@ from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
 from core.noise import Masking, SeenNeighbours
 from core.training_step import StepSettings, TrainingState
-from model import GPT, GPTConfig, SamplerWindow
+from model import GPT, GPTConfig
+from core.sampler_head import SamplerWindow
 
 
 CPU = Runtime(torch.device('cpu'), torch.float32, False)

@@ -17,12 +17,13 @@ from model import GPT
 
 T, MASK = 6, V0
 ALLOWED = allowed_ids(V0 + 4, V0)
+WINDOW = {'sampler_context_left': 2, 'sampler_context_right': 1}
 
 
 def mixture(scale=0.4, **changes):
     config = toy_config(block_size=T, attention_type='block', block_length=(1, 3), n_layer=2, add_sampler_head=True,
-                        sampler_context_left=2, sampler_context_right=1, sampler_order='left_to_right',
-                        sampler_gate=True, **changes)
+                        sampler_order='left_to_right', sampler_gate=True, **{
+                            **({} if 'sampler_kind' in changes else WINDOW), **changes})
     model = awake(GPT(config)).double().eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(scale)  # so that no text is rare
@@ -49,10 +50,10 @@ def test_the_checking_call_reads_what_blocks_of_one_read(positions):
     torch.testing.assert_close(torch.cat(found, dim=1), whole)
 
 
-@pytest.mark.parametrize('length', [4, 5])
-def test_texts_come_as_often_as_the_causal_model_writes_them(length):
+@pytest.mark.parametrize('length, changes', [(4, {}), (5, {}), (5, {'sampler_kind': 'layer_neighbours'})])
+def test_texts_come_as_often_as_the_causal_model_writes_them(length, changes):
     """Counted against the enumerated law of the model at blocks of one; blocks of three, the last one shorter."""
-    model, rows = mixture(), 60_000
+    model, rows = mixture(**changes), 60_000
     made, _ = written(model, rows, length)
     texts = torch.cartesian_prod(*[torch.arange(V0)] * length)
     scorer = Scorer(POLICIES['left_to_right'].make(iterations=1), 'none', ALLOWED, 1)

@@ -13,7 +13,8 @@ from core.stages import Stage
 from core.validation import block_terms, one_call_terms
 from helpers.runs import equal_runs, refused, run
 from helpers.toys import V0, awake, toy_config, toy_plan
-from model import GPT, SamplerWindow
+from model import GPT
+from core.sampler_head import SamplerWindow
 
 T = 12
 ORDERED = {'add_sampler_head': True, 'sampler_order': 'left_to_right', 'sampler_context_left': 3,

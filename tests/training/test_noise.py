@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from core.common.randomness import keyed
 from core.noise import (MINIMUM_TIME, SCHEDULES, SeenNeighbours, apply_mask, draw_exact_mask, draw_mask,
                         low_discrepancy_times, neighbours_shown, shown_neighbours, stratified_mask_counts)
-from model import SamplerWindow
+from core.sampler_head import SamplerWindow
 
 
 def closed_form(name: str, t: float) -> float:

@@ -20,7 +20,8 @@ from core.checkpoints.kinds import CheckpointKind
 from core.common.drawing import allowed_ids
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime
-from core.noise import Corruption
+from core.noise import Corruption, seen_neighbours
+from core.sampler_head import SAMPLER_KINDS
 from core.stages import Stage, stage_at
 from core.training_step import TrainingState, training_step
 from helpers.toys import V0, toy_config, toy_plan, toy_settings, toy_state
@@ -65,11 +66,13 @@ def test_heads_do_not_move_before_their_stage():
 
 
 @pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
-def test_the_trunk_is_bit_identical_with_and_without_a_sampler_head(optimizer):
+@pytest.mark.parametrize('kind', SAMPLER_KINDS)
+def test_the_trunk_is_bit_identical_with_and_without_a_sampler_head(optimizer, kind):
     """Dropout, accumulation and clipping included, until the critic would start."""
     plain = toy_state(toy_config(dropout=0.2), toy_plan(micro_steps=2), optimizer=optimizer, grad_clip=0.1)
-    headed = toy_state(toy_config(dropout=0.2, add_sampler_head=True, start_sampler_iteration=1),
-                       toy_plan(micro_steps=2, sampler_context=1), optimizer=optimizer, grad_clip=0.1)
+    config = toy_config(dropout=0.2, add_sampler_head=True, sampler_kind=kind, start_sampler_iteration=1)
+    headed = toy_state(config, toy_plan(micro_steps=2, neighbours=seen_neighbours(config)), optimizer=optimizer,
+                       grad_clip=0.1)
     with torch.no_grad():
         for name, parameter in headed.model.named_parameters():
             if name in dict(plain.model.named_parameters()):
@@ -175,11 +178,14 @@ def test_a_step_does_not_depend_on_what_ran_before_it():
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-@pytest.mark.parametrize('stop', [1, 2, 3, 4, 5, 7])
-def test_resume_is_exact(stop):
+@pytest.mark.parametrize('stop, kind', [*((stop, 'neighbours') for stop in (1, 2, 3, 4, 5, 7)), (4, 'layer'),
+                                        (5, 'rerun')])
+def test_resume_is_exact(stop, kind):
     """Stop after any number of steps, dropout, accumulation and every stage border crossed: bitwise the same."""
+    config = toy_config(**STAGED, sampler_kind=kind, dropout=0.3)
+
     def fresh():
-        return toy_state(toy_config(**STAGED, dropout=0.3), toy_plan(micro_steps=2, sampler_context=1))
+        return toy_state(config, toy_plan(micro_steps=2, neighbours=seen_neighbours(config)))
 
     whole, losses = fresh(), []
     for iteration in range(8):

@@ -52,9 +52,9 @@ class Prediction:
 
     @cached_property
     def hidden_states(self) -> Tensor:
-        """[B, T, D], of the open positions; elsewhere nothing to build on."""
+        """[B, T, D], of the open positions; elsewhere nothing to build on, unless the sampler head reads whole rows."""
         tokens, positions, count, rows = self._open
-        if self._network.compiled or count is None:
+        if self._network.compiled or count is None or self._head != 'none' and self._network.model.config.reads_row:
             return self._network.encode(tokens)
         picked = within = flat_positions(positions, count)  # [N]
         read = tokens

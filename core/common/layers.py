@@ -1,0 +1,32 @@
+"""Parts that trunk and heads are built of.
+
+Letters: B rows, T sequence length, D width, H heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Norm(nn.Module):
+    """Root mean square normalisation (Zhang & Sennrich 2019) with a gain per channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), eps=1e-6)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021) on queries or keys x [B, T, H, D / H]; cosine and sine are [T, 1, D / 2H]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def rotary_tables(length: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [length, 1, width / 2] of position times frequency, base 10,000 (Su et al. 2021)."""
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float()[:, None], angle.sin().float()[:, None]
