@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core.common.layers import Norm, rotary_tables, rotate
+from core.common.layers import Norm, draw_weights, rotary_tables, rotate
 from core.common.precision import to_exact
-from core.sampler_head import SAMPLER_KINDS, SamplerHead, SamplerKind, SamplerShape, SamplerWindow
+from core.sampler_head import (SAMPLER_KINDS, SamplerHead, SamplerKind, SamplerShape, SamplerWindow,
+                               initialise_sampler_head)
 
 
 class ModelMode(str, Enum):
@@ -365,6 +366,9 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+GENERATORS = {'trunk': 0, 'sampler_head': 1, 'critic_head': 2, 'classifier': 3, 'scorer': 4}  # added to a seed
+
+
 class HeadRow(NamedTuple):
     """What training, logging and loading must know of a head.
 
@@ -432,25 +436,17 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         """Normal with deviation 0.02 as in GPT-2, zero for what writes into the residual stream and for the critic."""
-        generators = {name: torch.Generator().manual_seed(seed + offset)
-                      for offset, name in enumerate(('trunk', 'sampler_head', 'critic_head', 'classifier', 'scorer'))}
+        generators = {name: torch.Generator().manual_seed(seed + offset) for name, offset in GENERATORS.items()}
         for name, module in self.named_modules():
-            generator = generators.get(name.split('.')[0], generators['trunk'])
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                deviation = 0.02 if name.startswith(('transformer.wte', 'transformer.wpe', 'lm_head')) else \
-                    1 / math.sqrt(3 * module.weight.size(1))
-                nn.init.normal_(module.weight, std=deviation, generator=generator)
-                if name.endswith('c_proj') or name == 'critic_head':
-                    nn.init.zeros_(module.weight)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        head = self.sampler_head
-        if head is not None and head.residual and head.output_head is not None:
-            nn.init.zeros_(head.output_head.weight)  # starts as the trunk's own prediction
-        if head is not None and head.gate is not None:
-            nn.init.zeros_(head.new_neighbours.weight)
-            nn.init.zeros_(head.gate.weight)
-            head.gate_start[0] = 1.0
+            part = name.split('.')[0]
+            if part == 'sampler_head':
+                continue
+            draw_weights(module, generators.get(part, generators['trunk']), 0.02 if name.startswith(
+                ('transformer.wte', 'transformer.wpe', 'lm_head')) else None)
+            if name.endswith('c_proj') or name == 'critic_head':
+                nn.init.zeros_(module.weight)
+        if self.sampler_head is not None:
+            initialise_sampler_head(self.sampler_head, generators['sampler_head'])
 
     def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None,
                positions: Tensor | None = None) -> Tensor:

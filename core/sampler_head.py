@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.common.layers import Norm, rotary_tables, rotate
+from core.common.layers import Norm, draw_weights, rotary_tables, rotate
 
 SamplerKind = Literal['neighbours', 'layer', 'layer_neighbours', 'rerun']
 
@@ -249,3 +249,16 @@ class SamplerHead(nn.Module):
         slots = self.input.weight.view(self.input.out_features, self.window.size + 1, -1)  # [W, C + 1, D]
         neighbours = torch.cat((slots[:, :self.window.left], slots[:, self.window.left + 1:]), dim=1)  # [W, C, D]
         return torch.einsum('vd,esd->sve', embedding, neighbours)
+
+
+@torch.no_grad()
+def initialise_sampler_head(head: SamplerHead, generator: torch.Generator) -> None:
+    """The initial weights that `generator` gives a head, whatever trunk it is on."""
+    for module in head.modules():
+        draw_weights(module, generator)
+    if head.residual and head.output_head is not None:
+        nn.init.zeros_(head.output_head.weight)  # starts as the trunk's own prediction
+    if head.gate is not None:
+        nn.init.zeros_(head.new_neighbours.weight)
+        nn.init.zeros_(head.gate.weight)
+        head.gate_start[0] = 1.0

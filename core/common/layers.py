@@ -3,6 +3,8 @@
 Letters: B rows, T sequence length, D width, H heads.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,3 +32,12 @@ def rotary_tables(length: int, width: int) -> tuple[Tensor, Tensor]:
     frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float()[:, None], angle.sin().float()[:, None]
+
+
+def draw_weights(module: nn.Module, generator: torch.Generator, deviation: float | None = None) -> None:
+    """Normal initial weights of one linear layer or embedding, 1 / sqrt(3 width) as `deviation` by default; zero
+    biases. Other modules stay as they are."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=deviation or 1 / math.sqrt(3 * module.weight.size(1)), generator=generator)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
