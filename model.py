@@ -6,7 +6,6 @@ Letters: B batch, T sequence length, V vocabulary with the special ids, D = n_em
 a position, W = sampler_n_embd, N positions picked out of a batch, S queries and K keys of an attention.
 """
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, NamedTuple

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = (  # from top to bottom
     ('train', 'sample', 'evaluate', 'bench'), ('core.study',), ('core.bench',), ('core.evaluation',), ('core',),
-    ('core.sampling',), ('core.checkpoints',), ('core.data',), ('sample_utils', 'configurator'), ('core.noise',),
-    ('model',), ('core.sampler_head',), ('core.common',))
+    ('core.sampling',), ('core.pretrained',), ('core.checkpoints',), ('core.data',), ('sample_utils', 'configurator'),
+    ('core.noise',), ('model',), ('core.sampler_head',), ('core.common',))
 
 
 def sources(root: Path) -> dict[str, str]:
@@ -63,6 +63,7 @@ def test_there_is_no_circle():
 @pytest.mark.parametrize('module, line', [
     ('core.common.errors', 'from model import GPT'), ('core.noise', 'import sample_utils'),
     ('core.data.corpus', 'def late():\n    from core.checkpoints import run_folder'),
+    ('core.pretrained.trunk', 'from core.sampling.network import Network'),
     ('core.sampling.generation', 'import core.trainer'), ('core.trainer', 'from core.evaluation.run import table'),
     ('core.study.run', 'import evaluate')])
 def test_a_planted_arrow_upwards_is_found(module, line):

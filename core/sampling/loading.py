@@ -1,11 +1,13 @@
 """From options and files to what generation takes: prompts, checkpoint, helpers, the network."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.heads import started_heads
@@ -20,6 +22,11 @@ from core.common.randomness import RowRandom
 from core.common.runtime import COMPILING_SECONDS, DTYPES, compile_problem, resolve_device, use_precision
 from core.common.timing import TimingAccumulator
 from core.data.vocabulary import Vocabulary
+from core.noise import LINEAR, NoiseSchedule
+from core.pretrained.head_file import load_with_head
+from core.pretrained.loading import USUAL_LENGTH, Source
+from core.pretrained.trunk import PretrainedTrunk
+from core.pretrained.vocabulary import AnyVocabulary
 from core.sampling.calibration import find_calibration
 from core.sampling.generation import GenerationSettings, reads_blocks
 from core.sampling.network import Network
@@ -28,7 +35,7 @@ from core.sampling.policies import POLICIES
 from core.sampling.policy_options import (DIFFUSION, block_defaults, build_policy, choose_guide, guidance_problems,
                                           make_policy, model_problems, reads_thresholds, remasking_levels, remasks)
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill, start_token
-from model import GPT
+from model import GPT, GPTConfig
 from sample_utils import draw_wave
 
 LONGEST_PROMPT = 10_000_000  # characters of a file
@@ -65,8 +72,9 @@ def _file_text(option: str, path: Path) -> str:
                         f'with an @') from None
 
 
-def lay_out(config: SampleConfig, vocabulary: Vocabulary, block_size: int, generator: RowRandom) -> Layout:
-    """The start of the rows of `generator`: prompt or infill text, masks elsewhere."""
+def lay_out(config: SampleConfig, vocabulary: AnyVocabulary, usual_length: int, generator: RowRandom) -> Layout:
+    """The start of the rows of `generator`: prompt or infill text, masks elsewhere; usual_length: tokens of a text
+    where no number is asked for."""
     mask = vocabulary.mask_token_id
     if config.infill_text:
         pieces = [piece if isinstance(piece, int) else vocabulary.encode(piece)
@@ -74,7 +82,7 @@ def lay_out(config: SampleConfig, vocabulary: Vocabulary, block_size: int, gener
         size = sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
         return lay_out_infill(pieces, config.sequence_length or size, mask, generator)
     prompt = vocabulary.encode(config.start_text) if config.start_text else []
-    length = len(prompt) + config.max_new_tokens if config.max_new_tokens else config.sequence_length or block_size
+    length = len(prompt) + config.max_new_tokens if config.max_new_tokens else config.sequence_length or usual_length
     return lay_out_prompt(prompt, length, mask, generator, config.seed_placement)
 
 
@@ -82,60 +90,101 @@ def lay_out(config: SampleConfig, vocabulary: Vocabulary, block_size: int, gener
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint ready to sample from, its helpers, and what is to be said about it."""
+    """A model ready to sample from, its helpers, and what is to be said about it. usual_length: tokens of a text where
+    nobody asks for another number."""
 
-    model: GPT
+    model: GPT | PretrainedTrunk
     remasking_model: GPT | None
     judge: GPT | None
-    vocabulary: Vocabulary
+    vocabulary: AnyVocabulary
     settings: GenerationSettings
     device: torch.device
     said: list[str]
+    usual_length: int
+
+
+class Opened(NamedTuple):
+    """A checkpoint or a pretrained model that was found. sampler, critic: whether it has a trained head; said: the
+    lines about finding it; untrained: what is said of heads whose training had not begun; schedule: its noise's; build:
+    the model on its device; path: of a checkpoint's file, None of others; usual_length: see `Loaded`."""
+
+    config: GPTConfig
+    kind: CheckpointKind
+    sampler: bool
+    critic: bool
+    said: list[str]
+    untrained: list[str]
+    vocabulary: AnyVocabulary
+    allowed: Tensor
+    schedule: NoiseSchedule
+    build: Callable[[], GPT | PretrainedTrunk]
+    path: Path | None
+    usual_length: int
 
 
 def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
-    """The checkpoint of `config` and all that it needs; UserError where something does not suit the options."""
+    """The model of `config` and all that it needs; UserError where something does not suit the options."""
     device = torch.device(resolve_device(config.device))
     use_precision(device, config.dtype)
-    path, found = find_checkpoint(config.out_dir, config.checkpoint_name, 'checkpoint_name' in explicit)
-    checkpoint = load_checkpoint(path, device='cpu')
-    model_config = model_config_from_dict(checkpoint.model_config, path)
-    raise_problems(model_problems(config, explicit, model_config, CheckpointKind(checkpoint.kind)))
-    sampler, critic, said = started_heads(model_config, checkpoint.iteration)
-    if config.sampling_method == 'sampler' and not sampler:
-        raise UserError(f'sampling_method is sampler, but {said[0]}; train longer or take --sampling_method=diffusion')
-    why = said[-1] if model_config.add_critic_head and not critic else 'the checkpoint has none'
+    opened = open_checkpoint(config, explicit, device) if config.model is None else open_pretrained(config, device)
+    raise_problems(model_problems(config, explicit, opened.config, opened.kind))
+    if config.sampling_method == 'sampler' and not opened.sampler:
+        raise UserError(f'sampling_method is sampler, but {opened.untrained[0]}; train longer or take '
+                        f'--sampling_method=diffusion')
+    why = opened.untrained[-1] if opened.config.add_critic_head and not opened.critic else 'the checkpoint has none'
     asks = POLICIES[config.sampling_policy].needs_critic
-    through_head = config.sampling_method in DIFFUSION and sampler and config.use_sampler_head
-    config, chosen = block_defaults(config, explicit, model_config,
-                                    through_head and model_config.sampler_order == 'left_to_right')
-    said += chosen
-    raise_problems(guidance_problems(config, critic, why))
-    said = [*found, *said]
+    through_head = config.sampling_method in DIFFUSION and opened.sampler and config.use_sampler_head
+    config, chosen = block_defaults(config, explicit, opened.config,
+                                    through_head and opened.config.sampler_order == 'left_to_right')
+    raise_problems(guidance_problems(config, opened.critic, why))
+    said = [*opened.said, *opened.untrained, *chosen]
     if remasks(config) and remasking_levels(config):
-        guide, line = choose_guide(config, critic, why)
+        guide, line = choose_guide(config, opened.critic, why)
         config, asks = replace(config, guidance=guide), guide in ('model', 'critic')
         said.append(line)
-    vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
-    model = build_model(checkpoint, device).requires_grad_(False)
+    model, vocabulary = opened.build(), opened.vocabulary
     remasking_model, judge = _load_helpers(config, vocabulary, device)
-    rule = DrawRule(allowed_ids(model_config.vocab_size, vocabulary.base_size, device), config.temperature,
-                    config.top_k or None, config.top_p, config.repetition_penalty)
+    rule = DrawRule(opened.allowed, config.temperature, config.top_k or None, config.top_p, config.repetition_penalty)
     diffusing, calibrate = config.sampling_method in DIFFUSION, None
-    if diffusing and config.guidance == 'critic' and reads_thresholds(config):
-        calibration, line = find_calibration(path)
+    if diffusing and config.guidance == 'critic' and reads_thresholds(config) and opened.path is not None:
+        calibration, line = find_calibration(opened.path)
         said.append(line)
         calibrate = None if calibration is None else calibration.to(exact_device(device)).error_rate
-    policy = build_policy(config, calibrate, checkpoint.noise_schedule()) if diffusing else None
-    if config.sampling_method == 'standard' and reads_blocks(model_config, config.block_length):
+    policy = build_policy(config, calibrate, opened.schedule) if diffusing else None
+    if config.sampling_method == 'standard' and reads_blocks(opened.config, config.block_length):
         policy = make_policy('left_to_right', iterations=config.block_length)  # one position a call
     settings = GenerationSettings(config.sampling_method, rule, policy, config.iterations,
-                                  model_config.sampler_order if through_head else 'none',
+                                  opened.config.sampler_order if through_head else 'none',
                                   diffusing and asks, start_token(vocabulary),
                                   config.block_length, config.verify_drafts)
     if config.compile:
         said.append(_compile_line(device))
-    return Loaded(model, remasking_model, judge, vocabulary, settings, device, said)
+    return Loaded(model, remasking_model, judge, vocabulary, settings, device, said, opened.usual_length)
+
+
+def open_checkpoint(config: SampleConfig, explicit: Mapping[str, str], device: torch.device) -> Opened:
+    """The checkpoint that the options name."""
+    path, found = find_checkpoint(config.out_dir, config.checkpoint_name, 'checkpoint_name' in explicit)
+    checkpoint = load_checkpoint(path, device='cpu')
+    model_config = model_config_from_dict(checkpoint.model_config, path)
+    sampler, critic, untrained = started_heads(model_config, checkpoint.iteration)
+    vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
+    return Opened(model_config, CheckpointKind(checkpoint.kind), sampler, critic, found, untrained, vocabulary,
+                  allowed_ids(model_config.vocab_size, vocabulary.base_size, device), checkpoint.noise_schedule(),
+                  lambda: build_model(checkpoint, device).requires_grad_(False), path, model_config.block_size)
+
+
+def open_pretrained(config: SampleConfig, device: torch.device) -> Opened:
+    """The pretrained model that the options name, with its head."""
+    raise_problems([f'{option} does not apply to model, which has another vocabulary than checkpoints of this program; '
+                    f'leave it out' for option in ('remasking_checkpoint_name', 'judge_checkpoint_name')
+                    if getattr(config, option) is not None]
+                   + (['compile does not apply to model; leave it out'] if config.compile else []))
+    base = load_with_head(Source.of(config), config.sampler_head, device, choose_autocast(config.dtype, device))
+    model, vocabulary = base.model, base.vocabulary
+    return Opened(model.config, CheckpointKind.UNMASKING, model.sampler_head is not None, model.critic_head is not None,
+                  base.said, [], vocabulary, vocabulary.allowed.to(device), LINEAR, lambda: model, None,
+                  min(USUAL_LENGTH, model.config.block_size))
 
 
 def _load_helpers(config: SampleConfig, vocabulary: Vocabulary, device: torch.device) -> tuple[GPT | None, GPT | None]:

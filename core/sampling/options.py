@@ -28,6 +28,13 @@ class SampleConfig:
         path=True)
     judge_checkpoint_name: str | None = option(None, 'judge of quality_metric=judge: file in out_dir, or path',
         path=True)
+    # a model of Hugging Face's in place of the checkpoint (docs/pretrained.md)
+    model: str | None = option(None, 'folder or hub name of a masked language model, in place of a checkpoint')
+    sampler_head: str | None = option(None, 'sampler head that was trained on it: a .safetensors file', path=True)
+    predicts: Literal['auto', 'own', 'next'] = option(
+        'auto', 'of a causal architecture trained as a diffusion model: the position its hidden states predict')
+    mask_token: str | None = option(None, 'its mask token, where the tokenizer names none')
+    trust_remote_code: bool = option(False, 'run Python code that comes with the model; read it first')
     # what to write
     num_samples: int = option(4, 'number of texts', minimum=1, maximum=2**32)
     batch_size: int = option(16, 'texts generated at once; lower it when memory runs out, the texts stay the same',

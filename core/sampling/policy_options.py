@@ -13,6 +13,7 @@ from configurator import bound_problems
 from core.checkpoints.kinds import CheckpointKind
 from core.common.expressions import closest
 from core.noise import LINEAR, NoiseSchedule
+from core.pretrained.loading import pretrained_problems
 from core.sampling.options import QualityMetric, SampleConfig
 from core.sampling.policies import POLICIES, REMASKING, Policy
 from model import GPTConfig
@@ -40,7 +41,7 @@ def option_problems(config: SampleConfig, explicit: Mapping[str, str]) -> list[s
                 + (f"; did you mean '{nearest}'?" if nearest else '')]
     return [*_range_problems(config), *_policy_range_problems(config), *_applicability_problems(config, explicit),
             *_policy_problems(config, explicit), *_custom_problems(config, explicit),
-            *_guidance_contradictions(config, explicit)]
+            *_guidance_contradictions(config, explicit), *pretrained_problems(config, explicit)]
 
 
 def _range_problems(config: SampleConfig) -> list[str]:
@@ -171,8 +172,10 @@ def model_problems(config: SampleConfig, explicit: Mapping[str, str], model_conf
         problems.append('verify_drafts needs a block model; train one with config/train_char_block.py --block_length=[1,8]')
     if not model_config.add_sampler_head and (method == 'sampler' or 'use_sampler_head' in explicit and
                                               config.use_sampler_head and method == 'diffusion'):
-        problems.append('the checkpoint has no sampler head; take --sampling_method=diffusion without '
-                        'use_sampler_head, or a checkpoint trained with add_sampler_head=True')
+        cure = 'a checkpoint trained with add_sampler_head=True' if config.model is None else \
+            'train one with config/train_head_on_pretrained.py and give --sampler_head=FILE'
+        problems.append(f'{"the checkpoint" if config.model is None else config.model} has no sampler head; take '
+                        f'--sampling_method=diffusion without use_sampler_head, or {cure}')
     return problems
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from core.common.errors import UserError
 from core.common.randomness import Purpose, RowRandom
 from core.data.vocabulary import Vocabulary
+from core.pretrained.vocabulary import AnyVocabulary
 
 
 class Layout(NamedTuple):
@@ -54,8 +55,11 @@ def lay_out_infill(pieces: Sequence[Sequence[int] | int], length: int, mask_toke
     return Layout(tokens, tokens != mask_token_id)
 
 
-def start_token(vocabulary: Vocabulary) -> int:
-    """What a causal model reads before an empty prompt: a line break, or the first token where there is none."""
+def start_token(vocabulary: AnyVocabulary) -> int:
+    """What a causal model reads before an empty prompt: a line break, or the first token where there is none; of other
+    models' vocabularies, which no causal model of ours has, the first."""
+    if not isinstance(vocabulary, Vocabulary):
+        return 0
     return vocabulary.encode('\n')[0] if vocabulary.kind == 'bpe' or '\n' in vocabulary.tokens else 0
 
 

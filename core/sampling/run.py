@@ -111,7 +111,7 @@ def _sample(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator, resu
     """Add finished batches to `result` and to `outputs` until all are made."""
     network, vocabulary = make_network(config, loaded, timer), loaded.vocabulary
     first_rows = _rows(config, loaded, 0)
-    layout = lay_out(config, vocabulary, loaded.model.config.block_size, first_rows)
+    layout = lay_out(config, vocabulary, loaded.usual_length, first_rows)
     length = layout.tokens.size(1)
     require_blocks(config, loaded, length)
     if config.use_verbose_logging:
@@ -124,7 +124,7 @@ def _sample(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator, resu
             Progress(config, vocabulary, batches, blocks, result.trace, animation, voice) as progress:
         for first in range(0, config.num_samples, config.batch_size):
             rows = _rows(config, loaded, first)
-            layout = lay_out(config, vocabulary, loaded.model.config.block_size, rows)
+            layout = lay_out(config, vocabulary, loaded.usual_length, rows)
             progress.begin_batch(first, layout.protected.cpu())
             shown, start = animation.seconds if animation is not None else 0.0, time.perf_counter()
             write = write_verified if loaded.settings.verify_drafts else generate
@@ -179,7 +179,7 @@ def _say_checks(config: SampleConfig, loaded: Loaded, layout: Layout, say: Say) 
         f'at most {most}; {int(layout.protected[0].sum())} protected, '
         f'{masked.float().mean():.1%} masked')
     say(f'{model.parameter_count():,} parameters on {loaded.device}, {int(loaded.settings.rule.allowed.sum())} tokens '
-        f'may be drawn, special ids {loaded.vocabulary.base_size} to {model.config.vocab_size - 1} never')
+        f'may be drawn, the other {model.config.vocab_size - loaded.vocabulary.base_size} ids never')
     critic = 'replaced by the remasking model' if loaded.remasking_model is not None else \
         'on' if loaded.settings.use_critic else 'off'
     say(f'sampler head {"off" if loaded.settings.head == "none" else "on"}, critic {critic}, seed {config.seed}')
