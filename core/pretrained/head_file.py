@@ -22,9 +22,10 @@ from model import GPTConfig
 
 FORMAT = 'masked-diffusion-head'
 SUFFIX, DESCRIPTION = '.safetensors', '.json'
-HEAD_FIELDS = ('add_sampler_head', 'sampler_kind', 'sampler_attention_n_embd', 'sampler_min_neighbors_ratio', 'sampler_context', 'sampler_context_left',
-               'sampler_context_right', 'sampler_order', 'sampler_gate', 'sampler_output', 'sampler_residual',
-               'sampler_n_embd', 'sampler_zero_hidden', 'add_critic_head')  # of GPTConfig
+HEAD_FIELDS = ('add_sampler_head', 'sampler_kind', 'sampler_min_neighbors_ratio', 'sampler_context',
+               'sampler_context_left', 'sampler_context_right', 'sampler_order', 'sampler_gate', 'sampler_output',
+               'sampler_residual', 'sampler_n_embd', 'sampler_attention_n_embd', 'sampler_zero_hidden',
+               'add_critic_head')  # of GPTConfig
 _MODULES = ('sampler_head.', 'critic_head.')
 
 
