@@ -4,7 +4,7 @@
     python bench.py --shapes=small --repetitions=9     one of them, with more rounds
     python bench.py --groups=policies                  one table only
     python bench.py --baseline                         with the yardsticks' rows in training and sampling
-    python bench.py --json=docs/results/performance.json --report=docs/performance.md
+    python bench.py --json=docs/results/performance.json --report=docs/results/performance.md
     python bench.py --compare before.json after.json   what --json wrote twice: how many times as fast each row became
     python bench.py --scaling                          memory and step time of other sizes
     python bench.py --scaling --sizes=small,large      of some of them

@@ -4,8 +4,8 @@
     python evaluate.py --measure=nelbo --split=train
     python evaluate.py --measure=likelihood --policies=random,margin --trunk_calls="[1,2,4,8]"
     python evaluate.py --measure=quality --num_samples=64 --temperature=1.0
-    python evaluate.py --measure=policies --report=docs/sampling.md
-    python evaluate.py --report                                            the study of docs/results.md, written anew
+    python evaluate.py --measure=policies --report=docs/results/policies.md
+    python evaluate.py --report                                  write the tables of docs/results/study.md again
     python evaluate.py --help
 
 Results are kept in evaluation.json in the run folder, so a rerun computes only what is new.

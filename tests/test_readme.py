@@ -67,7 +67,7 @@ def test_every_command_runs_with_small_settings(tmp_path, small_corpus, monkeypa
 
 
 @pytest.mark.parametrize('page', sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / 'README.md',
-                                                                                     *(ROOT / 'docs').glob('*.md')]))
+                                                                                     *(ROOT / 'docs').rglob('*.md')]))
 def test_links_lead_somewhere(page):
     for target in re.findall(r'\]\(([^)#]+)\)', (ROOT / page).read_text()):
         if '://' not in target:

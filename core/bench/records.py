@@ -12,7 +12,6 @@ from core.common.files import why_unwritable, write_whole
 from core.common.tables import split_at_markers, write_between
 from core.common.typed_json import Items, Range, Seconds, Unfit, checked, read_json
 
-PAGE = 'docs/performance.md'
 COPY = 'copy'  # among the rates of a group, beside those of dtypes
 
 
@@ -180,11 +179,12 @@ class ScalingRecord(TypedDict):
 
 
 class RecordKind(NamedTuple):
-    """What one measurement writes. command: that makes it; contents: the type of its record; begin, end: the marker
-    lines of its tables."""
+    """What one measurement writes. command: that makes it; contents: the type of its record; page: of its tables in the
+    docs; begin, end: the marker lines around them."""
 
     command: str
     contents: type[BenchRecord] | type[ScalingRecord]
+    page: str
     begin: str
     end: str
 
@@ -209,7 +209,7 @@ def file_problems(config: BenchConfig, explicit: Mapping[str, str], kind: Record
                         f'choose another name')
     if config.report is not None:
         try:
-            split_at_markers(Path(config.report), kind.begin, kind.end, PAGE)
+            split_at_markers(Path(config.report), kind.begin, kind.end, kind.page)
         except UserError as error:
             problems.append(str(error))
     return problems
@@ -281,5 +281,5 @@ def show_and_write(config: BenchConfig, record: BenchRecord | ScalingRecord, tex
         write_whole(Path(config.json), json.dumps(record, indent=1) + '\n')
         say(f'record written to {config.json}')
     if config.report is not None:
-        write_between(Path(config.report), kind.begin, kind.end, text, PAGE)
+        write_between(Path(config.report), kind.begin, kind.end, text, kind.page)
         say(f'tables written to {config.report}')

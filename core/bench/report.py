@@ -16,7 +16,8 @@ from core.common.errors import raise_problems
 from core.common.runtime import resolve_device
 from core.common.tables import markdown_table
 
-KIND = RecordKind('bench.py', BenchRecord, '<!-- bench.py writes from here -->', '<!-- bench.py writes to here -->')
+KIND = RecordKind('bench.py', BenchRecord, 'docs/results/performance.md', '<!-- bench.py writes from here -->',
+                  '<!-- bench.py writes to here -->')
 CASES = {  # what a case is called in a table
     'baseline': 'baseline: eager float32 causal step',
     **{name: f'{name.replace("baseline,", "baseline:")} causal step' for name in BASELINES},

@@ -1,6 +1,6 @@
 """How memory and time grow: bytes and operations of training as formulas of a size, and the sizes that are compared.
 
-docs/performance.md writes the formulas out; core/bench/scaling_run.py measures what can be measured. They hold for
+docs/memory.md writes the formulas out; core/bench/scaling_run.py measures what can be measured. They hold for
 masked diffusion without dropout, biases and compilation.
 
 Letters: L layers, D channels, T tokens a row, V ids with the four special ones, C neighbours and W channels of the

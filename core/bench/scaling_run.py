@@ -1,7 +1,7 @@
 """Memory and step time of the sizes of core/bench/scaling.py: measured on this processor, and by formula beyond.
 
 What `bench.py --scaling` does. Training is eager, in float32, of untrained models on random tokens.
-docs/performance.md says what the columns mean.
+docs/memory.md says what the columns mean.
 """
 
 import json
@@ -39,8 +39,8 @@ from model import GPT
 
 Say = Callable[[str], None]
 
-KIND = RecordKind('bench.py --scaling', ScalingRecord, '<!-- bench.py --scaling writes from here -->',
-                  '<!-- bench.py --scaling writes to here -->')
+KIND = RecordKind('bench.py --scaling', ScalingRecord, 'docs/results/scaling.md',
+                  '<!-- bench.py --scaling writes from here -->', '<!-- bench.py --scaling writes to here -->')
 FEWEST_STEPS = 3  # moments are there from the second on; DDP's buckets, made anew behind the first, in the third
 EMPTY = Size(2, 1, 8, 8, rows=4, steps=FEWEST_STEPS, **CHARACTERS)  # shows what a process holds beside a size
 ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a peak rate, and what a step makes of it

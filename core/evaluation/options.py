@@ -6,7 +6,7 @@ from typing import Literal
 from configurator import option
 from core.sampling.options import SampleConfig
 
-RESULTS_PAGE = 'docs/results.md'  # of the study
+RESULTS_PAGE = 'docs/results/study.md'
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class EvaluateConfig:
     reference_checkpoint: str = option('out-reference/ckpt_best.pt', 'causal model that scores the samples', path=True)
     causal_checkpoint: str = option('out-ar/ckpt_best.pt', 'causal model whose samples are a control', path=True)
     report: str | None = option(
-        None, 'page whose generated part is written again: docs/results.md or docs/remasking.md with no measure named',
+        None, 'write the tables of this page again; without --measure docs/results/study.md or docs/results/remasking.md',
         bare=RESULTS_PAGE, path=True)
     # the machine
     batch_size: int = option(64, 'windows or texts at once; lower it when memory runs out, the numbers stay the same',

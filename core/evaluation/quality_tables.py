@@ -21,7 +21,7 @@ from core.sampling.policies import POLICIES
 
 REAL, CAUSAL = 'real text', 'causal model'  # the controls that others are compared with
 SAMPLE = 56  # characters of a sample in a table
-PAGE = 'docs/sampling.md'
+PAGE = 'docs/results/policies.md'
 QUALITY_COLUMNS = ('reference_bits', 'entropy_1', 'entropy_3', 'entropy_5', 'divergence_1', 'divergence_3',
                    'distinct_3', 'known_words', 'copied_span', 'repetition')
 COSTS = ('trunk_calls', 'network_calls', 'seconds')
@@ -81,7 +81,7 @@ def setting_line(rows: Sequence[Row], command: str) -> list[str]:
 # Policies -----------------------------------------------------------------------------------------------------------
 
 def policies_text(record: Row) -> str:
-    """The generated part of docs/sampling.md: one table per budget."""
+    """The generated part of docs/results/policies.md: one table per budget."""
     rows = record['rows']
     lines = [*setting_line([{**record['common'], **rows[0]}], record['command']), '']
     budgets = list(dict.fromkeys(row['wanted_calls'] for row in rows if 'policy' in row))
@@ -265,11 +265,11 @@ def check_page(evaluation: Evaluation, measure: str) -> None:
 
 
 def _publish(evaluation: Evaluation, measure: str, record: Result, text: Callable[[Row], str]) -> None:
-    """The record to results/<measure>.json beside the page of --report, its text between the page's markers."""
+    """The record to <measure>.json in the folder of --report's page, its text between the page's markers."""
     if evaluation.config.report is None:
         return
     page = Path(evaluation.config.report)
     write_between(page, *markers(measure), text(record), PAGE)
-    (page.parent / 'results').mkdir(exist_ok=True)
-    write_whole(page.parent / 'results' / f'{measure}.json', json.dumps(record, indent=1, ensure_ascii=False) + '\n')
-    evaluation.say(f'{measure} written to {page} and {page.parent / "results" / measure}.json')
+    kept = page.with_name(f'{measure}.json')
+    write_whole(kept, json.dumps(record, indent=1, ensure_ascii=False) + '\n')
+    evaluation.say(f'{measure} written to {page} and {kept}')

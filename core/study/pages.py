@@ -1,8 +1,8 @@
-"""The study behind docs/results.md: which checkpoints it measures, and how a page of it is written again.
+"""How the study writes the pages of tables in docs/results/, and which checkpoints it measures.
 
-`python evaluate.py --report` goes through `SECTIONS` (core/study/results.py). An experiment whose checkpoint is there
-is measured, through the cache beside the checkpoint, so that only what is new takes time; of one that is not there the
-kept record under docs/results/ is taken, and where there is none, the command that makes the checkpoint is said.
+`python evaluate.py --report` goes through `SECTIONS` (core/study/results.py). If the checkpoint of an experiment
+exists, it is measured; the cache in its folder saves what was measured earlier. If the checkpoint is missing, its saved
+record is used. If there is no record either, the command that makes the checkpoint is printed.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from core.common.errors import UserError
 from core.common.expressions import excerpt
-from core.common.files import unwritable, write_whole
+from core.common.files import write_whole
 from core.common.tables import markdown_table, split_at_markers, write_between
 from core.evaluation.measure import Result
 from core.evaluation.options import RESULTS_PAGE, EvaluateConfig
@@ -50,7 +50,7 @@ class Experiment:
 
 class Section(NamedTuple):
     """name: of its markers in the page and of its record; text: Markdown from the records there are (never empty);
-    draw: pictures into a folder; page: where it stands."""
+    draw: pictures into a folder; page: that holds it."""
 
     name: str
     experiments: Sequence[Experiment]
@@ -60,7 +60,7 @@ class Section(NamedTuple):
 
 
 def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: Evaluate, say: Say) -> None:
-    """Every section of the page `config.report`, its pictures and records beside it in results/."""
+    """Write every section of the page `config.report`, and its pictures and records into the same folder."""
     page = Path(config.report)
     pages = list(dict.fromkeys(section.page for section in sections))
     sections = [section for section in sections if Path(section.page).name == page.name]
@@ -68,13 +68,9 @@ def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: 
         raise UserError(f'{page} is no page of the study; give --report={" or ".join(pages)}')
     for name in (*(section.name for section in sections), TOTAL):
         split_at_markers(page, *markers(name), page.name)
-    folder = page.parent / 'results'
+    folder = page.parent
     for section in sections:
         kept_records(folder, section)  # refuses what is damaged, or of someone else, before the work
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
     start, missing = time.perf_counter(), []
     for section in sections:
         kept, records = kept_records(folder, section), {}

@@ -1,4 +1,4 @@
-"""The sections of docs/remasking.md: remasking models, what guides remasking, and judges (core/study/pages.py)."""
+"""The sections of docs/results/remasking.md: remasking models, what guides remasking, and judges."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from core.study.words import SEEDS, calls_at, commands, spread
 
 # Which of them finds real errors ------------------------------------------------------------------------------------
 
-REMASKING_PAGE = 'docs/remasking.md'
+REMASKING_PAGE = 'docs/results/remasking.md'
 REMASKING = 'python train.py config/train_char_remasking.py'
 KINDS = {
     'a-random': ('A, random', ' --remasking_loss_type=corrupted_only'),

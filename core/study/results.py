@@ -1,4 +1,4 @@
-"""The sections of docs/results.md: the experiments of the study and what the page says of their records.
+"""The sections of docs/results/study.md: the experiments of the study and what the page says of their records.
 
 All figures come from records (core/study/pages.py), so a kept record makes the same text.
 
@@ -69,7 +69,7 @@ def head_text(records: Records) -> str:
              f'{first["head_share"]:.1%} of the trunk\'s multiply-adds per token.', '']
     for policy in dict.fromkeys(policy for policy, _, _ in rows):
         lines += [f'`{policy}`:', '', *_head_table(rows, policy), '']
-    return '\n'.join([*lines, '![Exact likelihood against trunk calls](results/likelihood.png)'])
+    return '\n'.join([*lines, '![Exact likelihood against trunk calls](likelihood.png)'])
 
 
 def _head_table(rows: Mapping[tuple[str, int, str], Row], policy: str) -> list[str]:
@@ -179,7 +179,7 @@ def curves_section(records: Records) -> str:
     """The table of `curves` and its picture."""
     record = records['main']
     return '\n'.join([f'    {record["training"]}', curves_text(record['rows'], record['evaluation']), '',
-                      '![Reference bits at equal entropy against cost](results/curves.png)'])
+                      '![Reference bits at equal entropy against cost](curves.png)'])
 
 
 CURVES = Section('curves', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'curves', {
@@ -252,7 +252,7 @@ def errors_text(records: Records) -> str:
             lines += ['', f'The critic over all mask shares, on windows that its calibration was not fitted on: AUROC '
                       f'{row["auroc"]:.3f}, calibration error {row["calibration_error"]:.3f} as it is and '
                       f'{row["calibrated_error"]:.3f} calibrated.']
-    return '\n'.join([*lines, '', '![How well errors are found, and how calibrated](results/errors.png)'])
+    return '\n'.join([*lines, '', '![How well errors are found, and how calibrated](errors.png)'])
 
 
 ERRORS = Section('errors', (Experiment('main', MAIN, 'out/ckpt_best.pt', 'errors'),), errors_text,

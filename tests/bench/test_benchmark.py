@@ -458,8 +458,9 @@ def test_report_shows_medians_and_floors():
 
 
 def test_written_page_follows_the_written_record():
-    """docs/performance.md holds nothing typed by hand between its markers."""
-    page, path = (ROOT / 'docs' / 'performance.md').read_text(), ROOT / 'docs' / 'results' / 'performance.json'
+    """docs/results/performance.md holds nothing typed by hand between its markers."""
+    path = ROOT / 'docs' / 'results' / 'performance.json'
+    page = path.with_suffix('.md').read_text()
     between = page.split(BEGIN)[1].split(END)[0].strip()
     assert between == (report(read_record(path)) if path.exists() else 'Not measured yet.')
 
@@ -473,7 +474,7 @@ def test_written_page_follows_the_written_record():
     (['--groups=policies,fil'], ["'fil'", '--groups=training,fill,sampling,policies']),
     (['--repetitions=0', '--critic_row_stride=0'], ['repetitions is 0', 'critic_row_stride is 0', 'at least 1']),
     (['--json=nowhere/record.json'], ['nowhere/record.json', 'create it first']),
-    (['--report=absent.md'], ['absent.md', '--report=docs/performance.md']),
+    (['--report=absent.md'], ['absent.md', '--report=docs/results/performance.md']),
     (['--report=unmarked.md'], ['unmarked.md', BEGIN, END]),
     (['--from_json=unmarked.md'], ['unmarked.md', 'not JSON']),
     (['--from_json=absent.json'], ['absent.json', 'cannot read', '--json=absent.json']),
@@ -505,7 +506,7 @@ def test_a_page_without_markers_stays_as_it_is(tmp_path):
     page = tmp_path / 'page.md'
     page.write_text(f'{BEGIN}\n{BEGIN}\n{END}\n')
     with pytest.raises(UserError):
-        write_between(page, BEGIN, END, 'text', 'docs/performance.md')
+        write_between(page, BEGIN, END, 'text', 'docs/results/performance.md')
     assert page.read_text() == f'{BEGIN}\n{BEGIN}\n{END}\n'
 
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_bytes_of_a_micro_step_and_of_the_update_are_what_the_allocator_gives(ch
 
 
 def test_bytes_by_hand():
-    """Of one layer: 12 D^2 + 2 D + 2 D / H weights, all else by the text of docs/performance.md."""
+    """Of one layer: 12 D^2 + 2 D + 2 D / H weights, all else by the text of docs/memory.md."""
     size = Size(2, 2, 16, 16, 20, rows=4)
     layer = 12 * 16 ** 2 + 2 * 16 + 2 * 8
     P, M = 20 * 16 + 16 + 2 * layer, 2 * 12 * 16 ** 2
@@ -298,6 +299,13 @@ def test_a_record_is_shown_again_and_written_between_its_own_markers(tmp_path, c
     text = scaling_report(a_record())
     assert text in capsys.readouterr().out
     assert page.read_text() == f'before\n{BEGIN}\n\n{text}\n\n{END}\nafter\n<!-- bench.py writes from here -->\n'
+
+
+def test_the_written_page_follows_the_written_record():
+    """docs/results/scaling.md holds nothing typed by hand between its markers."""
+    path = Path(__file__).parents[2] / 'docs' / 'results' / 'scaling.json'
+    between = path.with_suffix('.md').read_text().split(BEGIN)[1].split(END)[0].strip()
+    assert between == scaling_report(read_json_record(path, KIND))
 
 
 def test_what_is_measured_is_kept_and_reads_back(tmp_path, monkeypatch):

@@ -218,7 +218,7 @@ def test_policies_from_checkpoint_to_page_and_again(runs, monkeypatch):
     assert [row['trunk_calls'] for row in rows if row.get('policy') in ('random', 'dilated')] == [2, 4, 5]
     assert [row['control'] for row in rows if 'control' in row] == \
         [REAL, 'shuffled words', 'shuffled characters', 'greedy (llada)', 'causal model']
-    record = json.loads(Path('results/policies.json').read_text())
+    record = json.loads(Path('policies.json').read_text())
     text = page.read_text()
     assert policies_text(record) in text and text.startswith('by hand\n') and text.endswith('by hand too\n')
     assert '### 2 trunk calls' in text and 'parallel_factor' in text and 'reference_bits' not in record['rows'][0]
@@ -286,7 +286,7 @@ def test_the_reference_model_is_trained_on_ref_alone(small_corpus):
     ({'measure': 'quality', 'guidance': 'self', 'policies': 'llada'}, ['policy remask', 'llada']),
     ({'measure': 'quality', 'remasking_checkpoint_name': 'x.pt'}, ['does not apply', 'guidance=model']),
     ({'measure': 'quality', 'report': 'page.md'}, ['report', 'measure=policies']),
-    ({'measure': 'policies', 'report': 'page.md'}, ['page.md', 'docs/sampling.md']),
+    ({'measure': 'policies', 'report': 'page.md'}, ['page.md', 'docs/results/policies.md']),
     ({'measure': 'quality', 'out_dir': 'out-ar'}, ["'causal'", 'causal_checkpoint']),
 ])
 def test_wrong_input_is_one_sentence(runs, changes, words):
@@ -299,7 +299,7 @@ def test_wrong_input_is_one_sentence(runs, changes, words):
 def test_the_page_of_the_docs_is_what_its_record_says():
     record = ROOT / 'docs' / 'results' / 'policies.json'
     begin, end = markers('policies')
-    between = (ROOT / 'docs' / 'sampling.md').read_text().partition(begin)[2].partition(end)[0]
+    between = (ROOT / 'docs' / 'results' / 'policies.md').read_text().partition(begin)[2].partition(end)[0]
     assert between.strip('\n') == (policies_text(json.loads(record.read_text())).strip('\n') if record.exists() else '')
 
 

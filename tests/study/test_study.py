@@ -25,7 +25,7 @@ ROW = {'dataset': 'd', 'split': 'val', 'kind': 'unmasking', 'standard_error': 0.
 
 
 def make_page(folder, names):
-    page = folder / 'results.md'
+    page = folder / 'study.md'
     page.write_text('before\n\n' + '\n\n'.join(
         '\n\n'.join(markers(name)) for name in (*names, 'total')) + '\n\nafter\n')
     return page
@@ -59,7 +59,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_read_or_named(tmp_path):
     text = page.read_text()
     assert f'a: 1.5, python evaluate.py --measure=nelbo --out_dir={there.parent} --windows=7' in text
     assert text.startswith('before') and text.endswith('after\n')
-    kept = json.loads((tmp_path / 'results' / 'study.json').read_text())
+    kept = json.loads((tmp_path / 'study.json').read_text())
     assert kept['a']['rows'] == [{**ROW, 'nats': 1.5, 'windows': 7}] and 'b' not in kept
     assert kept['a']['evaluation_seconds'] == 0.7 and '| together |         0 |' in text
     there.unlink()
@@ -67,7 +67,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_read_or_named(tmp_path):
     assert asked == [] and page.read_text() == text and len(said) == 3
     there.write_bytes(b'')
     run(page, sections, nats=2.5)
-    assert 'a: 2.5' in page.read_text() and json.loads((tmp_path / 'results' / 'study.json').read_text())['a'] != kept
+    assert 'a: 2.5' in page.read_text() and json.loads((tmp_path / 'study.json').read_text())['a'] != kept
 
 
 def test_a_section_without_any_result_leaves_the_page_alone(tmp_path):
@@ -86,24 +86,17 @@ def test_a_page_without_a_place_is_refused_before_any_work(tmp_path):
 @pytest.mark.parametrize('content', ['{"mine": 1}', 'words'])
 def test_records_of_someone_else_are_refused_before_any_work(tmp_path, content):
     page = make_page(tmp_path, ['a', 'b'])
-    (tmp_path / 'results').mkdir()
-    (tmp_path / 'results' / 'b.json').write_text(content)
+    (tmp_path / 'b.json').write_text(content)
     before = page.read_text()
     there = tmp_path / 'ckpt.pt'
     there.write_bytes(b'')
     with pytest.raises(UserError, match='b.json'):
         run(page, [Section(name, (Experiment('a', 'train a', str(there), 'nelbo'),), text_of) for name in 'ab'])
-    assert page.read_text() == before and [one.name for one in (tmp_path / 'results').iterdir()] == ['b.json']
-    (tmp_path / 'results' / 'b.json').unlink()
-    (tmp_path / 'results').rmdir()
-    (tmp_path / 'results').write_text('mine')
-    with pytest.raises(UserError, match='results'):
-        run(page, [Section(name, (Experiment('a', 'train a', str(there), 'nelbo'),), text_of) for name in 'ab'])
-    assert (tmp_path / 'results').read_text() == 'mine'
+    assert page.read_text() == before and [one.name for one in tmp_path.glob('*.json')] == ['b.json']
 
 
 def test_another_page_is_refused_with_the_names_of_those_there_are(tmp_path):
-    with pytest.raises(UserError, match='other.md is no page of the study; give --report=docs/results.md or docs/b.md'):
+    with pytest.raises(UserError, match='other.md is no page of the study; give --report=docs/results/study.md or docs/b.md'):
         run(tmp_path / 'other.md', [Section('a', (), text_of), Section('b', (), text_of, page='docs/b.md')])
 
 

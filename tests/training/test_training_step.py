@@ -124,7 +124,7 @@ def test_layers_computed_again_keep_their_input_only():
         two, three = (saved_bytes(toy_state(toy_config(n_layer=layers, n_embd=64), plan,
                                             activation_checkpointing=wanted)) for layers in (2, 3))
         grown[wanted] = (three - two) / (8 * 4 * 64 * 4)
-    assert grown[True] == 1 and 22 <= grown[False] < 22.5  # 22 as in docs/performance.md; and the norms' factors
+    assert grown[True] == 1 and 22 <= grown[False] < 22.5  # 22 as in docs/memory.md; and the norms' factors
 
 
 def test_gradient_norms_are_those_before_clipping():
