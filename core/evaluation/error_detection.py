@@ -329,10 +329,12 @@ class ErrorStudy:
 
 
 def error_cells(evaluation: Evaluation) -> list[Cell]:
-    """A cell for every mask share and detector, and the critic's calibration where the text is not its own."""
+    """A cell for every mask share and detector, and the critic's calibration where it is a checkpoint's and the text is
+    not its own."""
     study = ErrorStudy(evaluation)
     cells = [study.cell(name, share) for share in SHARES for name in study.detectors]
-    own = evaluation.checkpoint.config.get('train_split', 'train') == evaluation.config.split
+    own = evaluation.config.model is not None or \
+        evaluation.checkpoint.config.get('train_split', 'train') == evaluation.config.split
     return cells + ([study.calibration_cell()] if 'critic' in study.detectors and not own else [])
 
 

@@ -20,6 +20,15 @@ class EvaluateConfig:
     data_dir: str | None = option(None, "folder of the corpora; the checkpoint's own by default, if it is there",
         path=True)
     split: Literal['val', 'train', 'ref'] = option('val', 'part of the corpus')
+    # a model of Hugging Face's in place of the checkpoint (docs/pretrained.md)
+    model: str | None = option(None, 'folder or hub name of a masked language model, in place of a checkpoint')
+    text_file: str | None = option(None, 'the text that it is measured on', path=True)
+    window_length: int | None = option(None, 'tokens of a window of text_file; 128, or the shortest line', minimum=1)
+    sampler_head: str | None = option(None, 'sampler head that was trained on it: a .safetensors file', path=True)
+    predicts: Literal['auto', 'own', 'next'] = option(
+        'auto', 'of a causal architecture trained as a diffusion model: the position its hidden states predict')
+    mask_token: str | None = option(None, 'its mask token, where the tokenizer names none')
+    trust_remote_code: bool = option(False, 'run Python code that comes with the model; read it first')
     measure: str = option('all', 'one of the list above, or all')
     windows: int | None = option(
         None, 'windows of text; more for a smaller standard error (nelbo 512, likelihood 64, errors 256)',

@@ -3,20 +3,21 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from configurator import bound_problems
-from core.checkpoints.checkpoint import checkpoint_hash, load_checkpoint
+from core.checkpoints.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint
 from core.checkpoints.heads import started_heads
 from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.run_folder import find_checkpoint
-from core.checkpoints.weights import build_model
+from core.checkpoints.weights import build_model, model_config_to_dict
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import closest
-from core.common.files import NewFile
+from core.common.files import NewFile, unwritable
 from core.common.printing import say
 from core.common.progress import ProgressBar
 from core.common.runtime import DTYPES, Runtime, resolve_device, use_precision
@@ -30,6 +31,12 @@ from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Resul
 from core.evaluation.nelbo import NELBO
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality import QUALITY_MEASURES
+from core.pretrained.head_file import load_with_head
+from core.pretrained.loading import Source, pretrained_problems
+from core.pretrained.text import read_text, text_corpus
+
+PRETRAINED_FOLDER = 'out-pretrained'  # where results of pretrained models go
+USUAL_WINDOWS = 64  # of their texts
 
 # Measures -----------------------------------------------------------------------------------------------------------
 
@@ -51,7 +58,7 @@ def measure_help() -> str:
 def run_evaluation(config: EvaluateConfig, explicit: Mapping[str, str],
                    say: Callable[[str], None] = say) -> dict[str, list[Result]]:
     """Measure as `config` says; `explicit` names the options given. Returns the rows of every measure by its name."""
-    raise_problems(option_problems(config))
+    raise_problems(option_problems(config, explicit))
     evaluation = load_evaluation(config, explicit, say)
     _require_place(evaluation.out_dir / CACHE_NAME, config)
     cache, found = ResultCache(evaluation.out_dir / CACHE_NAME, say), {}
@@ -84,8 +91,8 @@ def _require_place(results: Path, config: EvaluateConfig) -> None:
         NewFile(results).discard()
     except OSError as error:
         checkpoint = Path(config.out_dir).absolute() / config.checkpoint_name
-        raise UserError(f'results are kept in {results}, which cannot be written ({error.strerror or error}); keep them '
-                        f'elsewhere: --out_dir=FOLDER --checkpoint_name={checkpoint}') from error
+        raise UserError(f'results are kept in {results}, which cannot be written ({error.strerror or error}); keep '
+                        f'them elsewhere: --out_dir=FOLDER --checkpoint_name={checkpoint}') from error
 
 
 def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Callable[[str], None]) -> list[Result]:
@@ -101,7 +108,7 @@ def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Call
         torch.set_flush_denormal(False)
 
 
-def option_problems(config: EvaluateConfig) -> list[str]:
+def option_problems(config: EvaluateConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options before any file is read."""
     problems = bound_problems(config)
     if config.measure not in (*MEASURES, 'all'):
@@ -117,13 +124,24 @@ def option_problems(config: EvaluateConfig) -> list[str]:
     if config.remasking_checkpoint_name is not None and config.measure not in ('errors', 'all') and not guided:
         problems.append(f'remasking_checkpoint_name does not apply to measure={config.measure}; take measure=errors, '
                         f'or measure=quality or curves with guidance=model, or leave it out')
+    problems += pretrained_problems(config, explicit)
+    if config.model is not None and config.text_file is None:
+        problems.append('model is given, but no text; add --text_file=FILE')
+    problems += [f'{name} was given, but applies only with model; leave it out'
+                 for name in ('text_file', 'window_length') if config.model is None and name in explicit]
+    if config.model is not None and config.remasking_checkpoint_name is not None:
+        problems.append('remasking_checkpoint_name does not apply to model, which has another vocabulary than '
+                        'checkpoints of this program; leave it out')
     return problems
 
 
 def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Callable[[str], None]) -> Evaluation:
-    """The checkpoint and its corpus as the options name them; UserError where they do not fit each other."""
+    """The checkpoint and its corpus, or the pretrained model and its text, as the options name them; UserError where
+    they do not fit each other."""
     device = torch.device(resolve_device(config.device))
     use_precision(device, config.dtype)
+    if config.model is not None:
+        return load_pretrained_evaluation(config, explicit, device, say)
     out_dir = Path(config.out_dir)
     path, found = find_checkpoint(out_dir, config.checkpoint_name, 'checkpoint_name' in explicit)
     for line in found:
@@ -150,6 +168,33 @@ def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Ca
     allowed = allowed_ids(model.config.vocab_size, vocabulary.base_size, device)
     return Evaluation(config, explicit, checkpoint, checkpoint_hash(path), model, sampler_head, vocabulary, corpus,
                       allowed, runtime, out_dir, say)
+
+
+def load_pretrained_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], device: torch.device,
+                               say: Callable[[str], None]) -> Evaluation:
+    """A pretrained model and a text file. The text is measured in as many windows as are asked for, spread over it."""
+    runtime = Runtime(device, DTYPES[config.dtype], False)
+    base = load_with_head(Source.of(config), config.sampler_head, device, runtime.dtype)
+    model, vocabulary = base.model, base.vocabulary
+    text = read_text(config.text_file, vocabulary, model.config.block_size, config.window_length)
+    for line in (*base.said, *text.said):
+        say(line)
+    if config.windows is not None and config.windows > text.windows:
+        raise UserError(f'windows is {config.windows}, but the text has {text.windows}; lower it or give a longer text')
+    count = config.windows or min(USUAL_WINDOWS, text.windows)
+    model, out_dir = model.at_most(text.length), Path(config.out_dir)
+    if 'out_dir' not in explicit:
+        out_dir = Path(PRETRAINED_FOLDER)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out_dir, error) from error
+    checkpoint = Checkpoint(CheckpointKind.UNMASKING, model_config_to_dict(model.config), {}, {}, vocabulary.hash, '',
+                            {}, {}, iteration=1)
+    corpus = text_corpus(config.text_file, text.spread(count), vocabulary)
+    config = replace(config, windows=count, checkpoint_name=config.model)
+    return Evaluation(config, explicit, checkpoint, base.hash_with_head, model, model.sampler_head is not None,
+                      vocabulary, corpus, vocabulary.allowed.to(device), runtime, out_dir, say)
 
 
 def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: Sequence[Cell]) -> list[Result]:

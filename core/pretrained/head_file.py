@@ -3,7 +3,7 @@ them, with the name and the hash of the base model that they belong to."""
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -120,6 +120,7 @@ def load_with_head(source: Source, head: str | None, device: torch.device, dtype
     """The model of `source` with the head in the file `head`, if there is one; weights in `dtype`, None for float32."""
     found = None if head is None else read_head(head)
     base = load_pretrained(source, device, dtype or torch.float32, {} if found is None else found.fields)
-    if found is not None:
-        put_on(found, base)
-    return base
+    if found is None:
+        return base
+    put_on(found, base)
+    return replace(base, head=found.description['weights'])

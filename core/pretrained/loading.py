@@ -5,6 +5,7 @@ pickles with `weights_only`, unless the user says otherwise of the first.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,29 +41,36 @@ _FILES = ('*.json', '*.txt', '*.model', '*.py', '*.jinja')  # what is fetched be
 class Source:
     """Which model, and what its files do not say. model: folder or hub name; predicts: whether a hidden state predicts
     its own position or the next, of causal architectures; mask_token: the text of the mask token where the tokenizer
-    names none; length: most tokens at once, None for as many as the model takes."""
+    names none."""
 
     model: str
     trust_remote_code: bool = False
     predicts: Predicts = 'auto'
     mask_token: str | None = None
-    length: int | None = None
 
     @classmethod
-    def of(cls, options: object, length: int | None = None) -> 'Source':
+    def of(cls, options: object) -> 'Source':
         """From a script's options, which have these names."""
-        return cls(options.model, options.trust_remote_code, options.predicts, options.mask_token, length)
+        return cls(options.model, options.trust_remote_code, options.predicts, options.mask_token)
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model ready to serve. folder: where its files are; said: what is to be said about it."""
+    """A model ready to serve. folder: where its files are; said: what is to be said about it; head: SHA-256 (hex) of
+    the weights of the heads that it was given, empty without any."""
 
     source: Source
     folder: Path
     model: PretrainedTrunk
     vocabulary: TokenizerVocabulary
     said: list[str]
+    head: str = ''
+
+    @cached_property
+    def hash_with_head(self) -> str:
+        """SHA-256 (hex) over all that decides its predictions."""
+        read = [self.hash, self.head, self.model.next_token, self.model.config.mask_token_id]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()
 
     @cached_property
     def hash(self) -> str:
@@ -310,7 +318,7 @@ def _framing_of(tokenizer: 'PreTrainedTokenizerBase') -> Framing:
 
 
 def _longest(source: Source, network: 'PreTrainedModel', tokenizer: 'PreTrainedTokenizerBase', framing: Framing) -> int:
-    """Most tokens of text at once: the model's limit without the frame, or what is asked for within it."""
+    """Most tokens of text at once: the model's limit without the frame."""
     limits = [getattr(network.config, name) for name in LENGTHS if getattr(network.config, name, None)]
     limits += [module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
                for name, module in network.named_modules()
@@ -319,10 +327,7 @@ def _longest(source: Source, network: 'PreTrainedModel', tokenizer: 'PreTrainedT
     limit = min(limits, default=USUAL_LENGTH) - len(framing.before) - len(framing.after)
     if limit < 1:
         raise UserError(f'{source.model} reads at most {min(limits)} tokens, which leaves none for text')
-    if source.length is not None and source.length > limit:
-        raise UserError(f'{source.length} tokens at once are asked for, but {source.model} reads at most {limit}; ask '
-                        f'for fewer')
-    return source.length or limit
+    return limit
 
 
 def _head_count(config: 'PretrainedConfig', width: int) -> int:

@@ -9,6 +9,7 @@ N positions picked out of a batch.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -113,6 +114,12 @@ class PretrainedTrunk(nn.Module):
         lengths = len(before) + attention_mask.sum(1, keepdim=True)  # [B, 1]
         framed = framed.scatter(1, lengths + torch.arange(len(after), device=tokens.device), last)
         return framed, (torch.arange(framed.size(1), device=tokens.device) < lengths + len(after)).long()
+
+    def at_most(self, length: int) -> 'PretrainedTrunk':
+        """The same model, whose windows have `length` tokens from now on."""
+        assert length <= self.config.block_size
+        self.config = replace(self.config, block_size=length)
+        return self
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> GPTOutput:
         """Raw logits [B, T, V] and hidden states [B, T, D] of tokens [B, T], position by position."""
