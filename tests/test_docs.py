@@ -99,7 +99,7 @@ def read_options(script: str, words: list[str]) -> None:
     found = configure(SCRIPTS[script], words, resolve_device=lambda asked: 'cpu')
     problems = []
     if script == 'evaluate.py':
-        problems = core.evaluation.run.option_problems(found.config)
+        problems = core.evaluation.run.option_problems(found.config, found.explicit)
     elif script == 'bench.py' and not found.config.gpu_checks:
         module = core.bench.scaling_run if found.config.scaling else core.bench.report
         problems = module.option_problems(found.config, found.explicit)
