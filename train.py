@@ -6,11 +6,12 @@
     torchrun --nproc_per_node=2 train.py config/train_char_diffusion.py --gradient_accumulation_steps=2
     python train.py config/train_char_remasking.py                             a model that finds wrong tokens
     python train.py config/train_char_grpo.py                                  a trained generator, by reward
+    python train.py config/train_head_on_pretrained.py --model=FOLDER --text_file=FILE    heads on another model's trunk
     python train.py --help                                                     every option
 """
 
 from configurator import configure
-from core.common.errors import run_script
+from core.common.errors import raise_problems, run_script
 from core.options import TrainConfig
 
 MEMORY = ('batch_size', 'block_size', 'n_embd', 'n_layer')  # take less of it when lowered
@@ -26,10 +27,17 @@ def resolve_device(name: str) -> str:
 def main(arguments: list[str]) -> None:
     """Read the options and train."""
     configuration = configure(TrainConfig, arguments, resolve_device=resolve_device, usage=__doc__)
+    from core.head_training import train_head
+    from core.pretrained.loading import pretrained_problems
     from core.resuming import inherited_options
     from core.trainer import train
 
     config = configuration.config
+    if config.model is not None:
+        config.device = resolve_device(config.device)
+        train_head(config, configuration.explicit, configuration.notes)
+        return
+    raise_problems(pretrained_problems(config, configuration.explicit))
     inherited, source = inherited_options(config, configuration.explicit)
     if inherited:
         configuration = configure(TrainConfig, arguments, resolve_device=resolve_device, defaults=inherited,

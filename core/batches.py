@@ -63,13 +63,14 @@ class RowShare(NamedTuple):
 
 class BatchPlan(NamedTuple):
     """What batches are made of. noise: of the kind that is trained, `Masking` of a diffusion model, `Corruption` of a
-    remasking model and a judge, None of a causal model."""
+    remasking model and a judge, None of a causal model; stride: windows begin at its multiples."""
 
     tokens: np.ndarray  # the training split
     seed: int
     block_size: int
     rows: RowShare
     noise: Masking | Corruption | None
+    stride: int = 1
 
 
 def micro_steps(plan: BatchPlan, iteration: int) -> list[RowRandom]:
@@ -81,8 +82,9 @@ def micro_steps(plan: BatchPlan, iteration: int) -> list[RowRandom]:
 
 def draw_windows(plan: BatchPlan, generator: RowRandom, length: int) -> Tensor:
     """int64 [B, length]: a window of the corpus for each row, every start equally likely."""
-    starts = generator.uniform(Purpose.DATA, 1)[:, 0] * (len(plan.tokens) - length + 1)  # [B]
-    return gather_windows(plan.tokens, starts.long(), length)
+    count = (len(plan.tokens) - length) // plan.stride + 1
+    starts = generator.uniform(Purpose.DATA, 1)[:, 0] * count  # [B]
+    return gather_windows(plan.tokens, starts.long() * plan.stride, length)
 
 
 def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:

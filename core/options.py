@@ -23,6 +23,13 @@ class TrainConfig:
     overwrite: bool = option(False,
                              'start from scratch in a folder that holds a run; its files move to earlier_run_<date>')
     force_resume: bool = option(False, 'resume although the corpus has changed, or a checkpoint that the run reads')
+    # heads on a model of Hugging Face's (docs/pretrained.md)
+    model: str | None = option(None, 'folder or hub name of a masked language model whose frozen trunk heads learn on')
+    text_file: str | None = option(None, 'text that they learn from', path=True)
+    predicts: Literal['auto', 'own', 'next'] = option(
+        'auto', 'of a causal architecture trained as a diffusion model: the position its hidden states predict')
+    mask_token: str | None = option(None, 'its mask token, where the tokenizer names none')
+    trust_remote_code: bool = option(False, 'run Python code that comes with the model; read it first')
     # evaluation and output
     eval_interval: int = option(500, 'iterations between validations, each with a sample and a save',
         minimum=1, maximum=10**12)

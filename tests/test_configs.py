@@ -20,6 +20,9 @@ SHARED = {
         'lr_decay_iters': 6000, 'min_lr': 0.00030000000000000003, 'ema_decay': 0.998}}
 BLOCK = {'attention_type': 'block', 'add_sampler_head': True, 'sampler_context_right': 0,
          'sampler_order': 'left_to_right', 'sampler_gate': True, 'sampler_gradient': 'trunk'}
+HEAD = {'model': '', 'out_dir': 'out-head', 'add_sampler_head': True, 'sampler_output': 'shared_detached',
+        'sampler_context': 2, 'batch_size': 16, 'learning_rate': 2e-3, 'min_lr': 1e-4, 'max_iters': 2000,
+        'lr_decay_iters': 2000, 'warmup_iters': 50, 'eval_interval': 250, 'eval_iters': 4}
 RECORDED = {
     ('train_bpe_block', 'cpu'): SHARED['cpu'] | BLOCK | {'out_dir': 'out-block-bpe', 'dataset': 'shakespeare_bpe',
         'block_length': [4], 'sampler_context_left': 3, 'sampler_n_embd': 384, 'max_iters': 1000,
@@ -59,6 +62,8 @@ RECORDED = {
     ('train_char_remasking', 'cuda'): SHARED['cuda'] | {'out_dir': 'out-remasking', 'eval_interval': 1200,
         'training_type': 'remasking', 'remasking_loss_type': 'balanced',
         'corruption_checkpoint': 'out/ckpt_best.pt', 'max_iters': 2400, 'lr_decay_iters': 2400},
+    ('train_head_on_pretrained', 'cpu'): HEAD,
+    ('train_head_on_pretrained', 'cuda'): HEAD,
     ('train_gpt2_diffusion', 'cpu'): {'out_dir': 'out-gpt2', 'dataset': 'openwebtext', 'eval_interval': 100,
         'eval_iters': 8, 'batch_size': 8, 'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'add_sampler_head': True,
         'start_sampler_iteration': 75, 'sampler_output': 'shared_detached', 'learning_rate': 0.012,

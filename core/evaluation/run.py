@@ -127,8 +127,6 @@ def option_problems(config: EvaluateConfig, explicit: Mapping[str, str]) -> list
     problems += pretrained_problems(config, explicit)
     if config.model is not None and config.text_file is None:
         problems.append('model is given, but no text; add --text_file=FILE')
-    problems += [f'{name} was given, but applies only with model; leave it out'
-                 for name in ('text_file', 'window_length') if config.model is None and name in explicit]
     if config.model is not None and config.remasking_checkpoint_name is not None:
         problems.append('remasking_checkpoint_name does not apply to model, which has another vocabulary than '
                         'checkpoints of this program; leave it out')

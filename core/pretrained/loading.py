@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ INSTALL = "pip install 'transformers' 'tokenizers'"
 SHIFTED = ('dream',)  # model types whose hidden states predict the next position
 UNSHIFTED = ('llada',)  # causal by their class, bidirectional by their code
 LENGTHS = ('max_position_embeddings', 'max_sequence_length', 'n_positions')  # where configs keep their longest input
+_OF_MODELS = ('predicts', 'mask_token', 'trust_remote_code')  # options
 _FILES = ('*.json', '*.txt', '*.model', '*.py', '*.jinja')  # what is fetched beside weights
 
 
@@ -80,7 +82,7 @@ class Pretrained:
 
 
 def load_pretrained(source: Source, device: torch.device, dtype: torch.dtype = torch.float32,
-                    heads: Mapping[str, Any] = {}, seed: int = 1337) -> Pretrained:
+                    heads: Mapping[str, Any] = MappingProxyType({}), seed: int = 1337) -> Pretrained:
     """The model of `source` on `device`, its weights in `dtype`; heads: fields of `GPTConfig` that ask for heads.
 
     UserError for a model that is missing, damaged, of another kind, or in need of what was not allowed.
@@ -121,7 +123,9 @@ def pretrained_problems(options: object, explicit: Mapping[str, str]) -> list[st
     """Options of a script that do not go with `model`, or only with it."""
     if options.model is None:
         return [f'{name} was given, but applies only with model; add --model=FOLDER_OR_NAME or leave {name} out'
-                for name in ('sampler_head', 'predicts', 'mask_token', 'trust_remote_code') if name in explicit]
+                for name in (*_OF_MODELS, 'text_file', 'window_length', 'sampler_head') if name in explicit]
+    if not options.model:
+        return ['model is empty; name a folder or a model on the hub: --model=FOLDER_OR_NAME']
     return [f'model and {name} were both given, but exclude each other; leave one out'
             for name in ('checkpoint_name', 'dataset', 'data_dir', 'split') if name in explicit]
 

@@ -115,6 +115,12 @@ class PretrainedTrunk(nn.Module):
         framed = framed.scatter(1, lengths + torch.arange(len(after), device=tokens.device), last)
         return framed, (torch.arange(framed.size(1), device=tokens.device) < lengths + len(after)).long()
 
+    def encode_all(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, D] of tokens int64 [B, T] at positions int64 [N], and those of every position [B, T, D]:
+        one trunk call."""
+        hidden_states = self.encode(tokens)
+        return hidden_states.flatten(0, 1).index_select(0, positions.to(hidden_states.device)), hidden_states
+
     def at_most(self, length: int) -> 'PretrainedTrunk':
         """The same model, whose windows have `length` tokens from now on."""
         assert length <= self.config.block_size

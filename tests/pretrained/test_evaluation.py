@@ -1,5 +1,5 @@
-"""evaluate.py with --model: likelihoods against a plain computation with the library's own calls, and how a text file is
-cut into windows."""
+"""evaluate.py with --model: likelihoods against a plain computation with the library's own calls, and how a text file
+is cut into windows."""
 
 import math
 from itertools import permutations

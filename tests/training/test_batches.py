@@ -60,3 +60,11 @@ def test_position_weights_add_up_to_one_over_what_counts():
                                 ('balanced', (1 / 30, 1 / 10))):
         assert position_weights(loss_type, 15, 5).tolist() == pytest.approx(expected)
     assert position_weights('balanced', 7, 0).isfinite().all()
+
+
+def test_with_a_stride_windows_are_whole_lines_and_every_line_occurs():
+    plan = toy_plan(tokens=np.arange(21, dtype=np.uint16))._replace(stride=3)
+    windows = draw_windows(plan, keyed(3, 1, 0, 2000), 3)
+    assert (windows.diff(dim=1) == 1).all() and (windows[:, 0] % 3 == 0).all()
+    counts = torch.bincount(windows[:, 0] // 3, minlength=7).double()
+    assert len(counts) == 7 and (counts / 2000 - 1 / 7).abs().max() < 0.04
