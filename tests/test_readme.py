@@ -100,9 +100,9 @@ def test_what_is_touched_for_a_change_exists():
 
 
 def test_the_fault_matrix_names_tests_that_exist():
-    """Each row of docs/reliability.md names files of tests, and parts of the names of tests in them."""
+    """Each row of docs/faults.md names files of tests, and parts of the names of tests in them."""
     tests = {path.stem: re.findall(r'def (test_\w+)', path.read_text()) for path in ROOT.glob('tests/**/test_*.py')}
-    rows = [line for line in (ROOT / 'docs/reliability.md').read_text().splitlines() if line.startswith('|') and '`test_' in line]
+    rows = [line for line in (ROOT / 'docs/faults.md').read_text().splitlines() if line.startswith('|') and '`test_' in line]
     assert len(rows) > 50
     for row in rows:
         for named in row.rstrip(' |').rpartition('|')[2].split(';'):

@@ -1,4 +1,4 @@
-"""What strikes a whole run: signals, lost ranks, other data, awkward folders. docs/reliability.md lists every fault."""
+"""What strikes a whole run: signals, lost ranks, other data, awkward folders. docs/faults.md lists every fault."""
 
 import dataclasses
 import os
