@@ -29,7 +29,12 @@ from sample_utils import build_critic_artifacts_from_logits, prepare_sampler_inp
 # four float32 copies of them, 0.5 GiB at this limit. With less, the chunks of a vocabulary of 50,000 would hold fewer
 # positions than a trunk is wide, and adding up the gradient of the [V, D] matrix chunk by chunk would cost more passes
 # over memory than the logits themselves. Characters stay far below: 69 ids at 4,608 positions are 0.3 million.
-MOST_LOGITS = 2 ** 25
+MOST_LOGITS, GPU_TIMES = 2 ** 25, 8  # on a GPU so many times as many: it needs large products to be busy
+
+
+def most_logits(device: torch.device) -> int:
+    """The most logits of training that exist at once."""
+    return MOST_LOGITS * (GPU_TIMES if device.type == 'cuda' else 1)
 
 
 class Losses(NamedTuple):
@@ -200,7 +205,7 @@ class Objective(nn.Module):
         read = hidden.asked.new_empty(len(targets), 0) if embedding is None or hidden.all is None else \
             self._read_rows(batch, hidden.all, embedding)
         parts = hidden.asked, targets, batch.main_weights, batch.mean_weights, batch.neighbours, batch.new, read
-        chunks = math.ceil(len(targets) / max(1, MOST_LOGITS // len(self.allowed)))
+        chunks = math.ceil(len(targets) / max(1, most_logits(targets.device) // len(self.allowed)))
         if chunks <= 1:
             return *self._position_losses(*parts, embedding), hidden
         found = [checkpoint(self._position_losses, *chunk, embedding, use_reentrant=False, preserve_rng_state=False)

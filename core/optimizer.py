@@ -93,9 +93,12 @@ class Muon(torch.optim.Optimizer):
             decay = torch.where(refused, 1.0, decay)
         torch._foreach_lerp_(buffers, gradients, 1 - group['momentum'])
         nesterov = torch._foreach_lerp(gradients, buffers, group['momentum'])
+        scale, rate = 0.2 * math.sqrt(max(shape)), group['lr']
+        if isinstance(rate, Tensor):
+            taken, rate = taken * rate, 1.0
         updates = (orthogonalise(torch.stack(nesterov), self.dtype) * taken).unbind()
         torch._foreach_mul_(parameters, decay)
-        torch._foreach_add_(parameters, updates, alpha=-group['lr'] * 0.2 * math.sqrt(max(shape)))
+        torch._foreach_add_(parameters, updates, alpha=-rate * scale)
 
 
 _HEAD_MATRICES = frozenset(f'{head.module}.{name}' for head in HEADS for name in head.matrices)
@@ -126,12 +129,24 @@ def make_optimizers(model: nn.Module, name: str, learning_rate: float, weight_de
     return [*muon, adamw]
 
 
+def make_capturable(optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> None:
+    """Keep the learning rate of every group in a tensor on `device`, where a recorded step reads it."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = torch.tensor(group['lr'], device=device)
+            group['capturable'] = True  # what torch's own optimizers ask for
+
+
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], learning_rate: float,
                       trunk_multiplier: float = 1.0) -> None:
     """Set the learning rate of every group, times trunk_multiplier for the trunk's."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = learning_rate * (trunk_multiplier if group['trunk'] else 1.0)
+            rate = learning_rate * (trunk_multiplier if group['trunk'] else 1.0)
+            if isinstance(group['lr'], Tensor):
+                group['lr'].fill_(rate)
+            else:
+                group['lr'] = rate
 
 
 def learning_rate_at(iteration: int, *, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int,

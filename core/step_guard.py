@@ -46,7 +46,7 @@ class StepGuard:
         if self.spike_deviations > 0:
             refused = refused | self._is_spike(latest)
             self.recent[:, iteration % WINDOW] = latest.where(latest.isfinite(), torch.nan)
-        self.counts = torch.stack((self.counts[0] + refused, (self.counts[1] + 1) * refused))
+        self.counts.copy_(torch.stack((self.counts[0] + refused, (self.counts[1] + 1) * refused)))
         return refused.float().to(self.device)
 
     def _is_spike(self, latest: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class StepGuard:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to judge alike."""
-        return {'counts': self.counts, 'recent': self.recent}
+        return {'counts': self.counts.clone(), 'recent': self.recent.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The reverse of `state_dict`."""

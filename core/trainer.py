@@ -399,7 +399,7 @@ class Run:
         load_weights(state.model, model, path)
         load_weights(state.averaged, averaged, path)
         for optimizer, values in zip(state.optimizers, optimizers, strict=True):
-            asked = [{key: group[key] for key in ('weight_decay', 'betas') if key in group}
+            asked = [{key: group[key] for key in ('lr', 'capturable', 'weight_decay', 'betas') if key in group}
                      for group in optimizer.param_groups]
             optimizer.load_state_dict(values)
             for group, hyperparameters in zip(optimizer.param_groups, asked):

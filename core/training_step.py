@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from core.batches import BatchPlan
-from core.checkpoints.heads import HEADS
+from core.batches import Batch, BatchPlan
+from core.checkpoints.heads import CRITIC, HEADS
 from core.common.randomness import Purpose, RowRandom
 from core.common.runtime import Runtime, has_foreach
 from core.objective import Losses
-from core.optimizer import make_optimizers, set_learning_rate
+from core.optimizer import make_capturable, make_optimizers, set_learning_rate
+from core.recorded_step import StepRecorder, Taken
 from core.sharding import shard
 from core.stages import Stage, stage_at, trains
 from core.step_guard import StepGuard
@@ -62,6 +63,13 @@ class TrainingState:
         self.gradient_norms: dict[str, Tensor] = {}  # of the last step before clipping, by whose they are
         self.stage: Stage | None = None
         self.parallel: nn.Module = self.objective
+        self.average_weight: float | Tensor = 0.0  # of the new weights in the average
+        records = runtime.device.type == 'cuda' and runtime.compile and runtime.world_size == 1 and \
+            runtime.dtype is not torch.float16 and plan.rows.micro_steps == 1 and self.mesh is None and settings.spike_deviations == 0
+        self.recorder = StepRecorder() if records else None
+        if records:  # a recorded step reads from the device what changes
+            self.average_weight = torch.zeros((), device=runtime.device)
+            make_capturable(self.optimizers, runtime.device)
 
     def enter(self, stage: Stage) -> None:
         """Let exactly the parameters that this stage trains have gradients; ranks then wait for no others."""
@@ -95,11 +103,27 @@ class TrainingState:
         norms = {name: nn.utils.clip_grad_norm_(group, limit, foreach=foreach) for name, group in groups.items()}
         return norms if self.mesh is None else {name: _summed(one) for name, one in norms.items()}
 
+    def set_rates(self, iteration: int, learning_rate: float) -> None:
+        """Set what changes from step to step: the learning rate of every group of weights, and the weight of the new
+        weights in their average. The decay of the average grows to ema_decay, so early weights are forgotten."""
+        config = self.model.config
+        set_learning_rate(self.optimizers, learning_rate,
+                          config.unfreeze_lr_multiplier if config.freeze_transformer else 1.0)
+        weight = 1 - min(self.settings.ema_decay, (1 + iteration) / (10 + iteration))
+        if isinstance(self.average_weight, Tensor):
+            self.average_weight.fill_(weight)
+        else:
+            self.average_weight = weight
+
     @torch.no_grad()
-    def update_average(self, iteration: int) -> None:
-        """Exponential moving average of the weights; the decay grows to ema_decay, so early weights are forgotten."""
-        decay = min(self.settings.ema_decay, (1 + iteration) / (10 + iteration))
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+    def update_average(self) -> None:
+        """Exponential moving average of the weights."""
+        pairs = list(self.averaged.parameters()), list(self.model.parameters())
+        if not isinstance(self.average_weight, Tensor):
+            torch._foreach_lerp_(*pairs, self.average_weight)
+            return
+        for mean, weight in zip(*pairs):
+            mean.lerp_(weight, self.average_weight)
 
 
 def _summed_losses(parts: list[Losses], runtime: Runtime) -> Losses:
@@ -123,37 +147,55 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
 
     A step that `state.guard` refuses leaves weights and optimizers as they were.
     """
-    runtime, plan, config = state.runtime, state.plan, state.model.config
-    stage = stage_at(config, iteration)
+    runtime, plan = state.runtime, state.plan
+    stage = stage_at(state.model.config, iteration)
     state.enter(stage)
-    multiplier = config.unfreeze_lr_multiplier if config.freeze_transformer else 1.0
-    set_learning_rate(state.optimizers, learning_rate, multiplier)
-
-    parts = []
+    state.set_rates(iteration, learning_rate)
     batches = state.training.batches(plan, iteration, runtime.total_count)
+    if state.recorder is not None and CRITIC.name not in stage.heads:  # its text is drawn, which waits for the device
+        _seed_dropout(plan, iteration, batches[0])
+        kind = frozenset(stage.heads), stage.trunk
+        taken = state.recorder.step(kind, batches[0], lambda batch: update(state, iteration, [
+            losses_with_gradients(state, batch, stage, iteration)]), runtime.device)
+        state.gradient_norms = taken.norms
+        return taken.losses
+    parts = []
     for micro_step, batch in enumerate(batches):
-        # The first row differs by micro-step and rank, and so does their dropout.
-        torch.manual_seed(RowRandom(plan.seed, iteration, batch.rows).derived_seed(Purpose.DROPOUT))
-        batch = batch.to(runtime.device)
-        generator = RowRandom(plan.seed, iteration, batch.rows)
+        _seed_dropout(plan, iteration, batch)
         last = micro_step == len(batches) - 1
         together = last or runtime.world_size == 1 or state.mesh is not None  # whole gradients would not be kept
         with nullcontext() if together else state.parallel.no_sync():
-            with runtime.autocast():
-                losses = state.parallel(batch, stage, generator)
-            state.scaler.scale(losses.total * runtime.world_size).backward()  # ranks average their gradients
-        parts.append(losses)
+            parts.append(losses_with_gradients(state, batch.to(runtime.device), stage, iteration))
+    taken = update(state, iteration, parts)
+    state.gradient_norms = taken.norms
+    return taken.losses
 
-    losses = _summed_losses(parts, runtime)
+
+def _seed_dropout(plan: BatchPlan, iteration: int, batch: Batch) -> None:
+    """The first row differs by micro-step and rank, and so does their dropout."""
+    torch.manual_seed(RowRandom(plan.seed, iteration, batch.rows).derived_seed(Purpose.DROPOUT))
+
+
+def losses_with_gradients(state: TrainingState, batch: Batch, stage: Stage, iteration: int) -> Losses:
+    """The losses of a micro-step on the device; their gradients are added to those of the weights."""
+    with state.runtime.autocast():
+        losses = state.parallel(batch, stage, RowRandom(state.plan.seed, iteration, batch.rows))
+    state.scaler.scale(losses.total * state.runtime.world_size).backward()  # ranks average their gradients
+    return losses
+
+
+def update(state: TrainingState, iteration: int, parts: list[Losses]) -> Taken:
+    """Move the weights and their average by the gradients of the micro-steps, unless the guard refuses."""
+    losses = _summed_losses(parts, state.runtime)
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
-    state.gradient_norms = state.clip_gradients()
-    norm, *head_norms = state.gradient_norms.values()
+    norms = state.clip_gradients()
+    norm, *head_norms = norms.values()
     refused = state.guard.refuses(iteration, losses.main, norm, losses.total, *head_norms)
     for optimizer in state.optimizers:
         optimizer.found_inf = refused  # where it is 1 the fused AdamW and Muon change nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
-    state.update_average(iteration)
-    return losses
+    state.update_average()
+    return Taken(losses, norms)

@@ -143,6 +143,32 @@ def check_compiled_steps(device: torch.device) -> Facts:
     return facts
 
 
+def check_recorded_steps(device: torch.device) -> Facts:
+    """Steps that are recorded as CUDA graphs give the losses and the weights of steps that are not, bit for bit, with
+    dropout too; and the host never waits in them."""
+    facts: Facts = {}
+    for name, config in _configs(SHAPES['small']).items():
+        if config.add_critic_head:
+            continue
+        config, runs = replace(config, dropout=0.1), []
+        for records in (True, False):
+            state = _state(config, SHAPES['small'], _runtime(device, 'bfloat16', True))
+            require(state.recorder is not None, f'{name}: nothing is recorded')
+            state.recorder.works = records
+            losses = _losses(state, STEPS)
+            waits = _counted_waits(lambda: training_step(state, STEPS, LEARNING_RATE))
+            require(not records or state.recorder.works, f'{name}: cannot be recorded')
+            require(not waits, f'{name}: the host waits {waits}')
+            runs.append((losses, [weight.detach().clone() for weight in
+                                  (*state.model.parameters(), *state.averaged.parameters())], state.recorder.recorded))
+        (losses, weights, recorded), (others, other_weights, none) = runs
+        different = sum(not torch.equal(*pair) for pair in zip(weights, other_weights))
+        facts[name] = {'recorded': recorded, 'losses apart': _most_apart(losses, others), 'different': different}
+        require(recorded > 0 and none == 0, f'{name}: {recorded} and {none} kinds of steps recorded')
+    require(not any(one['different'] or one['losses apart'] for one in facts.values()), f'{facts}')
+    return facts
+
+
 def check_waits(device: torch.device) -> Facts:
     """The host waits for the device in no step, but where `WAITS` says so."""
     facts: Facts = {}
@@ -190,7 +216,7 @@ def check_memory(device: torch.device) -> Facts:
     facts: Facts = {}
     wanted = [name for name, size in SIZES.items() if size.ranks == 1]
     for name, bfloat16 in [(name, one) for name in wanted for one in (False, True)]:
-        size = replace(SIZES[name], bfloat16=bfloat16)
+        size = replace(SIZES[name], bfloat16=bfloat16, device='cuda')
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -374,5 +400,6 @@ def check_rates(device: torch.device) -> Facts:
 
 CHECKS: Mapping[str, Callable[[torch.device], Facts]] = {
     'rates': check_rates, 'host waits': check_waits, 'precision': check_precision,
-    'compiled steps': check_compiled_steps, 'repeats': check_repeats, 'memory': check_memory,
+    'compiled steps': check_compiled_steps,
+    'recorded steps': check_recorded_steps, 'repeats': check_repeats, 'memory': check_memory,
     'compiled waves': check_compiled_waves, 'nccl': check_nccl, 'resume': check_resume}

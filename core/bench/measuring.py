@@ -27,6 +27,7 @@ from core.checkpoints.environment import environment
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, has_fast_bfloat16, measure_matrix_rate, start_runtime, synchronize
+from core.recorded_step import STEPS_BEFORE
 from core.sampling.generation import GenerationSettings, generate
 from core.sampling.loading import choose_autocast
 from core.sampling.network import Network
@@ -99,6 +100,8 @@ def measure_shape(name: str, shape: Shape, groups: Sequence[str], runtime: Runti
         cases = in_turns[group]()
         # the last warm-up shows how long a call takes
         warm_ups = 2 if group == 'training' and runtime.compile or device.type == 'cuda' else 1
+        if group == 'training' and device.type == 'cuda':
+            warm_ups = STEPS_BEFORE + 2  # until steps are replayed
         found[group] = measure_in_turns(
             cases, rates_of(cases, device), runtime.synchronize, lambda line: say(f'{name} {group}: {line}'),
             repetitions=repetitions or (USUAL if baseline and group in YARDSTICKS else None), warm_ups=warm_ups)

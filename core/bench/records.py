@@ -153,6 +153,7 @@ class SizeFields(TypedDict):
     sharded: bool
     recompute: bool
     bfloat16: bool
+    device: NotRequired[Literal['cpu', 'cuda']]
     steps: Dimension
 
 

@@ -16,7 +16,7 @@ import torch
 
 from core.batches import CAPACITIES
 from core.bench.cases import SPECIAL, Shape, model_config
-from core.objective import MOST_LOGITS
+from core.objective import most_logits
 from core.optimizer import iterates_squares
 from model import GPTConfig
 
@@ -44,6 +44,7 @@ class Size:
     sharded: bool = False
     recompute: bool = False
     bfloat16: bool = False
+    device: str = 'cpu'
     steps: int = 4
 
     @property
@@ -171,7 +172,7 @@ def micro_step_bytes(size: Size, positions: int) -> int:
     if config.add_sampler_head:
         W = _head_width(config)
         head, copies = FLOAT * (6 * W + (config.sampler_window.size + 1) * D), 4
-    chunk = chunk_positions(positions, V)
+    chunk = chunk_positions(size, positions)
     tables = config.add_sampler_head + (chunk < positions)  # normalised embeddings; a gradient that chunks add up
     trunk = kept_bytes(size, tokens, positions)
     losses = chunk * (head + FLOAT * copies * V) + FLOAT * V * D * tables
@@ -203,9 +204,9 @@ def opening_bytes(size: Size, tokens: int, positions: int) -> int:
     return size.n_embd * positions * (kept.square - kept.final)
 
 
-def chunk_positions(positions: int, vocabulary: int) -> int:
+def chunk_positions(size: Size, positions: int) -> int:
     """How many positions' logits exist at once."""
-    chunks = math.ceil(positions / max(1, MOST_LOGITS // vocabulary))
+    chunks = math.ceil(positions / max(1, most_logits(torch.device(size.device)) // size.vocab_size))
     return math.ceil(positions / chunks)
 
 
@@ -236,7 +237,7 @@ def iteration_operations(size: Size, positions: float) -> float:
     D, V, T, L = size.n_embd, size.vocab_size, size.block_size, size.n_layer
     tokens, micro_steps = size.rows * size.micro_steps * size.ranks * T, size.micro_steps * size.ranks
     layer = 24 * D * D + 4 * T * D
-    chunk = chunk_positions(math.ceil(positions / micro_steps), V)
+    chunk = chunk_positions(size, math.ceil(positions / micro_steps))
     p = 3 if chunk * micro_steps >= positions else 4  # passes over the logits: again in chunks
     found = 3 * (tokens * (layer * (L - 1) + 6 * D * D + 4 * T * D) + positions * 18 * D * D)
     if size.recompute:  # once more, but for the last product of a layer, which nothing on the way back reads

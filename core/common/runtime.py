@@ -52,6 +52,7 @@ def use_precision(device: torch.device, dtype: str) -> None:
                         '--dtype=bfloat16')
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, some 60 ms each time
 
 
 def synchronize(device: torch.device) -> None:

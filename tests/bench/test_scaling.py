@@ -121,7 +121,7 @@ def allocated(call):
 def test_bytes_of_a_micro_step_and_of_the_update_are_what_the_allocator_gives(changes, most_logits, monkeypatch):
     """Of a single micro-step, which finds no gradients. What formulas leave out: norms' roots, ids, random numbers."""
     monkeypatch.setattr(core.objective, 'MOST_LOGITS', most_logits)
-    monkeypatch.setattr(core.bench.scaling, 'MOST_LOGITS', most_logits)
+    monkeypatch.setattr(core.objective, 'MOST_LOGITS', most_logits)
     size = replace(BROAD, **changes)
     state, plan = a_state(size)
     training_step(state, 0, 1e-3)
@@ -166,7 +166,7 @@ def test_bytes_by_hand():
 def test_operations_are_those_that_torch_counts(changes, most_logits, monkeypatch):
     """To the last one, but for the critic's draws: they fill as many positions as are masked, not one in two."""
     monkeypatch.setattr(core.objective, 'MOST_LOGITS', most_logits)
-    monkeypatch.setattr(core.bench.scaling, 'MOST_LOGITS', most_logits)
+    monkeypatch.setattr(core.objective, 'MOST_LOGITS', most_logits)
     size = replace(BROAD, **changes)
     state, plan = a_state(size)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no kernel of a CPU

@@ -86,7 +86,8 @@ def test_a_step_without_finite_loss_and_gradient_changes_nothing(optimizer, faul
         if iteration != 3:
             training_step(states[1], iteration, 1e-2)
         else:
-            states[1].update_average(iteration)
+            states[1].set_rates(iteration, 1e-2)
+            states[1].update_average()
     assert same(contents(states[0]), contents(states[1]))
     assert same([*states[0].averaged.parameters()], [*states[1].averaged.parameters()])
 
