@@ -8,6 +8,7 @@
     python bench.py --compare before.json after.json   what --json wrote twice: how many times as fast each row became
     python bench.py --scaling                          memory and step time of other sizes
     python bench.py --scaling --sizes=small,large      of some of them
+    python bench.py --gpu_checks --json=gpu.json       what must hold on a CUDA GPU
     python bench.py --help                             every option
 
 docs/performance.md says what each figure means.
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
     from core.bench.report import run_benchmark  # after the options, so that a typo is answered at once
     from core.bench.scaling_run import run_scaling
 
-    if configuration.config.gpu_checks:
+    if configuration.config.gpu_checks is not None:
         from core.bench.gpu_checks import run_gpu_checks
 
         return run_gpu_checks(configuration.config, say)

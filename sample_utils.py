@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -333,14 +333,39 @@ def draw_wave(choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: D
     return choose(logits, rule, wave.choice, wave.seen)
 
 
+class Waves(NamedTuple):
+    """N positions to fill wave by wave, `sizes` of them in turn, and what their waves read. padded int64: the flat tokens
+    with what a window sees beyond each row, where unread is True for what the trunk call read as masks; positions int64
+    [N] and neighbours int64 [N, C]: indices into these; logits [N, V], projected [N, W], choices [N]: see `Wave`; room:
+    the most positions that a fill of this shape may have."""
+
+    padded: Tensor
+    unread: Tensor
+    positions: Tensor
+    neighbours: Tensor
+    logits: Tensor
+    projected: Tensor
+    choices: Tensor
+    sizes: list[int]
+    room: int
+
+
+class WaveRecorder(Protocol):
+    """Draws all waves of a fill in a faster way (core/sampling/recorded_waves.py)."""
+
+    def run(self, choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule,
+            waves: Waves) -> Chosen | None:
+        """The tokens of all positions, or None where it has no such way."""
+
+
 def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', tables: SamplerTables | None = None,
-                           wave: Callable[..., Chosen] = draw_wave) -> Fill:
+                           wave: Callable[..., Chosen] = draw_wave, recorder: WaveRecorder | None = None) -> Fill:
     """Fill masked positions wave by wave through the sampler head, from one trunk call (docs/sampler.md).
 
     The task's positions limit the fill to a group; visible ones among them stay. Each token is drawn given the hidden
     state and the neighbours revealed so far; neighbours missing or masked contribute nothing. With gradients enabled
     the log-probabilities keep the graph of head and trunk. tables: `sampler_tables` of the model, made here if None;
-    wave: `draw_wave`, or the same compiled.
+    wave: `draw_wave`, or the same compiled; recorder: draws all waves where it can.
 
     A head that reads the row draws one token of a row at a time, given all before, in the order it was trained in
     (`fill_turns`). Tokens that are placed and not drawn are all known, so then one pass serves.
@@ -352,7 +377,8 @@ def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', ta
     stage, counts = _fill_stages(model, masked, positions, task.hidden_states, task.rule,
                                  task.generator.uniform(Purpose.BOOTSTRAP, masked.size(1)), order)
     picked = stage.flatten().argsort(stable=True)[counts[0]:]  # [N], in the order of filling
-    found = _run_waves(model, task, picked, counts[1:], sampler_tables(model) if tables is None else tables, wave)
+    found = _run_waves(model, task, picked, counts[1:], sampler_tables(model) if tables is None else tables, wave,
+                       recorder)
     waves = tuple(counts[2:counts.index(0, 2)]) if 0 in counts[2:] else tuple(counts[2:])
     statistics = WaveStatistics(len(waves), counts[1], waves)
     return _scatter_draws(task.tokens, picked, _in_parts(found), positions, statistics)
@@ -389,7 +415,7 @@ def _fill_with_truth(model: GPT, task: FillTask, positions: Tensor) -> Fill:
 
 
 def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int], tables: SamplerTables,
-               wave: Callable[..., Chosen]) -> Iterator[Chosen]:
+               wave: Callable[..., Chosen], recorder: WaveRecorder | None) -> Iterator[Chosen]:
     """The tokens of the flat positions picked int64 [N], wave by wave: first counts[0] that come from `lm_head`, then
     counts[1], counts[2], ... through the head, each given what was found before."""
     head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, task.hidden_states.shape
@@ -404,14 +430,23 @@ def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int]
     seen = task.seen(model.config)
     memory = None if tables.contents is None else RowMemory(model, task, tables.contents)
     choose, choices = task.choice()
+    choices, projection, begin = choices[picked], head.hidden_projection(hidden), counts[0]  # [N], [N, W]
+    if memory is not None or seen is not None or len(picked) * model.config.vocab_size > _CHUNK:
+        recorder = None
     parts = zip(_trunk_logits(model, hidden, sizes), *(part.split(sizes) for part in (
-        choices[picked], picked // T, picked % T, padded_positions, neighbours, hidden,
-        head.hidden_projection(hidden))))
+        choices, picked // T, picked % T, padded_positions, neighbours, hidden, projection)))
     for number, (logits, choice, row, place, position, neighbour, mine, projected) in enumerate(parts):
         seen_here = None if seen is None else seen[row]
-        if number == 0 and counts[0] > 0:  # bootstrapped, or the first of a group
+        if number == 0 and begin > 0:  # bootstrapped, or the first of a group
             found = choose(logits, task.rule, choice, seen_here)
         else:
+            if recorder is not None and number == int(begin > 0):
+                rest = recorder.run(choose, model, tables.neighbours, task.rule, Waves(
+                    padded, unread, padded_positions[begin:], neighbours[begin:], model.lm_head(hidden[begin:]),
+                    projection[begin:], choices[begin:], sizes[number:], B * T))
+                if rest is not None:
+                    yield rest
+                    return
             shown = padded.take(neighbour)  # [n, C]
             new = None if head.gate is None else (unread.take(neighbour) & (shown != mask_token_id)).sum(1)
             if memory is not None:
@@ -499,10 +534,12 @@ def independent_fill(model: GPT, task: FillTask) -> Fill:
 
 class Filler:
     """How a model turns hidden states into tokens, whoever asks. head: a row of `FILLS`; wave: `draw_wave`, or the same
-    compiled. The weights stay as they are while it serves, so what follows from them alone is made once."""
+    compiled; recorder: draws all waves of a fill where it can. The weights stay as they are while it serves, so what
+    follows from them alone is made once."""
 
-    def __init__(self, model: GPT, head: Head, wave: Callable[..., Chosen] = draw_wave) -> None:
-        self.model, self.head, self.wave = model, head, wave
+    def __init__(self, model: GPT, head: Head, wave: Callable[..., Chosen] = draw_wave,
+                 recorder: WaveRecorder | None = None) -> None:
+        self.model, self.head, self.wave, self.recorder = model, head, wave, recorder
 
     @cached_property
     def tables(self) -> SamplerTables:
@@ -515,7 +552,8 @@ class Filler:
 
 
 def _fill_in_waves(filler: Filler, task: FillTask) -> Fill:
-    return sampler_wavefront_fill(filler.model, task, filler.head, filler.tables, filler.wave)
+    return sampler_wavefront_fill(filler.model, task, filler.head, filler.tables, filler.wave,
+                                  filler.recorder)
 
 
 FILLS: dict[Head, Callable[[Filler, FillTask], Fill]] = {
@@ -561,17 +599,17 @@ class CriticArtifacts(NamedTuple):
 
 @torch.no_grad()
 def build_critic_artifacts_from_logits(model: GPT, tokens: Tensor, targets: Tensor, hidden_states: Tensor,
-                                       rule: DrawRule, generator: RowRandom, *,
-                                       use_sampler_head: bool) -> CriticArtifacts:
+                                       rule: DrawRule, generator: RowRandom, *, use_sampler_head: bool,
+                                       recorder: WaveRecorder | None = None) -> CriticArtifacts:
     """Text and labels that train the critic (Lezama et al. 2022), from the trunk call that the main loss made.
 
     tokens int64 [B, T] with masks, targets int64 [B, T] the true tokens or ignore_index where the truth is unknown,
     hidden_states [B, T, D] of tokens. The masks are filled as inference fills them, under `rule`. critic_target_scope
     'masked_only' labels the filled positions, 'masked_and_ignore' also the visible ones. Padding and unknown truth
-    never carry a label.
+    never carry a label. recorder: of a `Filler`.
     """
     config, tokens, targets = model.config, to_exact(tokens), to_exact(targets)
-    fill = Filler(model, 'wave' if use_sampler_head else 'none').fill(
+    fill = Filler(model, 'wave' if use_sampler_head else 'none', recorder=recorder).fill(
         FillTask(tokens, hidden_states, rule, generator, purpose=Purpose.CRITIC_FILL))
     labelled = targets != config.ignore_index
     if config.pad_token_id is not None:

@@ -21,6 +21,7 @@ from core.checkpoints.heads import CRITIC, SAMPLER
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.waves import Turns
+from core.sampling.recorded_waves import RecordedWaves
 from core.stages import Stage
 from model import GPT, ModelMode
 from sample_utils import build_critic_artifacts_from_logits, prepare_sampler_inputs, rows_read, wrong_from_logits
@@ -162,6 +163,7 @@ class Objective(nn.Module):
         self.register_buffer('allowed', allowed, persistent=False)
         self.trunk_and_sampler_losses = self._trunk_and_sampler_losses
         self.critic_loss = self._critic_loss
+        self.waves = RecordedWaves()
 
     def compile_parts(self) -> None:
         """Replace the two network passes by compiled ones; what lies between them (drawing tokens) stays eager."""
@@ -194,7 +196,8 @@ class Objective(nn.Module):
             hidden_states.flatten(0, 1).index_copy_(0, batch.positions, asked.detach())  # padding repeats position 0
         artifacts = build_critic_artifacts_from_logits(
             self.model, batch.inputs[rows], batch.targets[rows], hidden_states[rows], DrawRule(self.allowed),
-            RowRandom(generator.seed, generator.iteration, generator.rows[rows]), use_sampler_head=with_sampler)
+            RowRandom(generator.seed, generator.iteration, generator.rows[rows]), use_sampler_head=with_sampler,
+            recorder=self.waves)
         return self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * batch.critic_share)
 
     def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool) -> tuple[Tensor, Tensor | None, Hidden]:

@@ -26,22 +26,22 @@ from core.batches import BatchPlan, RowShare
 from core.bench.cases import SHAPES, SPECIAL, Shape, base_vocabulary, model_config
 from core.bench.measuring import describe_machine
 from core.bench.options import BenchConfig
+from core.bench.records import name_problems
 from core.bench.sampling_cases import FILL_ROWS, TEMPERATURE, sampling_network
 from core.bench.scaling import SIZES, Size, peak_bytes
 from core.bench.training_cases import TOKENS, TRAINING, made_up_tokens, training_plan
 from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.run_folder import LATEST
 from core.common.drawing import DrawRule
-from core.common.errors import UserError
+from core.common.errors import UserError, raise_problems
 from core.common.files import write_whole
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, measure_matrix_rate, resolve_device, start_runtime
-from core.common.timing import TimingAccumulator
 from core.noise import Masking, seen_neighbours
-from core.sampling.network import Network
+from core.sampling.recorded_waves import RecordedWaves
 from core.training_step import StepSettings, TrainingState, training_step
 from model import GPT, GPTConfig
-from sample_utils import FillTask, draw_wave
+from sample_utils import Filler, FillTask
 
 Say = Callable[[str], None]
 Facts = dict[str, Any]
@@ -71,7 +71,8 @@ def run_gpu_checks(config: BenchConfig, say: Say) -> None:
     if device.type != 'cuda':
         raise UserError(f'gpu_checks needs a CUDA GPU, but the device is {device}; leave it out on this machine')
     found: dict[str, Facts] = {}
-    for name, check in CHECKS.items():
+    for name in asked_checks(config):
+        check = CHECKS[name]
         start = time.perf_counter()
         try:
             facts: Facts = {'passed': True, **check(device)}
@@ -86,6 +87,13 @@ def run_gpu_checks(config: BenchConfig, say: Say) -> None:
     say(f'{len(found) - len(failed)} of {len(found)} checks passed' + (f'; failed: {", ".join(failed)}' if failed else ''))
     if failed:
         raise SystemExit(1)
+
+
+def asked_checks(config: BenchConfig) -> list[str]:
+    """The names in --gpu_checks; UserError for one that is none."""
+    names = list(CHECKS) if config.gpu_checks == 'all' else (config.gpu_checks or '').split(',')
+    raise_problems(name_problems('gpu_checks', names, CHECKS))
+    return names
 
 
 # What is trained ----------------------------------------------------------------------------------------------------
@@ -265,33 +273,35 @@ def check_repeats(device: torch.device) -> Facts:
 
 # Checks of sampling -----------------------------------------------------------------------------------------------------
 
-def check_compiled_waves(device: torch.device) -> Facts:
-    """A fill whose waves are compiled writes what the plain one writes, and how long each takes."""
+def check_recorded_waves(device: torch.device) -> Facts:
+    """A fill whose waves are recorded as a CUDA graph writes what the plain one writes; how long each takes, and how
+    often the host waits."""
     facts: Facts = {}
     for name in ('small', 'large', 'medium'):
         shape = SHAPES[name]
-        plain = sampling_network(model_config(shape, add_sampler_head=True), device, torch.bfloat16)
-        compiled = Network(plain.model, TimingAccumulator(device), torch.bfloat16, torch.compile(plain.model.encode),
-                           wave=torch.compile(draw_wave, dynamic=True))
+        network = sampling_network(model_config(shape, add_sampler_head=True), device, torch.bfloat16)
         tokens = torch.full((FILL_ROWS, shape.block_size), shape.base_size, device=device)
-        rule = DrawRule(base_vocabulary(plain.model.config, device), TEMPERATURE)
-        texts, seconds = [], {}
-        for kind, network in (('plain', plain), ('compiled', compiled)):
+        rule = DrawRule(base_vocabulary(network.model.config, device), TEMPERATURE)
+        fills, seconds, waits, recorder = [], {}, {}, RecordedWaves()
+        for kind in ('plain', 'recorded'):
+            filler = Filler(network.model, 'wave', recorder=recorder if kind == 'recorded' else None)
             with network.precision():
-                hidden = plain.encode(tokens)
-                task = FillTask(tokens, hidden, rule, RowRandom(1, 0, torch.arange(FILL_ROWS, device=device)))
-                texts.append(network.filler('wave').fill(task).tokens)
-                waits = _counted_waits(lambda: network.filler('wave').fill(task))
+                task = FillTask(tokens, network.encode(tokens), rule,
+                                RowRandom(1, 0, torch.arange(FILL_ROWS, device=device)))
+                fills.append(filler.fill(task))
+                waits[kind] = _counted_waits(lambda: filler.fill(task))
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 for _ in range(5):
-                    network.filler('wave').fill(task)
+                    filler.fill(task)
                 torch.cuda.synchronize()
                 seconds[kind] = (time.perf_counter() - start) / 5
-        same = (texts[0] == texts[1]).float().mean().item()
+        same = (fills[0].tokens == fills[1].tokens).float().mean().item()
         facts[name] = {'same': same, 'milliseconds': {key: round(1000 * value, 2) for key, value in seconds.items()},
-                       'waits': waits}
-        require(same > 0.99, f'{name}: {same:.4f} of the tokens are the same')
+                       'waves': fills[0].statistics.waves, 'waits': waits}
+        require(recorder.works and recorder.recorded > 0, f'{name}: cannot be recorded')
+        require(same > 0.99, f'{name}: {same:.4f} of the tokens are the same; all: {facts}')
+        require(len(waits['recorded']) <= 2, f'{name}: the host waits {waits}')
     return facts
 
 
@@ -363,21 +373,20 @@ def check_resume(device: torch.device) -> Facts:
         run('data/custom/prepare.py', f'{folder}/text.txt')
         for compile in (False, True):
             ends = []
-            for name, lengths in (('whole', (40,)), ('again', (40,)), ('stopped', (20, 40))):
+            for name, lengths in (('whole', (40,)), ('stopped', (20, 40))):
                 out = f'{folder}/{name}-{compile}'
                 for number, length in enumerate(lengths):
                     resumed = ['--init_from=resume'] if number else []
                     run('train.py', 'config/train_char_diffusion_sampler.py', '--dataset=custom', f'--out_dir={out}',
                         f'--compile={compile}', f'--max_iters={length}', *shape, *resumed)
                 ends.append(torch.load(f'{out}/{LATEST}', map_location='cpu', weights_only=True)['model'])
-            for name, end in zip(('again', 'stopped'), ends[1:]):
-                most = max((end[key] - value).abs().max().item() for key, value in ends[0].items())
-                facts[f'{name}, {"compiled" if compile else "eager"}'] = most
+            facts[f'apart, {"compiled" if compile else "eager"}'] = max(
+                (ends[1][key] - value).abs().max().item() for key, value in ends[0].items())
         texts = [run('sample.py', f'--out_dir={folder}/whole-False', '--num_samples=2', '--iterations=8',
                      f'--device={device}') for _ in range(2)]
         facts['samples are the same'] = _without_times(texts[0]) == _without_times(texts[1])
     require(facts['samples are the same'], f'samples of one seed differ: {texts}')
-    require(not any(value for name, value in facts.items() if 'stopped' in name), f'{facts}')
+    require(not any(value for name, value in facts.items() if 'apart' in name), f'{facts}')
     return facts
 
 
@@ -402,4 +411,4 @@ CHECKS: Mapping[str, Callable[[torch.device], Facts]] = {
     'rates': check_rates, 'host waits': check_waits, 'precision': check_precision,
     'compiled steps': check_compiled_steps,
     'recorded steps': check_recorded_steps, 'repeats': check_repeats, 'memory': check_memory,
-    'compiled waves': check_compiled_waves, 'nccl': check_nccl, 'resume': check_resume}
+    'recorded waves': check_recorded_waves, 'nccl': check_nccl, 'resume': check_resume}

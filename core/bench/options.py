@@ -26,7 +26,8 @@ class BenchConfig:
     compile: bool | None = option(None, 'torch.compile the training step; None: where it pays')
     scaling: bool = option(False, 'measure memory and step time of other sizes instead', bare='True')
     sizes: str | None = option(None, 'with --scaling: which of them, with a comma between; None: all')
-    gpu_checks: bool = option(False, 'check on a CUDA GPU what must hold there instead', bare='True')
+    gpu_checks: str | None = option(None, 'check on a CUDA GPU what must hold there instead: all, or names with a comma '
+                                    'between', bare='all')
     json: str | None = option(None, 'write every measured number to this file', path=True)
     report: str | None = option(None, 'write the tables into this file, between its two marker lines', path=True)
     from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier', path=True)

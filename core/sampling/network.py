@@ -12,6 +12,7 @@ from torch import Tensor
 from core.common.drawing import Chosen
 from core.common.errors import UserError
 from core.common.timing import TimingAccumulator
+from core.sampling.recorded_waves import RecordedWaves
 from model import GPT, KeyValueCache
 from sample_utils import Filler, Head, draw_wave, wrong_probabilities
 
@@ -31,7 +32,7 @@ class Network:
                  encode: Callable[..., Tensor] | None = None, remasking_model: GPT | None = None,
                  wave: Callable[..., Chosen] = draw_wave) -> None:
         self.model, self.timer, self.autocast, self.remasking_model = model, timer, autocast, remasking_model
-        self._encode, self._wave = encode or model.encode, wave
+        self._encode, self._wave, self._recorder = encode or model.encode, wave, RecordedWaves()
         self.compiled = encode is not None  # then every call is to have the same shape
         self.fillers: dict[Head, Filler] = {}
         self.left_context: Tensor | None = None  # int64 [B, L], what the sampler head sees before the first position
@@ -57,7 +58,7 @@ class Network:
     def filler(self, head: Head) -> Filler:
         """How its hidden states become tokens through `head`; made once."""
         if head not in self.fillers:
-            self.fillers[head] = Filler(self.model, head, self._wave)
+            self.fillers[head] = Filler(self.model, head, self._wave, self._recorder)
         return self.fillers[head]
 
     @property

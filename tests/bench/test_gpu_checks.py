@@ -17,6 +17,12 @@ def test_without_a_gpu_one_sentence_says_so():
         main(['--gpu_checks', '--device=cpu'])
 
 
+def test_a_check_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(gpu_checks, 'resolve_device', lambda name: 'cuda')
+    with pytest.raises(UserError, match='speed.*host waits'):
+        main(['--gpu_checks=speed', '--device=cuda'])
+
+
 def test_a_failed_check_is_named_and_the_others_still_run(tmp_path, monkeypatch):
     def broken(device):
         raise gpu_checks.CheckFailed('3 is not 4')
@@ -25,7 +31,7 @@ def test_a_failed_check_is_named_and_the_others_still_run(tmp_path, monkeypatch)
     monkeypatch.setattr(gpu_checks, 'resolve_device', lambda name: 'cuda')
     monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
     monkeypatch.setattr(gpu_checks, 'CHECKS', {'one': broken, 'two': lambda device: {'rate': 7}})
-    options = gpu_checks.BenchConfig(json=str(tmp_path / 'record.json'))
+    options = gpu_checks.BenchConfig(json=str(tmp_path / 'record.json'), gpu_checks='all')
     with pytest.raises(SystemExit) as ended:
         gpu_checks.run_gpu_checks(options, said.append)
     assert ended.value.code == 1 and said[-1] == '1 of 2 checks passed; failed: one' and 'FAILED' in said[0]

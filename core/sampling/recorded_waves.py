@@ -1,0 +1,167 @@
+"""Waves of the sampler head that are recorded once as a CUDA graph and replayed, one replay a wave.
+
+A wave is some thirty small operations on few positions, and a fill has up to a hundred waves: a host takes longer to
+start them than a GPU to compute them. A graph starts one wave at once. Its shape is fixed, so every wave has the same
+number of lanes; lanes without a position work on a place that nobody reads.
+
+Letters: N positions of a fill, S lanes, C neighbours, V vocabulary, W width of the head.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.common.drawing import Chosen, DrawRule
+from core.common.printing import complain
+from model import GPT
+from sample_utils import Wave, Waves, draw_wave
+
+FEWEST_LANES, MOST_RECORDINGS, DEVICE = 8, 16, 'cuda'
+
+
+class Place(NamedTuple):
+    """Where a recorded wave reads and writes: of every position what `Waves` says, with a row for lanes without one.
+    first, number int64 [1]: the first position of the wave, and which wave it is; sizes int64 [waves]."""
+
+    padded: Tensor
+    unread: Tensor
+    positions: Tensor
+    neighbours: Tensor
+    logits: Tensor
+    projected: Tensor
+    choices: Tensor
+    tables: Tensor
+    sizes: Tensor
+    first: Tensor
+    number: Tensor
+
+
+class Recording(NamedTuple):
+    """A graph, what it reads, and what it writes: a row for every position and lane. rule: kept, as the graph reads its
+    tensor."""
+
+    graph: torch.cuda.CUDAGraph
+    place: Place
+    chosen: Chosen
+    rule: DrawRule
+
+
+class RecordedWaves:
+    """Recordings of waves, one for each number of lanes and way to draw. The model's weights may change in place."""
+
+    def __init__(self) -> None:
+        self.works = True
+        self._recordings: dict[Hashable, Recording] = {}
+
+    @property
+    def recorded(self) -> int:
+        """How many recordings there are."""
+        return len(self._recordings)
+
+    def run(self, choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, waves: Waves) -> \
+            Chosen | None:
+        """The tokens of all positions of `waves`, drawn wave by wave; None where they cannot be drawn here."""
+        if not self.works or waves.positions.device.type != DEVICE or torch.is_grad_enabled():
+            return None
+        lanes = max(FEWEST_LANES, 1 << (max(waves.sizes) - 1).bit_length())
+        key = (choose, lanes, id(model), id(rule.allowed), rule.temperature, rule.top_k, rule.top_p, tables.shape,
+               waves.logits.dtype, waves.projected.dtype, waves.room, torch.is_autocast_enabled(DEVICE))
+        if key not in self._recordings:
+            if len(self._recordings) >= MOST_RECORDINGS:
+                return None
+            recording = self._record(choose, model, tables, rule, waves, lanes)
+            if recording is None:
+                return None
+            self._recordings[key] = recording
+        graph, place, chosen, _ = self._recordings[key]
+        fill_place(place, tables, waves)
+        for _ in waves.sizes:
+            graph.replay()
+        return Chosen(*(None if part is None else part[:len(waves.positions)].clone() for part in chosen))
+
+    @torch.no_grad()
+    def _record(self, choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, waves: Waves,
+                lanes: int) -> Recording | None:
+        """The recording of one wave; None, and a line that says why, where it cannot be recorded."""
+        place, graph = make_place(tables, waves, lanes), torch.cuda.CUDAGraph()
+        fill_place(place, tables, waves)
+        kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(False)  # no two lanes write to one place, and the slow way sorts them
+        precision = torch.autocast('cuda', torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda'),
+                                   cache_enabled=False)  # else the graph would read a copy of the weights that is gone
+        try:
+            with precision:
+                chosen = make_room(take_wave(choose, model, rule, place, lanes, None), waves, lanes)
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    take_wave(choose, model, rule, place, lanes, chosen)
+        except RuntimeError as error:
+            self.works = False
+            complain(f'waves are not recorded as CUDA graphs ({str(error).splitlines()[0]}); they run one operation at '
+                     f'a time, which is slower')
+            return None
+        finally:
+            torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
+        return Recording(graph, place, chosen, rule)
+
+
+def make_place(tables: Tensor, waves: Waves, lanes: int) -> Place:
+    """Room for `waves.room` positions, what each lane without a position reads and writes, and as many waves."""
+    room = waves.room
+
+    def like(tensor: Tensor, length: int) -> Tensor:
+        return tensor.new_zeros(length, *tensor.shape[1:])
+
+    return Place(like(waves.padded, len(waves.padded) + lanes), like(waves.unread, len(waves.unread) + lanes),
+                 like(waves.positions, room + 1), like(waves.neighbours, room + 1), like(waves.logits, room + 1),
+                 like(waves.projected, room + 1), like(waves.choices, room + 1), torch.empty_like(tables),
+                 waves.positions.new_zeros(room), waves.positions.new_zeros(1), waves.positions.new_zeros(1))
+
+
+def fill_place(place: Place, tables: Tensor, waves: Waves) -> None:
+    """Put a fill where the recorded wave reads it, before its first wave."""
+    for name in ('padded', 'unread', 'positions', 'neighbours', 'logits', 'projected', 'choices'):
+        value = getattr(waves, name)
+        getattr(place, name)[:len(value)].copy_(value)
+    place.tables.copy_(tables)
+    sizes = torch.tensor(waves.sizes).pin_memory() if place.sizes.is_cuda else torch.tensor(waves.sizes)
+    place.sizes[:len(sizes)].copy_(sizes, non_blocking=True)
+    place.first.zero_()
+    place.number.zero_()
+
+
+def make_room(chosen: Chosen, waves: Waves, lanes: int) -> Chosen:
+    """Zeros for what waves write: a row for each of `waves.room` positions, and one for each lane."""
+    return Chosen(*(None if part is None else part.new_zeros(waves.room + lanes, *part.shape[1:]) for part in chosen))
+
+
+def take_wave(choose: Callable[..., Chosen], model: GPT, rule: DrawRule, place: Place, lanes: int,
+              into: Chosen | None) -> Chosen:
+    """One wave on fixed shapes: draw the tokens of its lanes, write them and what `choose` says of them into `into`,
+    and go on to the next wave. Nothing is written and nothing goes on where `into` is None."""
+    room = len(place.positions) - 1
+    lane = torch.arange(lanes, device=place.first.device)  # [S]
+    size = place.sizes.index_select(0, place.number)  # [1]
+    taken, number = lane < size, place.first + lane  # [S]
+    index = torch.where(taken, number, room)  # [S]
+    neighbours = place.neighbours[index]  # [S, C]
+    shown, C = place.padded.take(neighbours), neighbours.size(1)
+    slot = torch.arange(C, device=lane.device) * model.config.vocab_size
+    new = None if model.sampler_head.gate is None else \
+        (place.unread.take(neighbours) & (shown != model.config.mask_token_id)).sum(1)
+    found = draw_wave(choose, model, place.tables, rule, Wave(
+        (shown + slot).flatten(), lane * C, place.projected[index], place.logits[index], new, place.choices[index],
+        None))
+    if into is None:
+        return found
+    spare = len(place.padded) - lanes + lane
+    place.padded.scatter_(0, torch.where(taken, place.positions[index], spare), found.tokens)
+    rows = torch.where(taken, number, room + lane)
+    for whole, part in zip(into, found):
+        if whole is not None:
+            whole.index_copy_(0, rows, part)
+    place.first.add_(size)
+    place.number.add_(1)
+    return into
