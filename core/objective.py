@@ -21,10 +21,10 @@ from core.checkpoints.heads import CRITIC, SAMPLER
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.waves import Turns
-from core.sampling.recorded_waves import RecordedWaves
 from core.stages import Stage
 from model import GPT, ModelMode
-from sample_utils import build_critic_artifacts_from_logits, prepare_sampler_inputs, rows_read, wrong_from_logits
+from sample_utils import (WaveRecorder, build_critic_artifacts_from_logits, prepare_sampler_inputs, rows_read,
+                          wrong_from_logits)
 
 # Logits, N * V, beyond which the losses go through the positions in chunks. The softmax and its gradient keep about
 # four float32 copies of them, 0.5 GiB at this limit. With less, the chunks of a vocabulary of 50,000 would hold fewer
@@ -163,7 +163,7 @@ class Objective(nn.Module):
         self.register_buffer('allowed', allowed, persistent=False)
         self.trunk_and_sampler_losses = self._trunk_and_sampler_losses
         self.critic_loss = self._critic_loss
-        self.waves = RecordedWaves()
+        self.waves: WaveRecorder | None = None  # of the text that the critic judges
 
     def compile_parts(self) -> None:
         """Replace the two network passes by compiled ones; what lies between them (drawing tokens) stays eager."""

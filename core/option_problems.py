@@ -1,10 +1,12 @@
 """What is wrong with the options of train.py, each problem a sentence with value, limit and cure."""
 
+import torch
+
 from configurator import bound_problems
 from core.checkpoints.heads import HEADS
 from core.common.runtime import Runtime
 from core.options import TrainConfig
-from core.training_kinds import TRAINING, kind_of, training_of
+from core.training_kinds import GRPO, TRAINING, kind_of, training_of
 
 
 def option_problems(config: TrainConfig) -> list[str]:
@@ -64,4 +66,16 @@ def world_problems(config: TrainConfig, runtime: Runtime) -> list[str]:
     if config.gradient_accumulation_steps % runtime.world_size:
         problems.append(f'gradient_accumulation_steps is {config.gradient_accumulation_steps}, but must be a '
                         f'multiple of the {runtime.world_size} ranks, which share them')
-    return problems
+    return problems + (recording_problems(config, runtime) if config.cuda_graphs else [])
+
+
+def recording_problems(config: TrainConfig, runtime: Runtime) -> list[str]:
+    """What keeps steps from being recorded as CUDA graphs."""
+    against = [(f'the device is {runtime.device}', runtime.device.type != 'cuda'),
+               (f'there are {runtime.world_size} ranks', runtime.world_size > 1),
+               (f'gradient_accumulation_steps is {config.gradient_accumulation_steps}',
+                config.gradient_accumulation_steps > 1),
+               (f'skip_spikes is {config.skip_spikes}', config.skip_spikes > 0),
+               ('dtype is float16', runtime.dtype is torch.float16),
+               ('training_type is grpo', training_of(config) == GRPO)]
+    return [f'cuda_graphs is True, but {why}; leave one of them out' for why, holds in against if holds]

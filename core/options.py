@@ -145,6 +145,8 @@ class TrainConfig:
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ..., mps')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option('auto', 'auto is bfloat16 where it is fast')
     compile: bool | None = option(None, 'torch.compile; None: where it pays')
+    cuda_graphs: bool = option(False, 'on a CUDA GPU: record each kind of step once and replay it; not run on a GPU yet, '
+                                      'so try first: python bench.py --gpu_checks')
     sharding: Literal['none', 'full'] = option(
         'none', 'full cuts weights, gradients and optimizer over the ranks (torchrun), for models that do not fit')
     activation_checkpointing: bool = option(

@@ -127,7 +127,7 @@ class Run:
                                 betas=(config.beta1, config.beta2), grad_clip=config.grad_clip,
                                 ema_decay=config.ema_decay, spike_deviations=config.skip_spikes,
                                 activation_checkpointing=config.activation_checkpointing,
-                                sharded=config.sharding == 'full')
+                                sharded=config.sharding == 'full', cuda_graphs=config.cuda_graphs)
         self.state = TrainingState(model, self.allowed, runtime, plan, training, settings)
         self.iteration, self.best_value, self.best_is_final, self.seconds = 0, None, False, 0.0
         self.unprinted: list[float] = []  # seconds of the iterations since the last line

@@ -15,6 +15,7 @@ from core.common.runtime import Runtime, has_foreach
 from core.objective import Losses
 from core.optimizer import make_capturable, make_optimizers, set_learning_rate
 from core.recorded_step import StepRecorder, Taken
+from core.sampling.recorded_waves import RecordedWaves
 from core.sharding import shard
 from core.stages import Stage, stage_at, trains
 from core.step_guard import StepGuard
@@ -28,7 +29,7 @@ class StepSettings:
 
     optimizer: 'muon' or 'adamw'; learning_rate: the first one; grad_clip: largest gradient norm, 0 for none; ema_decay:
     of the averaged weights; spike_deviations: of `StepGuard`; activation_checkpointing: each layer is computed again on
-    the way back; sharded: weights are cut over the ranks.
+    the way back; sharded: weights are cut over the ranks; cuda_graphs: steps are recorded (core/recorded_step.py).
     """
 
     optimizer: str
@@ -40,6 +41,7 @@ class StepSettings:
     spike_deviations: float = 0.0
     activation_checkpointing: bool = False
     sharded: bool = False
+    cuda_graphs: bool = False
 
 
 class TrainingState:
@@ -64,12 +66,11 @@ class TrainingState:
         self.stage: Stage | None = None
         self.parallel: nn.Module = self.objective
         self.average_weight: float | Tensor = 0.0  # of the new weights in the average
-        records = runtime.device.type == 'cuda' and runtime.compile and runtime.world_size == 1 and \
-            runtime.dtype is not torch.float16 and plan.rows.micro_steps == 1 and self.mesh is None and settings.spike_deviations == 0
-        self.recorder = StepRecorder() if records else None
-        if records:  # a recorded step reads from the device what changes
-            self.average_weight = torch.zeros((), device=runtime.device)
+        self.recorder: StepRecorder | None = None
+        if settings.cuda_graphs:  # a recorded step reads from the device what changes
+            self.recorder, self.average_weight = StepRecorder(), torch.zeros((), device=runtime.device)
             make_capturable(self.optimizers, runtime.device)
+            self.objective.waves = RecordedWaves()
 
     def enter(self, stage: Stage) -> None:
         """Let exactly the parameters that this stage trains have gradients; ranks then wait for no others."""

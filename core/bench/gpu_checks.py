@@ -41,7 +41,7 @@ from core.noise import Masking, seen_neighbours
 from core.sampling.recorded_waves import RecordedWaves
 from core.training_step import StepSettings, TrainingState, training_step
 from model import GPT, GPTConfig
-from sample_utils import Filler, FillTask
+from sample_utils import FillTask, Filler
 
 Say = Callable[[str], None]
 Facts = dict[str, Any]
@@ -160,8 +160,7 @@ def check_recorded_steps(device: torch.device) -> Facts:
             continue
         config, runs = replace(config, dropout=0.1), []
         for records in (True, False):
-            state = _state(config, SHAPES['small'], _runtime(device, 'bfloat16', True))
-            require(state.recorder is not None, f'{name}: nothing is recorded')
+            state = _state(config, SHAPES['small'], _runtime(device, 'bfloat16', True), replace(TRAINING, cuda_graphs=True))
             state.recorder.works = records
             losses = _losses(state, STEPS)
             waits = _counted_waits(lambda: training_step(state, STEPS, LEARNING_RATE))

@@ -35,6 +35,7 @@ from core.sampling.policies import POLICIES
 from core.sampling.policy_options import (DIFFUSION, block_defaults, build_policy, choose_guide, guidance_problems,
                                           make_policy, model_problems, reads_thresholds, remasking_levels, remasks)
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill, start_token
+from core.sampling.recorded_waves import RecordedWaves
 from model import GPT, GPTConfig
 from sample_utils import draw_wave
 
@@ -159,6 +160,8 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
                                   config.block_length, config.verify_drafts)
     if config.compile:
         said.append(_compile_line(device))
+    if config.cuda_graphs and device.type != 'cuda':
+        raise UserError(f'cuda_graphs is True, but the device is {device}; leave it out')
     return Loaded(model, remasking_model, judge, vocabulary, settings, device, said, opened.usual_length)
 
 
@@ -230,4 +233,4 @@ def make_network(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator)
     encode, wave = (torch.compile(loaded.model.encode), torch.compile(draw_wave, dynamic=True)) if config.compile else \
         (None, draw_wave)
     return Network(loaded.model, timer, choose_autocast(config.dtype, loaded.device), encode, loaded.remasking_model,
-                   wave)
+                   wave, RecordedWaves() if config.cuda_graphs else None)

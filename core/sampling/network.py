@@ -12,9 +12,8 @@ from torch import Tensor
 from core.common.drawing import Chosen
 from core.common.errors import UserError
 from core.common.timing import TimingAccumulator
-from core.sampling.recorded_waves import RecordedWaves
 from model import GPT, KeyValueCache
-from sample_utils import Filler, Head, draw_wave, wrong_probabilities
+from sample_utils import Filler, Head, WaveRecorder, draw_wave, wrong_probabilities
 
 LOGITS, CRITIC_SCORES, REMASKING_SCORES = "the network's logits", "the critic's scores", "the remasking model's scores"
 
@@ -24,15 +23,15 @@ class Network:
 
     trunk_calls: evaluations of the generator's trunk for predictions; network_calls: these and every helper's, the
     critic's among them. One call serves a whole batch. autocast: a lower precision for the calls, or None; encode and
-    wave: the trunk call and `draw_wave` where they are not the plain ones but compiled; remasking_model: judges tokens
-    in place of the model's own critic head. The weights stay as they are while it serves.
+    wave: the trunk call and `draw_wave` where they are not the plain ones but compiled; recorder: draws all waves of a
+    fill where it can; remasking_model: judges tokens in place of the model's own critic head. The weights stay as they are while it serves.
     """
 
     def __init__(self, model: GPT, timer: TimingAccumulator, autocast: torch.dtype | None = None,
                  encode: Callable[..., Tensor] | None = None, remasking_model: GPT | None = None,
-                 wave: Callable[..., Chosen] = draw_wave) -> None:
+                 wave: Callable[..., Chosen] = draw_wave, recorder: WaveRecorder | None = None) -> None:
         self.model, self.timer, self.autocast, self.remasking_model = model, timer, autocast, remasking_model
-        self._encode, self._wave, self._recorder = encode or model.encode, wave, RecordedWaves()
+        self._encode, self._wave, self._recorder = encode or model.encode, wave, recorder
         self.compiled = encode is not None  # then every call is to have the same shape
         self.fillers: dict[Head, Filler] = {}
         self.left_context: Tensor | None = None  # int64 [B, L], what the sampler head sees before the first position

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from core.bench.cases import Shape, base_vocabulary, model_config
 from core.bench.training_cases import TRAINING, training_plan
+from core.common.errors import UserError
 from core.common.runtime import Runtime
 from core.optimizer import make_capturable
 from core.recorded_step import STEPS_BEFORE, Recording, StepRecorder
 from core.training_step import TrainingState, training_step
+from helpers.runs import run
 from model import GPT
 
 SHAPE = Shape(2, 2, 16, 16, 4)
@@ -127,3 +129,14 @@ def test_what_cannot_be_recorded_runs_as_ever_and_one_line_says_so(monkeypatch, 
         assert found.total == expected.total
     said = capsys.readouterr()
     assert (said.out + said.err).count('steps are not recorded as CUDA graphs (operation not permitted') == 1
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--cuda_graphs=True', '--device=cpu'], ['the device is cpu']),
+    (['--cuda_graphs=True', '--device=cpu', '--gradient_accumulation_steps=2', '--skip_spikes=6'],
+     ['the device is cpu', 'gradient_accumulation_steps is 2', 'skip_spikes is 6.0'])])
+def test_what_cannot_be_recorded_is_refused(small_corpus, options, words):
+    with pytest.raises(UserError) as raised:
+        run('--out_dir=out', *options)
+    assert str(raised.value).splitlines() == [f'cuda_graphs is True, but {word}; leave one of them out'
+                                              for word in words]
