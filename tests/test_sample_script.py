@@ -299,7 +299,7 @@ def test_compile_without_a_compiler_that_works_is_one_sentence(folder, monkeypat
 def test_cuda_graphs_are_refused_without_a_cuda_gpu(folder):
     config = configure(SampleConfig, [f'--out_dir={folder}', '--device=cpu', '--cuda_graphs=True'])
     with pytest.raises(UserError, match='cuda_graphs is True, but the device is cpu; leave it out'):
-        load(config.config, config.explicit)
+        core.sampling.run.run_sampling(config.config, config.explicit)
 
 
 def test_drafts_are_verified(block_folder):
