@@ -242,6 +242,8 @@ def block_folder(tmp_path_factory):
     vocabulary = Vocabulary('characters', tuple('abc \n'))
     head = {'add_sampler_head': True, 'sampler_context_left': 3, 'sampler_context_right': 0,
             'sampler_order': 'left_to_right', 'sampler_gate': True}
+    save_model(folder / 'rows.pt', vocabulary, model_over(vocabulary, add_sampler_head=True, sampler_kind='layer'))
+    save_model(folder / 'whole.pt', vocabulary, model_over(vocabulary, add_sampler_head=True))
     for name, lengths, changes in (('ckpt_best.pt', (4, 16), head), ('plain.pt', (4,), {}), ('mixture.pt', (1, 4), head),
                                    ('every.pt', (1, 4, 16), head)):
         model = model_over(vocabulary, attention_type='block', block_length=lengths, **changes)
@@ -282,7 +284,10 @@ def test_a_mixture_reads_both_sides_in_a_window(block_folder):
     (('--checkpoint_name=mixture.pt', '--verify_drafts=True', '--block_length=1'), ['blocks of more than one token']),
     (('--checkpoint_name=every.pt', '--verify_drafts=True', '--infill_text=ab__c'), ['leave out infill_text']),
     (('--checkpoint_name=every.pt', '--verify_drafts=True', '--block_length=16'), ['less than the window (16)']),
-    (('--checkpoint_name=plain.pt', '--verify_drafts=True'), ['block_length=4', 'sampler head'])])
+    (('--checkpoint_name=plain.pt', '--verify_drafts=True'), ['block_length=4', 'sampler head']),
+    (('--checkpoint_name=whole.pt', '--verify_drafts=True'), ['reads rows', '--sampler_kind=layer']),
+    (('--checkpoint_name=rows.pt', '--verify_drafts=True', '--repetition_penalty=1.2', '--use_sampler_head=False'),
+     ['repetition_penalty does not apply', 'use_sampler_head=False does not apply'])])
 def test_what_a_block_model_cannot_do_is_said(block_folder, arguments, words):
     with pytest.raises(UserError) as caught:
         sampled(block_folder, *arguments)
@@ -307,3 +312,14 @@ def test_drafts_are_verified(block_folder):
                            '--max_new_tokens=20', '--quality_metric=none')
     assert all(text.startswith('ab') and len(text) == 22 for batch in result.batches for text in batch.texts)
     assert result.trunk_calls > 0 and result.trunk_calls < 2 * 22
+
+
+def test_a_head_that_reads_rows_writes_and_verifies(block_folder):
+    """One trunk call of 16 positions: 16 draws of the head, or a few calls of it."""
+    def written(*more):
+        return sampled(block_folder, '--checkpoint_name=rows.pt', '--sampling_policy=strided', '--iterations=1',
+                       '--quality_metric=none', *more)[0]
+
+    drawn, verified = written(), written('--verify_drafts=True')
+    assert drawn.trunk_calls == verified.trunk_calls == 1 and drawn.waves == 16 and 1 <= verified.waves <= 17
+    assert all(len(text) == 16 for result in (drawn, verified) for batch in result.batches for text in batch.texts)

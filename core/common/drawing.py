@@ -32,6 +32,10 @@ class DrawRule:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """`allowed_log_probabilities` float64 [..., V] of logits [..., V], but for a penalty on repetition."""
+        return allowed_log_probabilities(to_exact(logits), self.allowed, self.temperature, self.top_k, self.top_p)
+
 
 class Draws(NamedTuple):
     """tokens int64 [...]; log_probabilities float64 [...] under the distribution they were drawn from; confidence
@@ -86,6 +90,21 @@ def draw_tokens(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
     No Gumbel noise, so no lowered temperature by rounding (Zheng et al. 2024).
     """
     return _first_beyond(log_probabilities.detach().exp().cumsum(-1), uniform)
+
+
+def surplus(target: Tensor, draft: Tensor) -> Tensor:
+    """[..., V]: the positive part of p - q, up to a factor, of log-probabilities target and draft [..., V]; p where
+    nothing is left, which is so of equal distributions up to rounding."""
+    rest = (target.exp() - draft.exp()).clamp(min=0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, target.exp())
+
+
+def kept_or_drawn(target: Tensor, draft: Tensor, drafts: Tensor, uniform: tuple[Tensor, Tensor]) -> Tensor:
+    """int64 [N]: each of drafts int64 [N], tokens drawn from `draft`, where it is kept, else one from the surplus of
+    `target` over it; so their law is `target`. Log-probabilities [N, V]; two uniform numbers [N] for each position
+    (Leviathan et al. 2023, Chen et al. 2023: a draft x is kept with probability min(1, p(x) / q(x)))."""
+    ratio = (target - draft).gather(-1, drafts[:, None]).squeeze(-1)
+    return torch.where(uniform[0].log() < ratio, drafts, draw_tokens(surplus(target, draft).log(), uniform[1]))
 
 
 def _first_beyond(cumulative: Tensor, uniform: Tensor) -> Tensor:

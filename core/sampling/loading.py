@@ -157,7 +157,7 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
     settings = GenerationSettings(config.sampling_method, rule, policy, config.iterations,
                                   opened.config.sampler_order if through_head else 'none',
                                   diffusing and asks, start_token(vocabulary),
-                                  config.block_length, config.verify_drafts)
+                                  config.block_length, config.verify_drafts and opened.config.attention_type == 'block')
     if config.compile:
         said.append(_compile_line(device))
     if config.cuda_graphs and device.type != 'cuda':
@@ -233,4 +233,5 @@ def make_network(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator)
     encode, wave = (torch.compile(loaded.model.encode), torch.compile(draw_wave, dynamic=True)) if config.compile else \
         (None, draw_wave)
     return Network(loaded.model, timer, choose_autocast(config.dtype, loaded.device), encode, loaded.remasking_model,
-                   wave, RecordedWaves() if config.cuda_graphs else None)
+                   wave, RecordedWaves() if config.cuda_graphs else None,
+                   verified=config.verify_drafts and not loaded.settings.verify_drafts)

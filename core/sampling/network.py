@@ -24,14 +24,16 @@ class Network:
     trunk_calls: evaluations of the generator's trunk for predictions; network_calls: these and every helper's, the
     critic's among them. One call serves a whole batch. autocast: a lower precision for the calls, or None; encode and
     wave: the trunk call and `draw_wave` where they are not the plain ones but compiled; recorder: draws all waves of a
-    fill where it can; remasking_model: judges tokens in place of the model's own critic head. The weights stay as they are while it serves.
+    fill where it can; remasking_model: judges tokens in place of the model's own critic head; verified: see `Filler`.
+    The weights stay as they are while it serves.
     """
 
     def __init__(self, model: GPT, timer: TimingAccumulator, autocast: torch.dtype | None = None,
                  encode: Callable[..., Tensor] | None = None, remasking_model: GPT | None = None,
-                 wave: Callable[..., Chosen] = draw_wave, recorder: WaveRecorder | None = None) -> None:
+                 wave: Callable[..., Chosen] = draw_wave, recorder: WaveRecorder | None = None,
+                 verified: bool = False) -> None:
         self.model, self.timer, self.autocast, self.remasking_model = model, timer, autocast, remasking_model
-        self._encode, self._wave, self._recorder = encode or model.encode, wave, recorder
+        self._encode, self._wave, self._recorder, self._verified = encode or model.encode, wave, recorder, verified
         self.compiled = encode is not None  # then every call is to have the same shape
         self.fillers: dict[Head, Filler] = {}
         self.left_context: Tensor | None = None  # int64 [B, L], what the sampler head sees before the first position
@@ -57,7 +59,7 @@ class Network:
     def filler(self, head: Head) -> Filler:
         """How its hidden states become tokens through `head`; made once."""
         if head not in self.fillers:
-            self.fillers[head] = Filler(self.model, head, self._wave, self._recorder)
+            self.fillers[head] = Filler(self.model, head, self._wave, self._recorder, self._verified)
         return self.fillers[head]
 
     @property

@@ -56,7 +56,8 @@ class SampleConfig:
     block_length: int | None = option(None, 'finish this many positions before the next; the block size by default',
         minimum=1, maximum=10**9)
     verify_drafts: bool = option(
-        False, 'of a block model that knows blocks of 1: the head drafts, the causal model verifies, its own law exactly')
+        False, 'of a block model that knows blocks of 1: the head drafts, the causal model verifies, its own law '
+        'exactly; of a head that reads rows: the trunk drafts, the head verifies')
     iterations: int = option(50, 'predictions per block; more revise more', alias='diffusion_iterations',
         minimum=1, maximum=10**6)
     temperature: float = option(0.8, 'below 1 is more careful, above 1 wilder, 0 takes the most probable token')

@@ -168,8 +168,14 @@ def model_problems(config: SampleConfig, explicit: Mapping[str, str], model_conf
         problems.append('confidence_groups does not apply to a causal checkpoint; leave it out')
     if model_config.attention_type == 'block':
         problems += [*_block_problems(config, model_config), *verifying_problems(config, explicit, model_config)]
+    elif config.verify_drafts and not model_config.reads_row:
+        problems.append('verify_drafts needs a block model or a sampler head that reads rows; train one with '
+                        'config/train_char_block.py --block_length=[1,8], or with --sampler_kind=layer')
     elif config.verify_drafts:
-        problems.append('verify_drafts needs a block model; train one with config/train_char_block.py --block_length=[1,8]')
+        problems += [f'{name} does not apply to verify_drafts; leave one of them out' for name, given in (
+            ('use_sampler_head=False', not config.use_sampler_head),
+            ('repetition_penalty', config.repetition_penalty != 1),
+            (f'sampling_method={method}', method not in DIFFUSION)) if given]
     if not model_config.add_sampler_head and (method == 'sampler' or 'use_sampler_head' in explicit and
                                               config.use_sampler_head and method == 'diffusion'):
         cure = 'a checkpoint trained with add_sampler_head=True' if config.model is None else \

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.common.drawing import DrawRule, allowed_log_probabilities, draw_tokens
+from core.common.drawing import draw_tokens, surplus
 from core.common.precision import to_exact
 from core.common.randomness import Purpose, RowRandom
 from core.sampling.block_network import BlockNetwork
@@ -82,7 +82,7 @@ def _write_block(drafting: BlockNetwork, checking: BlockNetwork, settings: Gener
         logits = to_exact(checking.model.lm_head(checking.predict_each(drafts)))  # [B, W, V]
         window.soundness.look_at(LOGITS, logits)
         window.soundness.require()
-        checked = check(_log_probabilities(logits, settings.rule), draft_scores, drafts, settled, numbers)
+        checked = check(settings.rule.log_probabilities(logits), draft_scores, drafts, settled, numbers)
         changed = open & (place < checked.kept[:, None])
         made = made._replace(tokens=torch.where(changed, checked.tokens, noisy),
                              confidence=torch.where(changed, checked.confidence, made.confidence))
@@ -97,7 +97,7 @@ def draft_log_probabilities(model: GPT, task: FillTask, drafts: Tensor) -> Tenso
     if model.config.reads_row:
         scores = torch.zeros(drafts.numel(), task.rule.allowed.numel(), dtype=torch.float64, device=drafts.device)
         for part, logits in logits_in_turn(model, task, drafts, task.positions):
-            scores[part] = _log_probabilities(to_exact(logits), task.rule)
+            scores[part] = task.rule.log_probabilities(logits)
         return scores.view(*drafts.shape, -1)
     (B, W), window, mask = drafts.shape, model.config.sampler_window, model.config.mask_token_id
     wide, before = (FillTask(tokens, task.hidden_states, task.rule, task.generator, left_context=task.left_context)
@@ -112,7 +112,7 @@ def draft_log_probabilities(model: GPT, task: FillTask, drafts: Tensor) -> Tenso
                                     model.neighbour_embedding(), window.left).sampler_input
     new = ((shown >= 0) & (known < 0)).sum(1).to(inputs.device)
     logits = model.sampler_head(inputs, model.lm_head(task.hidden_states).flatten(0, 1), model.lm_head.weight, new)
-    return _log_probabilities(to_exact(logits), task.rule).view(B, W, -1)
+    return task.rule.log_probabilities(logits).view(B, W, -1)
 
 
 def check(target: Tensor, draft: Tensor | None, drafts: Tensor, settled: Tensor, numbers: RowRandom) -> Checked:
@@ -130,14 +130,10 @@ def check(target: Tensor, draft: Tensor | None, drafts: Tensor, settled: Tensor,
         refused = refused | (numbers.uniform(Purpose.VERIFY, W).log() >= ratio) & (place >= settled[:, None])
     first = torch.where(refused, place, W).amin(1)  # [B], W where all are kept
     at = first.clamp(max=W - 1)[:, None, None].expand(-1, 1, target.size(2))
-    p = target.gather(1, at).squeeze(1).exp()  # [B, V]
-    rest = p if draft is None else torch.where(last[:, None], p, (p - draft.gather(1, at).squeeze(1).exp()).clamp(min=0))
-    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p)  # equal distributions refuse nothing but by rounding
+    law = target.gather(1, at).squeeze(1)  # [B, V]
+    rest = law.exp() if draft is None else torch.where(last[:, None], law.exp(), surplus(
+        law, draft.gather(1, at).squeeze(1)))
     again = draw_tokens(rest.log(), numbers.uniform(Purpose.VERIFY, 1, stream=1)[:, 0])  # [B]
     tokens = torch.where(place == first[:, None], again[:, None], drafts)
     confidence = target.gather(2, tokens[..., None]).squeeze(2)
     return Checked(tokens, (first + 1).clamp(max=W), confidence)
-
-
-def _log_probabilities(logits: Tensor, rule: DrawRule) -> Tensor:
-    return allowed_log_probabilities(logits, to_exact(rule.allowed), rule.temperature, rule.top_k, rule.top_p)
