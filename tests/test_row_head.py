@@ -192,7 +192,7 @@ def test_turns_are_the_order_of_each_group(row, order):
     ('layer', {}, 1.0), ('layer_neighbours', {'sampler_order': 'wave'}, 1.0), ('rerun', {}, 1.5)])
 def test_verified_drafts_have_the_law_of_one_draw_after_another(kind, changes, temperature):
     """Whole rows of four from one trunk call, counted, against the law of the head enumerated prefix by prefix."""
-    model, rows = row_model(kind, 0.8, block_size=4, **changes), 12_000
+    model, rows = row_model(kind, 0.7, block_size=4, **changes), 12_000
     rule, texts = DrawRule(ALLOWED, temperature), texts_of(4)
     masks = torch.full((rows, 4), MASK)
     hidden = model.encode(masks[:1])
@@ -202,7 +202,7 @@ def test_verified_drafts_have_the_law_of_one_draw_after_another(kind, changes, t
     task = FillTask(masks, hidden.expand(rows, -1, -1), rule, keyed(3, 0, 0, rows))
     made = Filler(model, 'wave', verified=True).fill(task)
     counts = (made.tokens * (V0 ** torch.arange(3, -1, -1))).sum(1).bincount(minlength=81)
-    assert law.sum().item() == pytest.approx(1) and (rows * law).min() > 5 and law.std() > 0.002
+    assert law.sum().item() == pytest.approx(1) and (rows * law).min() > 4 and law.std() > 0.002
     statistic = ((counts - rows * law) ** 2 / (rows * law)).sum()
     assert abs(statistic - 80) < 4 * (2 * 80) ** 0.5
     number = (made.tokens * torch.tensor([27, 9, 3, 1])).sum(1)
