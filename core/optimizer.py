@@ -25,7 +25,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     transposed = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if transposed else matrices).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if iterates_squares(*x.shape[1:], dtype):
+    if iterates_squares(*x.shape[1:], dtype, x.device):
         x = _polynomial_of(x @ x.mT) @ x
     else:
         for _ in range(_ITERATIONS):
@@ -34,11 +34,12 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.mT if transposed else x).to(matrices.dtype)
 
 
-def iterates_squares(rows: int, columns: int, dtype: torch.dtype) -> bool:
+def iterates_squares(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `orthogonalise` iterates the square products of wide matrices with themselves in their place, which
     takes fewer operations from three columns for two rows on. Squares hold the squares of singular values, so bfloat16
-    would lose the small ones."""
-    return dtype != torch.bfloat16 and columns >= 2 * rows
+    would lose the small ones, and so would TF32, in which a GPU multiplies float32 (docs/LOG.md, 16)."""
+    exact = device.type != 'cuda' or torch.get_float32_matmul_precision() == 'highest'
+    return dtype != torch.bfloat16 and exact and columns >= 2 * rows
 
 
 def _polynomial_of(gram: Tensor) -> Tensor:

@@ -220,7 +220,8 @@ def update_bytes(size: Size) -> int:
 
 
 def _squares(size: Size, one: int, other: int) -> bool:
-    return iterates_squares(other, one, torch.bfloat16 if size.bfloat16 else torch.float32)
+    return iterates_squares(other, one, torch.bfloat16 if size.bfloat16 else torch.float32,
+                            torch.device(size.device))
 
 
 def peak_bytes(size: Size, positions: int) -> int:

@@ -114,10 +114,8 @@ class Runtime:
         return int(self.total(torch.tensor([count], dtype=torch.int64, device=self.device)))
 
     def matrix_dtype(self) -> torch.dtype:
-        """What the optimizer multiplies matrices in: bfloat16 where the forward pass does, and on every CUDA GPU that has
-        it, since TF32 would round a float32 product as coarsely; else float32."""
-        coarse = self.device.type == 'cuda' and has_fast_bfloat16(self.device)
-        return torch.bfloat16 if coarse or self.dtype is torch.bfloat16 else torch.float32
+        """What the optimizer multiplies matrices in: bfloat16 where the forward pass does, else float32."""
+        return torch.bfloat16 if self.dtype is torch.bfloat16 else torch.float32
 
     def matrix_rate(self) -> tuple[float, str]:
         """(operations per second that mfu is a share of, words for where the figure comes from)."""

@@ -169,14 +169,6 @@ def test_whatever_breaks_a_compiler_is_one_line(monkeypatch):
     assert not chosen.compile and 'fatal error: omp.h: No such file' in line and 'much' not in line
 
 
-@pytest.mark.parametrize('capability, dtype, expected', [
-    ((9, 0), torch.float32, torch.bfloat16), ((9, 0), torch.bfloat16, torch.bfloat16),
-    ((7, 0), torch.float32, torch.float32), ((7, 0), torch.float16, torch.float32)])
-def test_on_a_gpu_the_optimizer_never_multiplies_in_tf32(monkeypatch, capability, dtype, expected):
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-    assert runtime.Runtime(torch.device('cuda'), dtype, False).matrix_dtype() is expected
-
-
 def test_on_a_gpu_runs_repeat_exactly(monkeypatch):
     monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
     monkeypatch.setattr(os, 'environ', {**os.environ})

@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 
-from core.optimizer import Muon, learning_rate_at, make_optimizers, orthogonalise, set_learning_rate
+import core.optimizer
+from core.optimizer import (Muon, iterates_squares, learning_rate_at, make_optimizers, orthogonalise,
+                            set_learning_rate)
 from helpers.toys import toy_config
 from model import GPT
+
+CPU = torch.device('cpu')
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -80,3 +84,31 @@ def test_a_refused_step_of_muon_changes_nothing():
         optimizer.step()
         assert torch.equal(before, parameter.detach()) == bool(refused)
         assert torch.equal(kept, optimizer.state[parameter]['momentum_buffer']) == bool(refused)
+
+
+def test_squares_are_iterated_in_exact_float32_alone(monkeypatch):
+    wide = 64, 256
+    assert iterates_squares(*wide, torch.float32, CPU) and not iterates_squares(256, 256, torch.float32, CPU)
+    assert not iterates_squares(*wide, torch.bfloat16, CPU)
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'high')
+    assert iterates_squares(*wide, torch.float32, CPU)
+    assert not iterates_squares(*wide, torch.float32, torch.device('cuda'))
+
+
+def test_tf32_loses_nothing_where_matrices_and_not_squares_are_iterated(monkeypatch):
+    """TF32 keeps 10 bits of each factor's mantissa."""
+    def rounded(values):
+        return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(2, 32, 4, generator=generator) @ torch.randn(2, 4, 128, generator=generator) \
+        + 0.01 * torch.randn(2, 32, 128, generator=generator)
+    exact, found = orthogonalise(matrices, torch.float32), {}
+    product, sum_of = torch.Tensor.__matmul__, torch.baddbmm
+    monkeypatch.setattr(torch.Tensor, '__matmul__', lambda one, other: product(rounded(one), rounded(other)))
+    monkeypatch.setattr(torch, 'baddbmm', lambda to, one, other, **scales: sum_of(to, rounded(one), rounded(other),
+                                                                                   **scales))
+    for squares in (True, False):
+        monkeypatch.setattr(core.optimizer, 'iterates_squares', lambda *asked: squares)
+        found[squares] = ((orthogonalise(matrices, torch.float32) - exact).norm() / exact.norm()).item()
+    assert found[False] < 2e-3 < 2e-2 < found[True]
