@@ -44,6 +44,7 @@ TRAJECTORY = ('seed', 'loss_weighting', 'noise_schedule', 'remasking_loss_type',
               'warmup_iters', 'lr_decay_iters', 'decay_lr', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'ema_decay',
               'reward', 'judge_checkpoint_name', 'repetition_weight', 'group_size', 'prompt_length', 'draw_policy',
               'draw_calls', 'kl_weight')
+SECONDS_BETWEEN_CURVES = 20  # at least, while a run goes on
 # What ends a run once it is saved, with exit code 128 + number: Ctrl-C, a scheduler's end, a closed window, Slurm's
 # warning before the time is over, Ctrl-Break. Each where the system has it.
 STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGBREAK')
@@ -134,7 +135,8 @@ class Run:
         self.skips_told = 0
         self.has_saved = False  # whether there is a checkpoint of this run
         self.wandb_id: str | None = None  # of the run at W&B that this one is, once there is one
-        self.compiled: set[tuple[frozenset[str], bool]] = set()  # heads and trunk of the stages that have begun
+        self.parts: tuple[frozenset[str], bool] | None = None  # heads and trunk that trained last
+        self.drawn = time.monotonic()  # when the loss curve was drawn
         self.asked_to_stop: signal.Signals | None = None
 
     def evaluate_only(self) -> None:
@@ -174,6 +176,8 @@ class Run:
                 self.logger.close()
                 if self.folder is not None and not self.folder.replaces:
                     self.draw_curve()
+            if self.has_saved:
+                say(f'next: {self.kind.next_command(config.out_dir)}')
         finally:
             self.state.leave_ranks()
             if self.folder is not None:
@@ -237,10 +241,7 @@ class Run:
                                          warmup_iters=config.warmup_iters, lr_decay_iters=config.lr_decay_iters,
                                          decay_lr=config.decay_lr)
         stage = stage_at(self.model_config, self.iteration)
-        parts = frozenset(stage.heads), stage.trunk
-        if self.runtime.compile and parts not in self.compiled:
-            self.logger.message(f'compiling this stage, about {COMPILING_SECONDS} s')
-            self.compiled.add(parts)
+        self.announce(stage)
         losses = training_step(self.state, self.iteration, learning_rate)
         due = self.iteration % config.log_interval == 0 or self.iteration == config.max_iters - 1
         if due:
@@ -255,6 +256,20 @@ class Run:
             self.report_skipped()
         self.iteration += 1
         self.logger.advance(self.iteration)
+
+    def announce(self, stage: Stage) -> None:
+        """Say what trains from here on where that changes, and that it is compiled first."""
+        parts = frozenset(stage.heads), stage.trunk
+        if parts == self.parts:
+            return
+        self.parts, told = parts, []
+        if heads_of(self.model_config):
+            names = ['trunk'] * stage.trunk + [head.title for head in HEADS if head.name in stage.heads]
+            told.append(f'from iteration {self.iteration} on: {", ".join(names)}')
+        if self.runtime.compile:
+            told.append(f'compiling this stage, about {COMPILING_SECONDS} s')
+        if told:
+            self.logger.message('; '.join(told))
 
     def record(self, losses: Losses, stage: Stage, learning_rate: float) -> IterationRecord:
         """What is told of the step just made: its losses, and means over the iterations since the last line."""
@@ -321,6 +336,10 @@ class Run:
                                                min(config.sample_length, config.block_size), config.seed))
         if save:
             self.save(is_best=self.improves(found))
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES and self.folder is not None and \
+                not self.folder.replaces:
+            self.draw_curve(lambda line: None)
+            self.drawn = time.monotonic()
 
     def improves(self, found: Validation) -> bool:
         """Whether this is to be the best checkpoint, chosen among those in which every configured head has had its
@@ -425,11 +444,11 @@ class Run:
         """Whether any rank was asked to stop; all agree."""
         return self.runtime.total_count(int(self.asked_to_stop is not None)) > 0
 
-    def draw_curve(self) -> None:
+    def draw_curve(self, say: Callable[[str], None] = say_if_heard) -> None:
         """The loss curve as a picture."""
         path = Path(self.config.out_dir)
         if not optional('there is no loss curve', lambda: read_metrics(path / 'metrics.jsonl')):
             return
         borders = {head.title: head.start(self.model_config) for head in heads_of(self.model_config)}
-        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', say_if_heard, stage_borders=borders,
+        plot_loss_curve(path / 'metrics.jsonl', path / 'loss.png', say, stage_borders=borders,
                         unit=self.training.unit)

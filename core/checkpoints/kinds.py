@@ -1,5 +1,6 @@
 """The kinds of model that a checkpoint can hold: what each is. How one is trained is said in core/training_kinds.py."""
 
+import shlex
 from enum import StrEnum
 from typing import Self
 
@@ -45,3 +46,10 @@ class CheckpointKind(StrEnum):
     def own_output(self) -> bool:
         """Whether it has an output layer apart from the embedding, which can train on a frozen trunk."""
         return self.mode is not ModelMode.LANGUAGE_MODEL
+
+    def next_command(self, out_dir: str) -> str:
+        """What to type once a run in `out_dir` has trained such a model."""
+        if self.writes_text:
+            return f'python sample.py --out_dir={shlex.quote(out_dir)}'
+        judged = '--quality_metric=judge ' if self is CheckpointKind.JUDGE else ''
+        return f'python sample.py {judged}{self.use}={shlex.quote(f"{out_dir}/ckpt_best.pt")}'
