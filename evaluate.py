@@ -5,6 +5,7 @@
     python evaluate.py --measure=likelihood --policies=random,margin --trunk_calls="[1,2,4,8]"
     python evaluate.py --measure=quality --num_samples=64 --temperature=1.0
     python evaluate.py --measure=policies --report=docs/results/policies.md
+    python evaluate.py --measure=arena --checkpoints="out-arena/*/ckpt.pt" --report=docs/results/arena.md
     python evaluate.py --report                                  write the tables of docs/results/study.md again
     python evaluate.py --help
 
@@ -29,9 +30,12 @@ def main(arguments: list[str]) -> None:
     """Read the options and measure."""
     configuration = configure(EvaluateConfig, arguments, usage=usage)
     from core.evaluation.run import run_evaluation  # after the options, so that a typo is answered at once
+    from core.study.arena import write_arena
     from core.study.run import write_study
 
-    if configuration.config.report is not None and 'measure' not in configuration.explicit:
+    if configuration.config.measure == 'arena':
+        write_arena(configuration.config, configuration.explicit)
+    elif configuration.config.report is not None and 'measure' not in configuration.explicit:
         write_study(configuration.config)
     else:
         run_evaluation(configuration.config, configuration.explicit)

@@ -16,6 +16,8 @@ class EvaluateConfig:
     # what to measure
     out_dir: str = option('out', 'run folder that holds the checkpoint; results and pictures go there too', path=True)
     checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir', path=True)
+    checkpoints: str | None = option(
+        None, 'of heads on one trunk, separated by commas, * for anything (arena)', path=True)
     dataset: str | None = option(None, "corpus; the checkpoint's own by default")
     data_dir: str | None = option(None, "folder of the corpora; the checkpoint's own by default, if it is there",
         path=True)

@@ -25,6 +25,7 @@ from core.common.typed_json import FARTHEST
 from core.data.folders import recorded_data_folder
 from core.data.prepare import ensure_corpus
 from core.data.vocabulary import Vocabulary
+from core.evaluation.arena import ARENA, SUMMARY
 from core.evaluation.error_detection import ERRORS
 from core.evaluation.likelihood import LIKELIHOOD
 from core.evaluation.measure import CACHE_NAME, Cell, Evaluation, Measure, Result, ResultCache
@@ -50,7 +51,8 @@ MEASURES: dict[str, Measure] = {
 
 def measure_help() -> str:
     """One line per measure for --help."""
-    return '\n'.join(['measures:', *(f'  {name:<12} {measure.summary}' for name, measure in MEASURES.items())])
+    summaries = {**{name: measure.summary for name, measure in MEASURES.items()}, ARENA: SUMMARY}
+    return '\n'.join(['measures:', *(f'  {name:<12} {summary}' for name, summary in summaries.items())])
 
 
 # The run ------------------------------------------------------------------------------------------------------------
@@ -111,15 +113,19 @@ def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Call
 def option_problems(config: EvaluateConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options before any file is read."""
     problems = bound_problems(config)
-    if config.measure not in (*MEASURES, 'all'):
-        nearest = closest(config.measure, (*MEASURES, 'all'))
-        problems.append(f'measure is {config.measure!r}, but must be one of {", ".join(MEASURES)}, all'
+    names = (*MEASURES, ARENA, 'all')
+    if config.measure not in names:
+        nearest = closest(config.measure, names)
+        problems.append(f'measure is {config.measure!r}, but must be one of {", ".join(names)}'
                         + (f"; did you mean '{nearest}'?" if nearest else ''))
     if config.windows is not None and config.windows < 2:
         problems.append(f'windows is {config.windows}, but a standard error needs at least 2')
-    if config.report is not None and config.measure not in ('policies', 'all'):
-        problems.append(f'report was given, but measure={config.measure} writes no page; take measure=policies or '
-                        f'leave report out')
+    if config.report is not None and config.measure not in ('policies', ARENA, 'all'):
+        problems.append(f'report was given, but measure={config.measure} writes no page; take measure=policies, '
+                        f'measure=arena, or leave report out')
+    if config.checkpoints is not None and config.measure != ARENA:
+        problems.append(f'checkpoints was given, but measure={config.measure} is of one checkpoint; take measure=arena, '
+                        f'or checkpoint_name')
     guided = config.measure in ('quality', 'curves') and 'model' in (config.guidance or '').split(',')
     if config.remasking_checkpoint_name is not None and config.measure not in ('errors', 'all') and not guided:
         problems.append(f'remasking_checkpoint_name does not apply to measure={config.measure}; take measure=errors, '
