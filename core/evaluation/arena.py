@@ -74,8 +74,8 @@ def arena_cells(evaluation: Evaluation, head: Head) -> list[Cell]:
 
 
 def multiply_adds(config: GPTConfig, trunk_operations: int, trunk_calls: int, head: Head) -> tuple[float, float]:
-    """(of the trunk, of the head) for each token of a text that is written in `trunk_calls` calls. Each call reads every
-    token, and so does a head that reads rows; a head draws each token once."""
+    """(of the trunk, of the head) for each token of a text that is written in `trunk_calls` calls. Each call reads
+    every token, and so does a head that reads rows; a head draws each token once."""
     shape = config.sampler_shape
     of_head = shape.operations_per_token() + trunk_calls * shape.operations_per_read_token()
     return trunk_calls * trunk_operations / 2, 0.0 if head == 'none' else of_head / 2
@@ -102,8 +102,8 @@ def _result(evaluation: Evaluation, windows: Tensor, settings: Result) -> Result
 
 
 def drawing_seconds(network: Network, settings: GenerationSettings, texts: int, seed: int) -> tuple[float, int]:
-    """(seconds for each of `texts` texts of a block's length that are drawn at once, calls of the head for all of them).
-    One text is drawn before, so that nothing is made for the first time."""
+    """(seconds for each of `texts` texts of a block's length that are drawn at once, calls of the head for all of
+    them). One text is drawn before, so that nothing is made for the first time."""
     config = network.model.config
     device = exact_device(settings.rule.allowed.device)
 

@@ -124,8 +124,8 @@ def option_problems(config: EvaluateConfig, explicit: Mapping[str, str]) -> list
         problems.append(f'report was given, but measure={config.measure} writes no page; take measure=policies, '
                         f'measure=arena, or leave report out')
     if config.checkpoints is not None and config.measure != ARENA:
-        problems.append(f'checkpoints was given, but measure={config.measure} is of one checkpoint; take measure=arena, '
-                        f'or checkpoint_name')
+        problems.append(f'checkpoints was given, but measure={config.measure} is of one checkpoint; take '
+                        f'measure=arena, or checkpoint_name')
     guided = config.measure in ('quality', 'curves') and 'model' in (config.guidance or '').split(',')
     if config.remasking_checkpoint_name is not None and config.measure not in ('errors', 'all') and not guided:
         problems.append(f'remasking_checkpoint_name does not apply to measure={config.measure}; take measure=errors, '

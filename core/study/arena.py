@@ -2,9 +2,9 @@
 
     python evaluate.py --measure=arena --checkpoints="out-arena/*/ckpt.pt" --report=docs/results/arena.md
 
-A contestant is a checkpoint with a trained head. Those whose trunks are equal, weight for weight, are compared with each
-other; trunks of several seeds are several such groups, and a head has one contestant in each. Every group holds the
-reference, a head of kind `neighbours`, whose windows the differences are paired with.
+A contestant is a checkpoint with a trained head. Those whose trunks are equal, weight for weight, are compared with
+each other; trunks of several seeds are several such groups, and a head has one contestant in each. Every group holds
+the reference, a head of kind `neighbours`, whose windows the differences are paired with.
 
 Letters: S seeds (trunks), W windows.
 """
@@ -181,8 +181,8 @@ def text_of(contestants: Sequence[Contestant], rows: Sequence[Result], command: 
     """Markdown: what was measured, the picture, and a table for each order."""
     first = contestants[0].rows[0]
     lines = [f'    {command}', '', f'Trunks: {rows[0]["seeds"]}. Windows: {first["windows"]} of {first["split"]} of '
-             f'{first["dataset"]}, {first["dtype"]}, orders of seed {first["seed"]}. Times are of {first["texts"]} texts '
-             f'drawn at once, and are those of the machine that measured.', '',
+             f'{first["dataset"]}, {first["dtype"]}, orders of seed {first["seed"]}. Times are of {first["texts"]} '
+             f'texts drawn at once, and are those of the machine that measured.', '',
              f'![nats against multiply-adds]({ARENA}.png)']
     for policy in dict.fromkeys(row['policy'] for row in rows):
         mine = [row for row in rows if row['policy'] == policy]
@@ -196,7 +196,8 @@ def cells_of(row: Result) -> list[str]:
         return f'{1000 * row[name]:.1f}' if name in row else ''
 
     return [row['head'], str(row['trunk_calls']), f'{row["nats"]:.4f}',
-            f'{row["difference"]:+.4f} ({row["difference_error"]:.4f})', f'{row["lowest"]:+.4f} .. {row["highest"]:+.4f}',
+            f'{row["difference"]:+.4f} ({row["difference_error"]:.4f})',
+            f'{row["lowest"]:+.4f} .. {row["highest"]:+.4f}',
             f'{row["cost"] / 1000:.0f}', f'{row["head_cost"] / row["cost"]:.1%}', milliseconds('seconds'),
             f'{row["head_calls"]:.0f}', milliseconds('verified_seconds'),
             f'{row["verified_calls"]:.0f}' if 'verified_calls' in row else '']

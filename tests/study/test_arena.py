@@ -1,4 +1,4 @@
-"""The arena: rows against the measure likelihood, paired differences, whose trunks are equal, what is refused, the page."""
+"""The arena: rows against the measure likelihood, paired differences, equal trunks, what is refused, the page."""
 
 import json
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_one_head_twice_on_one_trunk_is_refused():
 
 
 def test_differences_of_windows_that_move_together_are_sure():
-    """Windows far apart, a head that is better by the same in each: the standard error is 0, and by trunk it is told."""
+    """Windows far apart and a head that is better by the same in each: the standard error is 0."""
     def rows(*shifts):
         return [[{'policy': 'random', 'trunk_calls': 1, 'trunk': 10.0, 'head': cost, 'window_nats': [
             number + shift for number in range(4)]}] for shift, cost in zip(shifts, (0.0, 2.0, 3.0))]
