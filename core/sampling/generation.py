@@ -286,13 +286,12 @@ def write_blocks(network: Network, layout: Layout, settings: GenerationSettings,
     for number, start in enumerate(range(0, length, b)):
         stop = min(length, start + b)
         protected = layout.protected[:, start:stop]
-        sizes = (~protected).sum(1).tolist()
+        window = WindowRun(number, start, protected, generator, watch, Soundness(protected.device))
+        made, sizes = whole.part(start, stop), (~protected).sum(1).tolist()
+        window.tell(0, limit, 'start', made)  # of a prompt too, which whoever watches learns from it
         if not any(sizes):
             continue
         blocks.begin(whole.tokens, start, stop)
-        window = WindowRun(number, start, protected, generator, watch, Soundness(protected.device))
-        made = whole.part(start, stop)
-        window.tell(0, limit, 'start', made)
         made = run_block(blocks, settings, window, Block(protected, sizes, 0, limit), made)
         window.soundness.require()
         assert not (made.tokens == network.model.config.mask_token_id).any(), 'masks were left behind'

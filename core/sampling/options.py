@@ -100,6 +100,8 @@ class SampleConfig:
     output_file: str | None = option(None, 'also write the texts to this file', path=True)
     save_json: str | None = option(None, 'write options, texts and every step to this file', path=True)
     save_html: str | None = option(None, 'write one page that replays every step in a browser to this file', path=True)
+    save_gif: str | None = option(
+        None, 'draw the first text condensing to this file: .gif moves, .png is a strip of a few steps', path=True)
     animate: bool = option(False, 'show the first text of each batch condensing in the terminal; slows a fast model')
     # the machine
     seed: int = option(1337, 'another seed, other texts', minimum=-2**63, maximum=2**63 - 1)

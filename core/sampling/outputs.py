@@ -9,10 +9,12 @@ from pathlib import Path
 from core.common.errors import UserError
 from core.common.files import NewFile, unwritable, why_unwritable, write_whole
 from core.sampling.options import SampleConfig
+from core.sampling.picture import MOVING, STILL, write_picture
 from core.sampling.replay import write_html
 from core.sampling.result import SamplingResult
 
-OUTPUTS = ('output_file', 'save_json', 'save_html')
+RECORDINGS = ('save_json', 'save_html', 'save_gif')  # of every step
+OUTPUTS = ('output_file', *RECORDINGS)
 KEPT = 10_000  # most samples whose texts and steps are held in memory; with more, texts go out as they are finished
 
 
@@ -21,18 +23,26 @@ def holds_all(config: SampleConfig) -> bool:
     return config.num_samples <= KEPT
 
 
+def records(config: SampleConfig) -> bool:
+    """Whether a file is to hold the steps of the run."""
+    return any(getattr(config, option) is not None for option in RECORDINGS)
+
+
 def output_problems(config: SampleConfig) -> list[str]:
     """Output files that could not be written, each a sentence; touches nothing that is there."""
     asked = {option: getattr(config, option) for option in OUTPUTS if getattr(config, option) is not None}
     problems = [f'{option} is {path!r}, but {reason}' for option, path in asked.items()
                 if (reason := why_unwritable(path)) is not None]
+    if 'save_gif' in asked and not problems and Path(asked['save_gif']).suffix.lower() not in (MOVING, STILL):
+        problems.append(f'save_gif is {asked["save_gif"]!r}, but must end in {MOVING} for a moving picture or in {STILL} '
+                        f'for a strip of a few steps')
     if not problems:
         problems = _shared_places({'checkpoint_name': Path(config.out_dir) / config.checkpoint_name,
                                    **{option: Path(path) for option, path in asked.items()}})
     if not holds_all(config):
         problems += [f'{option} holds every step of every sample, but num_samples is {config.num_samples}; take at '
                      f'most {KEPT} with it, or only output_file'
-                     for option in ('save_json', 'save_html') if option in asked]
+                     for option in RECORDINGS if option in asked]
     return problems
 
 
@@ -78,12 +88,12 @@ class Outputs:
         config, said, problems = self._config, [], []
         for path, words, write in ((config.output_file, 'texts written to {}', self._finish_texts),
                                    (config.save_json, 'run written to {}', self._write_json),
-                                   (config.save_html, 'replay written to {}; open it in a browser', self._write_html)):
+                                   (config.save_html, 'replay written to {}; open it in a browser', self._write_html),
+                                   (config.save_gif, 'picture written to {}', self._write_picture)):
             if path is None:
                 continue
             try:
-                write(Path(path), result)
-                said.append(words.format(path))
+                said.append(words.format(path) + (write(Path(path), result) or ''))
             except UserError as error:
                 problems.append(str(error))
         if problems:
@@ -111,3 +121,6 @@ class Outputs:
 
     def _write_html(self, path: Path, result: SamplingResult) -> None:
         write_html(result.trace, self._decode, path)
+
+    def _write_picture(self, path: Path, result: SamplingResult) -> str:
+        return write_picture(result.trace, self._decode, path)

@@ -21,7 +21,7 @@ from core.sampling.generation import generate, parts_of, reads_blocks, score_con
 from core.sampling.loading import Loaded, lay_out, load, make_network, read_prompts, require_blocks
 from core.sampling.network import Network
 from core.sampling.options import QualityMetric, SampleConfig
-from core.sampling.outputs import OUTPUTS, Outputs, holds_all, output_problems
+from core.sampling.outputs import OUTPUTS, Outputs, holds_all, output_problems, records
 from core.sampling.policy_options import option_problems
 from core.sampling.progress import Progress
 from core.sampling.prompt import Layout
@@ -47,8 +47,7 @@ def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Say = s
     timer = get_global_timer()
     timer.device = loaded.device
     timer.reset()
-    recorded = config.save_json is not None or config.save_html is not None
-    trace = Trace(asdict(config), torch.zeros(0, dtype=torch.bool)) if recorded else None
+    trace = Trace(asdict(config), torch.zeros(0, dtype=torch.bool)) if records(config) else None
     result, outputs = SamplingResult(holds_all(config), trace), Outputs(config, loaded.vocabulary.decode)
     problem: BaseException | None = None
     try:

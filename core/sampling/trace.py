@@ -1,5 +1,5 @@
-"""What a sampling run did, step by step: the one record that the terminal, the page, the JSON file and the statistics
-read.
+"""What a sampling run did, step by step: the one record that the terminal, the page, the picture, the JSON file and the
+statistics read.
 
 Letters: B rows, L sequence length, T window length.
 """
@@ -60,6 +60,12 @@ class Trace:
         """Forget all samples but the first `samples`."""
         self.protected = self.protected[:samples]
         self.steps = [step for step in self.steps if int(step.rows[0]) < samples]
+
+    def alone(self) -> 'Trace':
+        """The run of the first sample."""
+        steps = [step._replace(rows=step.rows[:1], tokens=step.tokens[:1], changed=step.changed[:1],
+                               confidence=step.confidence[:1]) for step in self.steps if int(step.rows[0]) == 0]
+        return Trace(self.settings, self.protected[:1], steps)
 
     def to_builtins(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
         """The run in built-in types for JSON; changed positions are indices into the window, confidence is in nats."""

@@ -51,13 +51,13 @@ def _write(network: Network, layout: Layout, settings: GenerationSettings, gener
     for number, start in enumerate(range(0, length, b)):
         stop = min(length, start + b)
         protected = layout.protected[:, start:stop]
+        window = WindowRun(number, start, protected, generator, watch, Soundness(protected.device))
+        made = whole.part(start, stop)
+        window.tell(0, ROUNDS, 'start', made)
         if bool(protected.all()):
             continue
         for one in (drafting, checking):
             one.begin(whole.tokens, start, stop)
-        window = WindowRun(number, start, protected, generator, watch, Soundness(protected.device))
-        made = whole.part(start, stop)
-        window.tell(0, ROUNDS, 'start', made)
         whole = whole.with_part(start, _write_block(drafting, checking, settings, window, made))
     return whole
 

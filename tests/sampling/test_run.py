@@ -21,8 +21,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+NAMES = {**{option: option for option in outputs.OUTPUTS}, 'save_gif': 'save_gif.gif'}  # a picture's ending says which
+
+
 def files(tmp_path):
-    return [f'--{option}={tmp_path}/{option}' for option in outputs.OUTPUTS]
+    return [f'--{option}={tmp_path}/{name}' for option, name in NAMES.items()]
 
 
 def stopping(monkeypatch, batches, error=KeyboardInterrupt):
@@ -57,7 +60,7 @@ def test_files_are_saved_before_the_first_text_is_printed(folder, tmp_path):
     there = []
     sample(folder, *FEW, *files(tmp_path),
            say=lambda line: there.append({path.name for path in tmp_path.iterdir()}) if '--- sample' in line else None)
-    assert there == [set(outputs.OUTPUTS)] * 5
+    assert there == [set(NAMES.values())] * 5
 
 
 def test_a_print_that_fails_ends_a_run_that_writes_no_file(folder, monkeypatch):
@@ -82,7 +85,7 @@ def test_what_was_finished_is_kept(folder, tmp_path, monkeypatch, error):
     assert saved['texts'] == whole.texts[:4] and len(saved['protected']) == 4
     assert {one['sample'] for step in saved['steps'] for one in step['samples']} == {0, 1, 2, 3}
     assert said[-1] == '4 of 5 samples were finished' and whole.texts[3] in said and whole.texts[4] not in said
-    assert {path.name for path in tmp_path.iterdir()} == set(outputs.OUTPUTS)
+    assert {path.name for path in tmp_path.iterdir()} == set(NAMES.values())
 
 
 def test_a_batch_that_was_begun_leaves_no_trace(folder, tmp_path, monkeypatch):
@@ -131,7 +134,7 @@ def test_one_file_that_cannot_be_saved_keeps_no_other_from_it(folder, tmp_path, 
     said = []
     with pytest.raises(UserError, match='cannot write the run'):
         sample(folder, *FEW, *files(tmp_path), say=said.append)
-    assert {path.name for path in tmp_path.iterdir()} == {'output_file', 'save_html'}
+    assert {path.name for path in tmp_path.iterdir()} == {'output_file', 'save_html', 'save_gif.gif'}
     assert sum('--- sample' in line for line in said) == 5
 
 
