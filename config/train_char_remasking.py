@@ -7,6 +7,7 @@
 base_config = 'config/train_char_diffusion.py'
 out_dir = 'out-remasking'
 training_type = 'remasking'
+# The default, corrupted_only, has the wrong id as its only target, so the model learns to call every token wrong.
 remasking_loss_type = 'balanced'
 corruption_checkpoint = 'out/ckpt_best.pt'  # read for remasking_corruption=model only
 

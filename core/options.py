@@ -74,7 +74,7 @@ class TrainConfig:
     remasking_kind: Literal['token', 'binary'] = option(
         'token', 'token predicts the token or the wrong id, binary one of two classes')
     remasking_loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = option(
-        'all_positions', 'positions that count; balanced gives wrong and right ones half of the weight each')
+        'corrupted_only', 'positions that count; only balanced and all_positions learn to tell right from wrong')
     remasking_corruption: Literal['random', 'model'] = option(
         'random', 'wrong tokens drawn at random, or by the model of corruption_checkpoint')
     corruption_checkpoint: str | None = option(None, 'trained generator whose errors are learned; judges use both',

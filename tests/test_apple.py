@@ -100,8 +100,9 @@ def test_a_run_is_taken_up(small_corpus, emulated=emulated_mps):  # torch.load k
 
 
 @pytest.mark.parametrize('kind',
-                         [('--training_type=remasking',), ('--training_type=remasking', '--remasking_kind=binary'),
-                                  ('--training_type=judge',)])
+                         [('--training_type=remasking',),
+                          ('--training_type=remasking', '--remasking_kind=binary', '--remasking_loss_type=balanced'),
+                          ('--training_type=judge',)])
 def test_helpers_train(small_corpus, emulated, kind):
     trained(emulated, 'helper', *kind, '--add_sampler_head=False', '--add_critic_head=False', '--max_iters=3')
     assert load_checkpoint('helper/ckpt.pt').iteration == 3

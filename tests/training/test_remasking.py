@@ -410,11 +410,11 @@ def test_judge_runs_with_and_without_a_generator(generator):
 @pytest.mark.parametrize('arguments, label, name', [
     ([], 'unmasking', 'run'),
     (['--attention_type=causal'], 'causal', 'run'),
-    (['--training_type=remasking'], 'remasking_all_positions', 'run_remasking_all_positions'),
-    (['--training_type=remasking', '--remasking_loss_type=corrupted_only', '--wandb_run_name=mine'],
-     'remasking_corrupted_only', 'mine_remasking_corrupted_only'),
-    (['--training_type=remasking', '--remasking_kind=binary'], 'classifier_all_positions',
-     'run_classifier_all_positions'),
+    (['--training_type=remasking'], 'remasking_corrupted_only', 'run_remasking_corrupted_only'),
+    (['--training_type=remasking', '--remasking_loss_type=all_positions', '--wandb_run_name=mine'],
+     'remasking_all_positions', 'mine_remasking_all_positions'),
+    (['--training_type=remasking', '--remasking_kind=binary', '--remasking_loss_type=balanced'], 'classifier_balanced',
+     'run_classifier_balanced'),
     (['--training_type=judge'], 'judge', 'run_judge'),
 ])
 def test_snapshots_and_runs_are_named_after_what_is_trained(arguments, label, name):
