@@ -20,7 +20,7 @@ from core.batches import BatchPlan, RowShare, unmasking_batches
 from core.checkpoints.heads import heads_of
 from core.common.errors import UserError, raise_problems
 from core.common.files import unwritable
-from core.common.printing import say_if_heard
+from core.common.printing import counted, say_if_heard
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, has_foreach, start_runtime, stop_runtime
 from core.noise import SCHEDULES, Masking, seen_neighbours
@@ -122,8 +122,8 @@ class HeadRun:
         except OSError as error:
             raise unwritable(folder, error) from error
         count = sum(parameter.numel() for parameter in self.heads.parameters())
-        self.say(f'heads: {count:,} parameters on a frozen trunk; {self.plan.rows.global_batch} rows of '
-                 f'{self.plan.block_size} tokens an iteration')
+        self.say(f'heads: {count:,} parameters on a frozen trunk; '
+                 f'{counted(self.plan.rows.global_batch, "row")} of {counted(self.plan.block_size, "token")} an iteration')
         for iteration in range(config.max_iters):
             if iteration % config.eval_interval == 0:
                 self.evaluate(iteration, folder / HEAD_FILE)
@@ -138,7 +138,7 @@ class HeadRun:
                     raise UserError(f'{MOST_IN_A_ROW} steps in a row had a loss or gradients that are not finite; '
                                     f'lower learning_rate ({config.learning_rate:g})')
         self.evaluate(config.max_iters, folder / HEAD_FILE)
-        self.say(f'{config.max_iters} iterations in {self.seconds / 60:.1f} minutes; the best heads are in '
+        self.say(f'{counted(config.max_iters, "iteration")} in {self.seconds / 60:.1f} minutes; the best heads are in '
                  f'{folder / HEAD_FILE}')
 
     def step(self, iteration: int) -> Losses:

@@ -31,7 +31,7 @@ class IterationRecord:
     learning_rate: float
     seconds: float  # of this iteration
     mfu: float | None = None  # share of the peak matrix rate, 0..1; None while not known
-    weights: Mapping[str, float] = field(default_factory=dict)  # of parts whose weight in the loss a schedule changes
+    weights: Mapping[str, float] = field(default_factory=dict)  # of parts that count in the loss with a weight
     extra: Mapping[str, float] = field(default_factory=dict)  # for the log only, such as 'train/grad_norm'
 
     def line(self) -> str:
@@ -76,7 +76,8 @@ class RunLogger:
             self.wandb_id = wandb_id or secrets.token_hex(4)
             self._wandb = _WandbRun(folder, project, run_name, config, self.wandb_id, self.message)
         self._bar = ProgressBar(total_iterations, initial=start_iteration, unit='it', dynamic_ncols=True,
-                                smoothing=0.05)
+                                smoothing=0.05,
+                                desc='training', tell=self.message)
 
     def iteration(self, record: IterationRecord) -> None:
         """Print and record one training iteration; the caller chooses every how many."""

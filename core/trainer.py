@@ -18,7 +18,7 @@ from core.checkpoints.weights import check_resume, initialise_from, load_weights
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
 from core.common.precision import exact_device
-from core.common.printing import complain, optional, say_if_heard
+from core.common.printing import complain, counted, optional, say_if_heard
 from core.common.runtime import (COMPILING_SECONDS, Runtime, handling, is_compile_error, is_lost_rank, start_runtime,
                                  stop_runtime)
 from core.data.corpus import Corpus
@@ -156,8 +156,9 @@ class Run:
                 return
             rate, words = runtime.matrix_rate() if runtime.is_writer else (1.0, '')
             self.matrix_rate = rate
-            say(f'model: {self.state.model.parameter_count():,} parameters; {self.state.plan.rows.global_batch} rows '
-                f'of {config.block_size} tokens an iteration; mfu is a share of {words}')
+            say(f'model: {self.state.model.parameter_count():,} parameters; '
+                f'{counted(self.state.plan.rows.global_batch, "row")} of {counted(config.block_size, "token")} an '
+                f'iteration; mfu is a share of {words}')
             for head in heads_of(self.model_config):
                 if head.start(config) >= config.max_iters:
                     say(f'the {head.name} head would begin at iteration {head.start(config)}, after the last of '
@@ -192,8 +193,8 @@ class Run:
                 distributed.barrier()  # a damaged file has been put aside
             self.resume(path or latest_checkpoint(config.out_dir, say), say)
             if self.is_finished():
-                say(f'the run in {config.out_dir} is finished: it has done {self.iteration} iterations and max_iters '
-                    f'is {config.max_iters}; raise it to go on (--max_iters={2 * self.iteration})')
+                say(f'the run in {config.out_dir} is finished: it has done {counted(self.iteration, "iteration")} and '
+                    f'max_iters is {config.max_iters}; raise it to go on (--max_iters={2 * self.iteration})')
                 return False
             if self.folder is not None:
                 self.folder.write_description(options)
@@ -277,6 +278,7 @@ class Run:
         parts = {name: loss.item() for name, loss in (('main', losses.main), *losses.heads.items())}
         weights = {head.name: stage.heads[head.name] for head in HEADS
                    if head.weight is not None and head.name in stage.heads}
+        weights |= {'kl': self.config.kl_weight} if 'kl' in parts else {}
         further = {} if losses.sums is None else self.training.metrics(losses.sums)
         norms = self.state.gradient_norms
         further |= {'grad_norm': norms['main'].item()}

@@ -7,6 +7,7 @@ that goes on with a model of some kind, as a policy gradient does, is a row of `
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,11 @@ def _classifier_problems(config: TrainConfig) -> list[str]:
 def _judge_problems(config: TrainConfig) -> list[str]:
     too_short = [f'block_size is {config.block_size}, but a judge reads CLS and at least one token'] \
         if config.block_size < 2 else []
-    return _reader_problems(config) + too_short
+    start = config.init_from_checkpoint
+    no_start = [f'init_from_checkpoint is {start}, but there is no such file; a judge starts from a remasking model, '
+                f'trained with: {CheckpointKind.REMASKING.command} (or give --init_from_checkpoint=None to start from '
+                f'random weights)'] if start and config.init_from == 'scratch' and not Path(start).exists() else []
+    return _reader_problems(config) + too_short + no_start
 
 
 def _reads_generator(config: TrainConfig) -> list[str]:

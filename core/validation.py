@@ -17,6 +17,7 @@ from torch import Tensor
 
 from core.batches import position_weights
 from core.common.precision import exact_device, to_exact
+from core.common.printing import counted
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.runtime import Runtime
 from core.data.corpus import Corpus, gather_windows
@@ -46,7 +47,7 @@ class Validation:
 
     def line(self, name: str) -> str:
         """One line for the console."""
-        error, spent = f'(s.e. {self.standard_error:.4f})', f'{self.windows} windows, {self.seconds:.1f}s'
+        error, spent = f'(s.e. {self.standard_error:.4f})', f'{counted(self.windows, "window")}, {self.seconds:.1f}s'
         if self.bits_per is not None:
             more = ''.join(f', {key.replace("_", " ")} {value:.4f}' for key, value in self.further.items()
                            if key != 'bits')

@@ -111,6 +111,19 @@ def test_help_lists_every_policy_in_one_line():
     assert all(len(line) <= 120 for line in lines)
 
 
+def test_samples_that_are_all_the_same_text_are_explained(folder):
+    infill = ['--infill_text=ab___cd', '--num_samples=3', '--iterations=2', '--batch_size=2']
+    result, said = sample(folder, *infill, '--temperature=0')
+    assert len(set(result.texts)) == 1
+    assert 'all 3 samples are the same text: at temperature 0 nothing is left to chance; raise --temperature' in said
+    result, said = sample(folder, *infill, '--top_k=1', '--temperature=0.5')
+    assert len(set(result.texts)) == 1 and 'every open position has one likely token at temperature 0.5, top_p 1.0 and top_k 1; raise' in said
+    result, said = sample(folder, *infill, '--temperature=1.0')
+    assert len(set(result.texts)) > 1 and 'the same text' not in said
+    assert 'the same text' not in sample(folder, *infill, '--temperature=0', '--num_samples=1')[1]
+    assert '1 trunk call, 1 network call, ' in sample(folder, '--iterations=1', '--num_samples=1')[1]
+
+
 def test_infilling_and_json(folder, tmp_path):
     result, said = sample(folder, '--infill_text=ab##cd#', '--infill_char=#', '--iterations=3', '--end_ratio=0.5',
                           '--num_samples=2',

@@ -86,6 +86,11 @@ def complain_once(text: str) -> None:
         complain(text)
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 sample', '2 samples': a number with its noun, whose plural ends in s."""
+    return f'{number} {noun}' + ('' if number == 1 else 's')
+
+
 def _write(stream: TextIO, text: str) -> None:
     stream.write(encodable(escaped(text), getattr(stream, 'encoding', None)) + '\n')
     stream.flush()

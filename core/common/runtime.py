@@ -17,6 +17,7 @@ import torch.distributed as distributed
 
 from core.common.errors import UserError
 from core.common.expressions import excerpt
+from core.common.printing import counted
 
 # Dense bfloat16 peak, operations per second, by vendors' data sheets; any other device is measured.
 PEAK_RATES = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
@@ -267,7 +268,7 @@ def _choose_compile(device: torch.device, wanted: bool | None, iterations: int) 
     if wanted is None and device.type == 'mps':
         return False, 'torch.compile is new on Apple GPUs (ask for it with --compile=True)'
     if wanted is None and iterations < PAYING_ITERATIONS:
-        return False, f'{iterations} iterations are over before compiling pays'
+        return False, f'{counted(iterations, "iteration")} {"is" if iterations == 1 else "are"} over before compiling pays'
     problem = compile_problem(device.type)
     if problem is not None:
         return False, problem

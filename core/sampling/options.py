@@ -94,7 +94,7 @@ class SampleConfig:
         QualityMetric.SELF, "self: log-probability of what was written; judge: a judge model's score")
     confidence_groups: int = option(8, 'network calls that quality_metric=self takes per block; more is finer',
         minimum=1, maximum=10**6)
-    show_progress: bool = option(True, 'progress bar on a terminal')
+    show_progress: bool = option(True, 'progress bar on a terminal, elsewhere a line every tenth of the work')
     use_verbose_logging: bool = option(False, 'checks before the start, mask shares, first and last previews')
     log_debug: bool = option(False, 'a line per prediction and remasking')
     output_file: str | None = option(None, 'also write the texts to this file', path=True)

@@ -1,10 +1,10 @@
 """What the terminal shows of a run while it goes on: progress bar or animation, and the verbose lines."""
 
-import sys
 from collections.abc import Callable
 
 from torch import Tensor
 
+from core.common.printing import complain
 from core.common.progress import ProgressBar
 from core.data.vocabulary import Vocabulary
 from core.sampling.animation import TerminalAnimation
@@ -21,7 +21,7 @@ class Progress:
                  animation: TerminalAnimation | None, say: Callable[[str], None]) -> None:
         self.config, self.vocabulary, self.trace, self.say = config, vocabulary, trace, say
         self.animation = animation
-        self.bar_wanted = config.show_progress and sys.stderr.isatty() and animation is None
+        self.bar_wanted = config.show_progress and animation is None
         self.wanted = (self.bar_wanted or trace is not None or animation is not None or config.use_verbose_logging
                        or config.log_debug)
         self.batches, self.blocks, self.batch, self.last = batches, blocks, 0, None
@@ -29,7 +29,7 @@ class Progress:
 
     def __enter__(self) -> 'Progress':
         if self.bar_wanted:
-            self.bar = ProgressBar(1.0, desc='sampling',
+            self.bar = ProgressBar(1.0, desc='sampling', tell=complain,
                                    bar_format='{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}')
         return self
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from core.common.printing import counted
 from core.common.timing import TimingAccumulator
 from core.sampling.loading import Loaded
 from core.sampling.options import QualityMetric, SampleConfig
@@ -71,12 +72,15 @@ class SamplingResult:
     network_calls: int = 0
     seconds: float = 0.0
     judge_seconds: float = 0.0
+    only_text: str | None = None  # the text that all samples have, None where they differ
     statistics: TextStatistics = field(default_factory=TextStatistics)
 
     def add(self, batch: Batch) -> None:
         """One more finished batch."""
         if self.keeps:
             self.batches.append(batch)
+        first = batch.texts[0] if self.samples == 0 else self.only_text
+        self.only_text = first if all(text == first for text in batch.texts) else None
         self.samples += len(batch.texts)
         self.new_tokens += int((~batch.protected).sum())
         self.tokens_judged += batch.tokens.numel() + len(batch.texts)  # with CLS
@@ -133,13 +137,18 @@ def tell_totals(config: SampleConfig, loaded: Loaded, result: SamplingResult, ti
                 say: Callable[[str], None]) -> None:
     """Counts, times, mean scores, characters and patterns of all samples."""
     say('---')
-    waves = '' if loaded.settings.head == 'none' else f', {result.waves} waves'
-    say(f'{result.new_tokens} tokens in {result.seconds:.2f} s ({result.new_tokens / result.seconds:.0f} tokens/s), '
-        f'{result.trunk_calls} trunk calls, {result.network_calls} network calls{waves}')
+    waves = '' if loaded.settings.head == 'none' else f', {counted(result.waves, "wave")}'
+    say(f'{counted(result.new_tokens, "token")} in {result.seconds:.2f} s ({result.new_tokens / result.seconds:.0f} tokens/s), '
+        f'{counted(result.trunk_calls, "trunk call")}, {counted(result.network_calls, "network call")}{waves}')
+    if result.samples > 1 and result.only_text is not None:
+        say(f'all {result.samples} samples are the same text: ' + (
+            'at temperature 0 nothing is left to chance; raise --temperature' if config.temperature == 0 else
+            f'every open position has one likely token at temperature {config.temperature}, top_p {config.top_p} and '
+            f'top_k {config.top_k}; raise --temperature, or leave out top_p and top_k'))
     mean = result.score_total / result.samples
     if config.quality_metric is QualityMetric.SELF:
         way = 'left to right' if loaded.model.config.attention_type == 'causal' else \
-            f'masked pseudo-likelihood in {config.confidence_groups} groups'
+            f'masked pseudo-likelihood in {counted(config.confidence_groups, "group")}'
         say(f'self-confidence {mean:.3f} nats per token ({way})')
     elif config.quality_metric is QualityMetric.JUDGE:
         say(f'judge score {mean:.3f} (1 - evaluation; 1 is real text), '

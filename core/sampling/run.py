@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core.common.errors import UserError, raise_problems
 from core.common.precision import exact_device
-from core.common.printing import say
+from core.common.printing import counted, say
 from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator, get_global_timer
 from core.sampling.animation import TerminalAnimation
@@ -61,7 +61,7 @@ def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Say = s
             trace.cut(result.samples)
     _save_and_tell(config, loaded, timer, result, outputs, voice)
     if problem is not None:
-        voice(f'{result.samples} of {config.num_samples} samples were finished')
+        voice(f'{result.samples} of {counted(config.num_samples, "sample")} {"was" if result.samples == 1 else "were"} finished')
     for problem in (problem, voice.problem):
         if problem is not None:
             raise problem
@@ -174,7 +174,8 @@ def _say_checks(config: SampleConfig, loaded: Loaded, layout: Layout, say: Say) 
     masked = layout.tokens == loaded.vocabulary.mask_token_id
     block_length = loaded.settings.block_length
     most = block_length if reads_blocks(model.config, block_length) else model.config.block_size
-    say(f'{config.num_samples} samples of {length} tokens in {parts_of(length, model.config, block_length)} blocks of '
+    parts = parts_of(length, model.config, block_length)
+    say(f'{counted(config.num_samples, "sample")} of {counted(length, "token")} in {counted(parts, "block")} of '
         f'at most {most}; {int(layout.protected[0].sum())} protected, '
         f'{masked.float().mean():.1%} masked')
     say(f'{model.parameter_count():,} parameters on {loaded.device}, {int(loaded.settings.rule.allowed.sum())} tokens '

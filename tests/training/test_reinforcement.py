@@ -281,6 +281,10 @@ def test_a_run_makes_a_generator_of_the_same_shape_and_logs_what_it_watches(gene
     assert 'options that are not given are those of out-generator/ckpt_best.pt' in out
     assert re.search(r'step 4: val loss -0\.\d+ .*reward 0\.\d+, kl 0\.\d+, entropy \d\.\d+, repetition', out)
     assert Path('out-grpo/loss.png').stat().st_size > 0
+    lines = re.findall(r'iter \d+: loss (\S+) \(main (\S+), kl 0.04 x (\S+)\)', out)
+    assert len(lines) == 4 and float(lines[-1][2]) > 0
+    for total, main, kl in lines:  # the printed parts add up
+        assert float(total) == pytest.approx(float(main) + 0.04 * float(kl), abs=2e-4)
 
 
 def test_a_stopped_run_goes_on_exactly_and_evaluation_disturbs_nothing(generator):

@@ -430,6 +430,8 @@ def test_snapshots_and_runs_are_named_after_what_is_trained(arguments, label, na
      'one class alone'),
     (['--training_type=remasking', '--add_sampler_head=True'], 'add_sampler_head is True, but training_type=remasking'),
     (['--training_type=judge', '--attention_type=causal'], 'reads a text from both sides'),
+    (['--training_type=judge', '--init_from_checkpoint=gone.pt'],
+     'no such file; a judge starts from a remasking model, trained with: python train.py config/train_char_remasking.py'),
     (['--training_type=judge', '--block_size=1'], 'a judge reads CLS and at least one token'),
     (['--training_type=remasking', '--freeze_transformer=True', '--init_from_checkpoint=x.pt'], 'nothing to train'),
 ])
