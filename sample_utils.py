@@ -27,7 +27,7 @@ from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.waves import (Order, Turns, distance_to_last, distance_to_next, fill_turns, follow_on_schedule,
                                sees_in_turn, stage_schedule)
 from core.noise import Shown, neighbours_in_turn
-from core.sampler_head import Memory, SamplerWindow
+from core.sampler_head import RowMemory, SamplerWindow
 from model import GPT, GPTConfig, ModelMode
 
 Head = Literal['none', 'wave', 'left_to_right']  # who fills: `lm_head` alone, or the sampler head in that order
@@ -269,42 +269,6 @@ def sampler_tables(model: GPT) -> SamplerTables:
                          None if head.attention is None else head.attention.token(embedding))
 
 
-class RowMemory:
-    """What a head that reads rows remembers of the rows of one fill: keys and values of all that is known, to which
-    each draw adds its token. So a draw costs one query, and one key and value."""
-
-    def __init__(self, model: GPT, task: FillTask, contents: Tensor) -> None:
-        """contents [V, 2 A]: see `SamplerTables`."""
-        self._attention, self._contents = model.sampler_head.attention, contents
-        tokens = task.tokens.to(contents.device)  # [B, T]
-        self._of_hidden = self._attention.contents(task.hidden_states)  # [B, T, 2 A]
-        self._memory = self._attention.remembered(self._of_hidden + contents[tokens])  # masks with the mask's embedding
-        known = (tokens != model.config.mask_token_id) | self._attention.sees_masks
-        self._known = F.pad(known, (1, 0), value=True)  # [B, 1 + T]
-
-    def read(self, hidden: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """[n, W]: what the head gives the positions `places` int64 [n] of `rows` int64 [n], none of which comes twice;
-        hidden [n, D]."""
-        rows, places = rows.to(hidden.device), places.to(hidden.device)
-        memory, known = self._memory, self._known
-        if len(rows) < len(known):
-            memory, known = Memory(*(one[rows] for one in memory)), known[rows]
-        return self._attention.read(self._attention.queries(hidden, places), memory, known)
-
-    def add(self, rows: Tensor, places: Tensor, tokens: Tensor) -> None:
-        """Know the tokens int64 [n] at these positions from now on."""
-        rows, places, tokens = (one.to(self._contents.device) for one in (rows, places, tokens))
-        made = self._attention.keys_values(self._of_hidden[rows, places] + self._contents[tokens], places)
-        at = rows, places + 1
-        if torch.is_grad_enabled():  # what was read before is needed on the way back
-            self._memory = Memory(*(old.transpose(1, 2).index_put(at, new).transpose(1, 2)
-                                    for old, new in zip(self._memory, made)))
-        else:
-            for old, new in zip(self._memory, made):
-                old.transpose(1, 2).index_put_(at, new)
-        self._known = self._known.index_put(at, torch.ones_like(rows, dtype=torch.bool))
-
-
 class Wave(NamedTuple):
     """The n positions of one wave. bags int64 [C n]: rows of the tables, those of position i from starts [n] on;
     projected [n, W]: what the hidden state and the rest of the row add to the head's first product; logits [n, V]: the
@@ -464,7 +428,8 @@ def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int]
     neighbours = padded_positions[:, None] + window.offsets(device)  # [N, C]
     hidden = task.hidden_states.reshape(B * T, D)[picked]  # [N, D]
     seen = task.seen(model.config)
-    memory = None if tables.contents is None else RowMemory(model, task, tables.contents)
+    memory = None if tables.contents is None else RowMemory(head.attention, task.tokens, task.hidden_states,
+                                                           (tables.contents, mask_token_id))
     choose, choices = task.choice()
     choices, projection, begin = choices[picked], head.hidden_projection(hidden), counts[0]  # [N], [N, W]
     if memory is not None or seen is not None or len(picked) * model.config.vocab_size > _CHUNK:

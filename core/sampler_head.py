@@ -175,6 +175,43 @@ class FillAttention(nn.Module):
         return rotate(x, self.rotary_cosine[places], self.rotary_sine[places])
 
 
+class RowMemory:
+    """What a head that reads rows remembers of the rows of one fill: keys and values of all that is known, to which
+    each draw adds its token. So a draw costs one query, and one key and value."""
+
+    def __init__(self, attention: FillAttention, tokens: Tensor, hidden_states: Tensor,
+                 table: tuple[Tensor, int]) -> None:
+        """tokens int64 [B, T] and their hidden_states [B, T, D]; table: what a token adds to keys and values,
+        [V, 2 A], and which of them is the mask."""
+        (contents, mask_token_id), tokens = table, tokens.to(hidden_states.device)
+        self._attention, self._contents = attention, contents
+        self._of_hidden = attention.contents(hidden_states)  # [B, T, 2 A]
+        self._memory = attention.remembered(self._of_hidden + contents[tokens])  # masks with the mask's embedding
+        self._known = F.pad((tokens != mask_token_id) | attention.sees_masks, (1, 0), value=True)  # [B, 1 + T]
+
+    def read(self, hidden: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """[n, W]: what the head gives the positions `places` int64 [n] of `rows` int64 [n], none of which comes twice;
+        hidden [n, D]."""
+        rows, places = rows.to(hidden.device), places.to(hidden.device)
+        memory, known = self._memory, self._known
+        if len(rows) < len(known):
+            memory, known = Memory(*(one[rows] for one in memory)), known[rows]
+        return self._attention.read(self._attention.queries(hidden, places), memory, known)
+
+    def add(self, rows: Tensor, places: Tensor, tokens: Tensor) -> None:
+        """Know the tokens int64 [n] at these positions from now on."""
+        rows, places, tokens = (one.to(self._contents.device) for one in (rows, places, tokens))
+        made = self._attention.keys_values(self._of_hidden[rows, places] + self._contents[tokens], places)
+        at = rows, places + 1
+        if torch.is_grad_enabled():  # what was read before is needed on the way back
+            self._memory = Memory(*(old.transpose(1, 2).index_put(at, new).transpose(1, 2)
+                                    for old, new in zip(self._memory, made)))
+        else:
+            for old, new in zip(self._memory, made):
+                old.transpose(1, 2).index_put_(at, new)
+        self._known = self._known.index_put(at, torch.ones_like(rows, dtype=torch.bool))
+
+
 class SamplerHead(nn.Module):
     """Predicts a masked token from its hidden state and from tokens that were placed since (docs/sampler.md).
 

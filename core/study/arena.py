@@ -31,7 +31,7 @@ from core.evaluation.measure import CACHE_NAME, Evaluation, Result, ResultCache
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.quality_tables import command_of, markers
 from core.evaluation.run import compute_cells, load_evaluation, option_problems, table
-from model import GPT, GPTConfig
+from model import GPT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
