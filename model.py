@@ -59,6 +59,7 @@ class GPTConfig:
     critic_target_scope: Literal['masked_only', 'masked_and_ignore'] = 'masked_only'
     critic_gradient: Literal['trunk', 'head'] = 'trunk'
     critic_row_stride: int = 1  # the critic is trained on every n-th row
+    critic_fill: Literal['one_shot', 'revised'] = 'one_shot'  # the text that it is trained on
     start_critic_iteration: int = 0
     end_critic_iteration: int = 0
     add_sampler_head: bool = False
@@ -97,7 +98,8 @@ class GPTConfig:
         for name, choices in (('attention_type', ('causal', 'bidirectional', 'block')),
                               ('position_encoding', ('absolute', 'rotary')),
                               ('critic_target_scope', ('masked_only', 'masked_and_ignore')),
-                              ('critic_gradient', ('trunk', 'head')), ('sampler_output', ('own', 'shared_detached')),
+                              ('critic_gradient', ('trunk', 'head')), ('critic_fill', ('one_shot', 'revised')),
+                              ('sampler_output', ('own', 'shared_detached')),
                               ('sampler_order', ('wave', 'left_to_right')), ('sampler_gradient', ('head', 'trunk')),
                               ('sampler_kind', tuple(SAMPLER_KINDS))):
             if getattr(self, name) not in choices:

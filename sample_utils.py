@@ -608,18 +608,41 @@ def build_critic_artifacts_from_logits(model: GPT, tokens: Tensor, targets: Tens
     tokens int64 [B, T] with masks, targets int64 [B, T] the true tokens or ignore_index where the truth is unknown,
     hidden_states [B, T, D] of tokens. The masks are filled as inference fills them, under `rule`. critic_target_scope
     'masked_only' labels the filled positions, 'masked_and_ignore' also the visible ones. Padding and unknown truth
-    never carry a label. recorder: of a `Filler`.
+    never carry a label. With critic_fill 'revised' the text is one that the critic has had revised. recorder: of a
+    `Filler`, for the first fill.
     """
     config, tokens, targets = model.config, to_exact(tokens), to_exact(targets)
-    fill = Filler(model, 'wave' if use_sampler_head else 'none', recorder=recorder).fill(
+    head: Head = 'wave' if use_sampler_head else 'none'
+    fill = Filler(model, head, recorder=recorder).fill(
         FillTask(tokens, hidden_states, rule, generator, purpose=Purpose.CRITIC_FILL))
+    text = fill.tokens if config.critic_fill == 'one_shot' else revised_text(Filler(model, head), fill, rule, generator)
     labelled = targets != config.ignore_index
     if config.pad_token_id is not None:
         labelled = labelled & (targets != config.pad_token_id) & (tokens != config.pad_token_id)
     if config.critic_target_scope == 'masked_only':
         labelled = labelled & fill.drawn
-    made = fill.tokens, ((fill.tokens != targets) & labelled).float(), labelled
+    made = text, ((text != targets) & labelled).float(), labelled
     return CriticArtifacts(*(part.to(hidden_states.device) for part in made))
+
+
+REVISIONS = 3  # of a text that the critic learns from; each costs two trunk calls
+REVISED_BY_CHANCE = 0.4  # share of the positions taken back that chance chooses
+
+
+def revised_text(filler: Filler, fill: Fill, rule: DrawRule, generator: RowRandom) -> Tensor:
+    """The filled text int64 [B, T] after `REVISIONS` revisions: what the critic finds wrong is masked and filled again,
+    as the policy remask does it. The share of the filled positions that is taken back falls in equal steps from one
+    that each row draws, so that rows of few revisions are among them."""
+    model, text, first = filler.model, fill.tokens, generator.uniform(Purpose.REMASK, 1)  # [B, T], [B, 1]
+    for revision in range(REVISIONS):
+        numbers = generator.apart(1 + revision)
+        remasked = apply_remasking_step(~fill.drawn, to_exact(model.critic_scores(text)),
+                                        first * (1 - revision / REVISIONS), numbers,
+                                        randomness_strength=REVISED_BY_CHANCE,
+                                        tolerance=computing_tolerance(model.lm_head.weight))
+        open = text.masked_fill(remasked, model.config.mask_token_id)
+        text = filler.fill(FillTask(open, model.encode(open), rule, numbers, purpose=Purpose.CRITIC_FILL)).tokens
+    return text
 
 
 # Remasking ----------------------------------------------------------------------------------------------------------
@@ -635,16 +658,16 @@ def cosine_remasking_schedule(count: int, start: float, end: float) -> list[floa
             count == 1 else end for index in range(count)]
 
 
-def apply_remasking_step(protected: Tensor, wrongness: Tensor | None, level: float, generator: RowRandom, *,
+def apply_remasking_step(protected: Tensor, wrongness: Tensor | None, level: float | Tensor, generator: RowRandom, *,
                          mode: Literal['ratio', 'threshold'] = 'ratio', randomness_strength: float = 0.0,
                          tolerance: float = tie_tolerance(torch.float32)) -> Tensor:
     """bool [B, T]: the positions to remask now; never one of protected bool [B, T].
 
     wrongness float [B, T]: higher is remasked first (None: no guidance, all positions alike). mode 'ratio': the share
-    `level` of each row's unprotected positions (rounded to the nearest count); of these the share randomness_strength
-    is drawn uniformly from the positions that guidance left, the others are the most wrong. mode 'threshold': every
-    unprotected position whose wrongness exceeds `level`; nothing is drawn at random. Values of wrongness no further
-    apart than `tolerance` count as equal, to each other and to `level` (core/common/choosing.py).
+    `level` (one for all, or [B, 1]) of each row's unprotected positions (rounded to the nearest count); of these the
+    share randomness_strength is drawn uniformly from the positions that guidance left, the others are the most wrong.
+    mode 'threshold': every unprotected position whose wrongness exceeds `level`; nothing is drawn at random. Values of
+    wrongness no further apart than `tolerance` count as equal, to each other and to `level` (core/common/choosing.py).
     """
     free = ~protected  # [B, T]
     if mode == 'threshold':

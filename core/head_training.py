@@ -43,7 +43,7 @@ _NOT_OF_HEADS = ('n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'attention_ty
                  'train_split', 'freeze_transformer', 'unfreeze_at_iteration', 'sampler_gradient', 'critic_gradient',
                  'compile', 'sharding', 'activation_checkpointing', 'wandb_log', 'always_save_checkpoint')
 _STAGES = ('start_sampler_iteration', 'start_critic_iteration', 'end_critic_iteration', 'critic_alpha',
-           'critic_target_scope', 'critic_row_stride')
+           'critic_target_scope', 'critic_row_stride', 'critic_fill')
 
 
 def train_head(config: TrainConfig, explicit: Mapping[str, str], notes: list[str]) -> None:

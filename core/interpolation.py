@@ -75,7 +75,8 @@ def _between(one: Checkpoint, other: Checkpoint, weight: float) -> Checkpoint:
         model[name] = made[tensor.data_ptr()]
     return Checkpoint(one.kind, one.model_config, one.config, one.vocabulary, one.vocabulary_hash, one.data_hash,
                       one.data_sizes, model, min(one.iteration, other.iteration),
-                      extra={'merged_with': other.kind, 'weight': weight, 'resumable': False})
+                      extra={'merged_with': other.kind, 'weight': weight, 'resumable': False,
+                             'text_figures': one.extra.get('text_figures')})
 
 
 def _validate_as(source: Checkpoint, checkpoint: Checkpoint, name: str, device: torch.device,

@@ -120,6 +120,8 @@ class TrainConfig:
         'masked_only', 'masked_and_ignore also labels the visible tokens as right')
     critic_gradient: Literal['trunk', 'head'] = option('trunk', 'head stops its gradient before the trunk')
     critic_row_stride: int = option(1, 'train it on every n-th row; 4 makes stage 3 about a third cheaper')
+    critic_fill: Literal['one_shot', 'revised'] = option(
+        'one_shot', 'text that it learns from: masks filled once, or then revised as the policy remask does')
     # starting from another model
     freeze_transformer: bool = option(False, 'train the heads only')
     unfreeze_at_iteration: int | None = option(None, 'from here on the trunk trains too')

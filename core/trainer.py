@@ -24,6 +24,7 @@ from core.common.runtime import (COMPILING_SECONDS, Runtime, handling, is_compil
 from core.data.corpus import Corpus
 from core.data.folders import data_folder
 from core.data.prepare import ensure_corpus
+from core.data.text_figures import corpus_figures
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.loss_curve import plot_loss_curve
 from core.objective import Losses
@@ -119,6 +120,8 @@ class Run:
                         runtime.world_size)
         plan = BatchPlan(corpus.tokens(config.train_split, config.block_size + 1), config.seed, config.block_size, rows,
                          self.training.noise(config, corpus.vocabulary, runtime))
+        figures = corpus_figures(corpus, config.block_size, config.train_split) if self.kind.writes_text else None
+        self.text_figures = None if figures is None else figures.to_builtins()
         self.read = {name: checkpoint_hash(Path(vars(config)[name])) for name in self.training.reads(config)}
         model = GPT(self.model_config, config.seed).to(runtime.device)
         if config.init_from == 'scratch' and config.init_from_checkpoint:
@@ -385,7 +388,7 @@ class Run:
             guard=state.guard.state_dict() if with_optimizers else None,
             best_value=self.best_value, extra={'best_is_final': self.best_is_final, 'train_seconds': self.seconds,
                                                'read': self.read, 'resumable': with_optimizers,
-                                               'wandb_id': self.wandb_id})
+                                               'wandb_id': self.wandb_id, 'text_figures': self.text_figures})
 
     def resume(self, path: Path, say: Callable[[str], None]) -> None:
         """Take up the checkpoint at `path`; the run goes on exactly as if never stopped. Changed options are said."""

@@ -88,9 +88,9 @@ def entropy_of(out: str) -> float:
 
 
 def test_basic_diffusion_sampling_goes_by_blocks(run):
-    """512 tokens in blocks of 256 with half a block of context: three windows of 50 predictions, 49 by the critic."""
+    """512 tokens in blocks of 256 with half a block of context: three windows of 50 predictions."""
     out = run('python sample.py --sampling_method=diffusion --num_samples=4 --sequence_length=512')
-    assert [len(text) for text in texts_of(out)] == [512] * 4 and calls_of(out) == (150, 150 + 147)
+    assert [len(text) for text in texts_of(out)] == [512] * 4 and calls_of(out) == (150, 150)
     assert not set('_#~^') & set(''.join(texts_of(out))) and '2048 tokens in' in out
 
 
@@ -102,7 +102,7 @@ def test_standard_sampling_continues_the_prompt(run):
 
 def test_iterations_and_temperature(run):
     out = run('python sample.py --sampling_method=diffusion --iterations=32 --temperature=0.7')
-    assert calls_of(out) == (32, 63) and [len(text) for text in texts_of(out)] == [BLOCK] * 4
+    assert calls_of(out) == (32, 32) and [len(text) for text in texts_of(out)] == [BLOCK] * 4
     usual = run('python sample.py --sampling_method=diffusion --iterations=32')
     assert texts_of(usual) == texts_of(run('python sample.py --sampling_method=diffusion --iterations=32 '
                                            '--temperature=0.8'))
@@ -110,10 +110,10 @@ def test_iterations_and_temperature(run):
 
 
 def test_a_remasking_model_changes_the_text(run):
-    """It calls vowels wrong, so that few of them are left; the critic of the checkpoint does not mind them."""
+    """It calls vowels wrong, so that few of them are left; self-confidence does not mind them."""
     out = run('python sample.py --remasking_checkpoint_name=remasking_model.pt --randomness_strength=0.2')
     plain = run('python sample.py --randomness_strength=0.2')
-    assert calls_of(out) == calls_of(plain) == (50, 99) and 'remasking model ' in out
+    assert calls_of(out) == (50, 99) and calls_of(plain) == (50, 50) and 'remasking model ' in out
     vowels, before = (sum(text.count(vowel) for text in texts_of(printed) for vowel in 'aeiou')
                       for printed in (out, plain))
     assert vowels < 0.5 * before
@@ -121,7 +121,7 @@ def test_a_remasking_model_changes_the_text(run):
 
 def test_a_custom_schedule_makes_one_prediction_more_than_it_has_ratios(run):
     out = run('python sample.py --schedule_type=custom --masking_ratios="[0.95,0.8,0.6,0.4,0.2,0.05]"')
-    assert calls_of(out) == (7, 13)
+    assert calls_of(out) == (7, 7)
 
 
 def test_debug_mode_shows_shares_and_previews(run):
@@ -136,7 +136,7 @@ def test_debug_mode_shows_shares_and_previews(run):
 
 def test_high_quality_generation(run):
     out = run('python sample.py --diffusion_iterations=100 --temperature=0.6 --intelligent_remasking=True')
-    assert calls_of(out) == (100, 199)
+    assert calls_of(out) == (100, 100)
     usual = run('python sample.py --diffusion_iterations=100 --intelligent_remasking=True')
     assert confidence_of(out) > confidence_of(usual) and entropy_of(out) < entropy_of(usual)
 
@@ -144,11 +144,11 @@ def test_high_quality_generation(run):
 def test_shakespeare_generation(run):
     out = run('python sample.py --checkpoint_name=optimal2_3400.pt --sampling_method=diffusion --sequence_length=256 '
               '--diffusion_iterations=25 --temperature=0.7 --num_samples=3')
-    assert re.search(r'49 network calls, \d{3,} waves', out)  # through the sampler head
+    assert re.search(r'25 network calls, \d{3,} waves', out)  # through the sampler head
     assert entropy_of(out) < entropy_of(run(
         'python sample.py --checkpoint_name=optimal2_3400.pt --sampling_method=diffusion --sequence_length=256 '
         '--diffusion_iterations=25 --num_samples=3 --temperature=1.2'))
-    assert calls_of(out) == (25, 49) and [len(text) for text in texts_of(out)] == [256] * 3
+    assert calls_of(out) == (25, 25) and [len(text) for text in texts_of(out)] == [256] * 3
     assert re.search(r'self-confidence -\d+\.\d+ nats per token \(masked pseudo-likelihood in 8 groups\)', out)
     assert re.search(r"\ncharacters: '.' \d+\.\d%", out) and re.search(r'\npatterns: ', out)
 
@@ -156,7 +156,7 @@ def test_shakespeare_generation(run):
 def test_creative_writing(run):
     out = run('python sample.py --sampling_method=diffusion --sequence_length=512 --temperature=1.0 --top_p=0.9 '
               '--intelligent_remasking=True --diffusion_iterations=50')
-    assert calls_of(out) == (150, 297) and [len(text) for text in texts_of(out)] == [512] * 4
+    assert calls_of(out) == (150, 150) and [len(text) for text in texts_of(out)] == [512] * 4
     whole = run('python sample.py --sampling_method=diffusion --sequence_length=512 --temperature=1.0 '
                 '--intelligent_remasking=True --diffusion_iterations=50')
     narrow = run('python sample.py --sampling_method=diffusion --sequence_length=512 --temperature=1.0 --top_p=0.3 '
@@ -174,14 +174,15 @@ def test_the_judge_scores_samples(run):
 def test_the_options_of_the_guide_as_a_config_file(run, folder):
     (folder / 'mine.py').write_text(GUIDE_CONFIG)
     out = run('python sample.py mine.py --num_samples=1')
-    assert texts_of(out) == texts_of(run('python sample.py --checkpoint_name=big_boy2.pt --num_samples=1'))
+    assert texts_of(out) == texts_of(run(
+        'python sample.py --checkpoint_name=big_boy2.pt --num_samples=1 --randomness_strength=0.4'))
     (folder / 'schedule.py').write_text(GUIDE_SCHEDULE)
-    assert calls_of(run('python sample.py schedule.py --num_samples=1')) == (11, 21)
+    assert calls_of(run('python sample.py schedule.py --num_samples=1')) == (11, 11)
 
 
-def test_the_guides_defaults_are_the_defaults():
+def test_the_guides_defaults_are_the_defaults_but_for_the_randomness_that_was_measured_best():
     guide = configure(sample.SampleConfig, ['--checkpoint_name=big_boy2.pt'])
     assert (guide.config.iterations, guide.config.start_ratio, guide.config.end_ratio) == (50, 0.95, 0.05)
-    assert (guide.config.temperature, guide.config.top_p, guide.config.randomness_strength) == (0.8, 1.0, 0.4)
+    assert (guide.config.temperature, guide.config.top_p, guide.config.randomness_strength) == (0.8, 1.0, 0.85)
     assert guide.config.intelligent_remasking and guide.config.remasking_checkpoint_name is None
     assert Path(guide.config.out_dir) == Path('out')

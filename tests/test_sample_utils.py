@@ -159,6 +159,35 @@ def test_critic_labels(model, head, scope):
     assert 0 < made.labels.sum() < 15 and (made.labels[:, 1::2] == 0).all()
 
 
+@pytest.mark.parametrize('head', [False, True])
+def test_a_critic_may_learn_from_text_that_it_had_revised(model, monkeypatch, head):
+    """A critic that finds the token 0 wrong, and nothing else, has less of it left; what was visible stays."""
+    rows, asked = 40, []
+    targets = torch.randint(BASE, (rows, 12), generator=torch.Generator().manual_seed(1))
+    tokens = targets.masked_fill(torch.arange(12) % 2 == 0, MASK)
+
+    def made(fill, first_row=0, count=rows):
+        monkeypatch.setattr(model.config, 'critic_fill', fill)
+        part = slice(first_row, first_row + count)
+        return build_critic_artifacts_from_logits(model, tokens[part], targets[part], model.encode(tokens[part]),
+                                                  DrawRule(ALLOWED), keyed(1, 0, first_row, count), use_sampler_head=head)
+
+    def scores(model, text):
+        asked.append(1)
+        return (text == 0).double()
+
+    monkeypatch.setattr(model.config, 'critic_target_scope', 'masked_only')
+    monkeypatch.setattr(type(model), 'critic_scores', scores)
+    once = made('one_shot')
+    assert not asked
+    revised = made('revised')
+    assert len(asked) == 3 and (revised.tokens < BASE).all() and revised.tokens[:, 1::2].equal(tokens[:, 1::2])
+    assert (revised.tokens == 0)[:, ::2].sum() < 0.7 * (once.tokens == 0)[:, ::2].sum()
+    assert revised.labelled.equal(once.labelled) and revised.labels.bool().equal(
+        (revised.tokens != targets) & revised.labelled)
+    assert made('revised', 7, 3).tokens.equal(revised.tokens[7:10])  # a row does not depend on its batch
+
+
 def test_independent_draws_do_not_depend_on_the_batch_and_keep_the_graph(model):
     tokens = torch.full((4, 12), MASK)
     hidden = model.encode(tokens)

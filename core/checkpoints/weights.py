@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 TRAINING_FIELDS = frozenset((
     'dropout', 'ignore_index', 'freeze_transformer', 'init_from_checkpoint', 'unfreeze_at_iteration',
     'unfreeze_lr_multiplier', 'critic_target_scope', 'critic_gradient', 'critic_row_stride',
-    'sampler_min_neighbors_ratio', *(name for head in HEADS for name in head.when_it_trains)))
+    'critic_fill', 'sampler_min_neighbors_ratio', *(name for head in HEADS for name in head.when_it_trains)))
 
 # Fields of GPTConfig that the corpus decides.
 VOCABULARY_FIELDS = frozenset(('vocab_size', 'mask_token_id', 'wrong_token_id', 'pad_token_id', 'cls_token_id'))

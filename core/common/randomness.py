@@ -19,6 +19,7 @@ _LOW_32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # the key's increments per round
 _ROUNDS = 10
+_APART = 0x9E3779B97F4A7C15  # odd, so that multiples of it below 2^64 are all different
 
 
 class Purpose(IntEnum):
@@ -67,6 +68,10 @@ class RowRandom:
     def at(self, iteration: int) -> 'RowRandom':
         """The same rows at another iteration or step."""
         return replace(self, iteration=iteration)
+
+    def apart(self, number: int) -> 'RowRandom':
+        """The same rows at the same iteration with other numbers for each `number` but 0."""
+        return replace(self, seed=self.seed + number * _APART)
 
     def uniform(self, purpose: Purpose, width: int, stream: int = 0) -> Tensor:
         """float64 [B, width], uniform on the open interval (0, 1) in steps of 2^-32; equal arguments, equal numbers.

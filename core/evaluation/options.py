@@ -46,7 +46,7 @@ class EvaluateConfig:
     sequence_length: int | None = option(None, 'tokens per text; the block size by default', minimum=1, maximum=10**6)
     guidance: str | None = option(None,
                                   'critic, model (remasking_checkpoint_name), self, random: who guides the policy '
-                                  'remask, separated by commas; the critic if there is one by default')
+                                  'remask, separated by commas; self by default, as in sample.py')
     use_sampler_head: bool = option(True, 'False: masked positions are drawn independently')
     temperature: float = option(SampleConfig.temperature, 'of quality and policies')
     temperatures: list[float] = option([0.7, 1.0, 1.4, 2.0], 'of curves, which go through them to equal entropy')

@@ -86,7 +86,7 @@ class Study:
         self.budgets = {None: Budget(self.writer)} | {name: self._guided(name) for name in self.guidance}
 
     def _guidance(self, critic: bool) -> list[str]:
-        """--guidance: the names in it, none where it was not given."""
+        """--guidance: the names in it; where it was not given the one that sample.py takes."""
         config = self.config
         names = [] if config.guidance is None else list(dict.fromkeys(config.guidance.split(',')))
         problems = [f'guidance names {name!r}, but must be some of {",".join(GUIDANCE)}' for name in names
@@ -99,7 +99,7 @@ class Study:
             problems.append(f'guidance names model, but no remasking model is given; give '
                             f'--remasking_checkpoint_name=..., trained with: {REMASKING_CURE}')
         raise_problems(problems)
-        return names
+        return names or ['self']
 
     def _guided(self, name: str) -> Budget:
         """Settings in which `name` guides the policy remask."""
@@ -240,7 +240,7 @@ class Study:
     def grid(self, usual: Sequence[str], temperatures: Sequence[float]) -> list[Cell]:
         """A cell per policy, budget and temperature."""
         return [self.cell(name, wanted, temperature, guidance) for name in self.policies(usual)
-                for guidance in (self.guidance if name == 'remask' and self.guidance else [None])
+                for guidance in (self.guidance if name == 'remask' else [None])
                 for wanted in budgets_of(name, self.trunk_calls) for temperature in temperatures]
 
 

@@ -21,6 +21,7 @@ from core.common.precision import exact_device
 from core.common.randomness import RowRandom
 from core.common.runtime import COMPILING_SECONDS, DTYPES, compile_problem, resolve_device, use_precision
 from core.common.timing import TimingAccumulator
+from core.data.text_figures import TextFigures
 from core.data.vocabulary import Vocabulary
 from core.noise import LINEAR, NoiseSchedule
 from core.pretrained.head_file import load_with_head
@@ -32,8 +33,9 @@ from core.sampling.generation import GenerationSettings, reads_blocks
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
-from core.sampling.policy_options import (DIFFUSION, block_defaults, build_policy, choose_guide, guidance_problems,
-                                          make_policy, model_problems, reads_thresholds, remasking_levels, remasks)
+from core.sampling.policy_options import (DIFFUSION, adaptive_defaults, block_defaults, build_policy, choose_guide,
+                                          guidance_problems, make_policy, model_problems, reads_thresholds,
+                                          remasking_levels, remasks)
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill, start_token
 from core.sampling.recorded_waves import RecordedWaves
 from model import GPT, GPTConfig
@@ -92,7 +94,7 @@ def lay_out(config: SampleConfig, vocabulary: AnyVocabulary, usual_length: int, 
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to sample from, its helpers, and what is to be said about it. usual_length: tokens of a text where
-    nobody asks for another number."""
+    nobody asks for another number; text_figures: how varied the corpus is, None where the checkpoint does not say."""
 
     model: GPT | PretrainedTrunk
     remasking_model: GPT | None
@@ -102,12 +104,14 @@ class Loaded:
     device: torch.device
     said: list[str]
     usual_length: int
+    text_figures: TextFigures | None = None
 
 
 class Opened(NamedTuple):
     """A checkpoint or a pretrained model that was found. sampler, critic: whether it has a trained head; said: the
     lines about finding it; untrained: what is said of heads whose training had not begun; schedule: its noise's; build:
-    the model on its device; path: of a checkpoint's file, None of others; usual_length: see `Loaded`."""
+    the model on its device; path: of a checkpoint's file, None of others; usual_length, text_figures: see `Loaded`;
+    nelbo: nats a token on the validation text, None where it is not known."""
 
     config: GPTConfig
     kind: CheckpointKind
@@ -121,6 +125,8 @@ class Opened(NamedTuple):
     build: Callable[[], GPT | PretrainedTrunk]
     path: Path | None
     usual_length: int
+    text_figures: TextFigures | None = None
+    nelbo: float | None = None
 
 
 def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
@@ -138,9 +144,10 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
     config, chosen = block_defaults(config, explicit, opened.config,
                                     through_head and opened.config.sampler_order == 'left_to_right')
     raise_problems(guidance_problems(config, opened.critic, why))
-    said = [*opened.said, *opened.untrained, *chosen]
+    config, adapted = adaptive_defaults(config, opened.nelbo)
+    said = [*opened.said, *opened.untrained, *chosen, *adapted]
     if remasks(config) and remasking_levels(config):
-        guide, line = choose_guide(config, opened.critic, why)
+        guide, line = choose_guide(config)
         config, asks = replace(config, guidance=guide), guide in ('model', 'critic')
         said.append(line)
     model, vocabulary = opened.build(), opened.vocabulary
@@ -162,7 +169,8 @@ def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
         said.append(_compile_line(device))
     if config.cuda_graphs and device.type != 'cuda':
         raise UserError(f'cuda_graphs is True, but the device is {device}; leave it out')
-    return Loaded(model, remasking_model, judge, vocabulary, settings, device, said, opened.usual_length)
+    return Loaded(model, remasking_model, judge, vocabulary, settings, device, said, opened.usual_length,
+                  opened.text_figures)
 
 
 def open_checkpoint(config: SampleConfig, explicit: Mapping[str, str], device: torch.device) -> Opened:
@@ -172,9 +180,12 @@ def open_checkpoint(config: SampleConfig, explicit: Mapping[str, str], device: t
     model_config = model_config_from_dict(checkpoint.model_config, path)
     sampler, critic, untrained = started_heads(model_config, checkpoint.iteration)
     vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
-    return Opened(model_config, CheckpointKind(checkpoint.kind), sampler, critic, found, untrained, vocabulary,
+    kind = CheckpointKind(checkpoint.kind)
+    return Opened(model_config, kind, sampler, critic, found, untrained, vocabulary,
                   allowed_ids(model_config.vocab_size, vocabulary.base_size, device), checkpoint.noise_schedule(),
-                  lambda: build_model(checkpoint, device).requires_grad_(False), path, model_config.block_size)
+                  lambda: build_model(checkpoint, device).requires_grad_(False), path, model_config.block_size,
+                  TextFigures.from_builtins(checkpoint.extra.get('text_figures')),
+                  checkpoint.best_value if kind in (CheckpointKind.UNMASKING, CheckpointKind.BLOCK) else None)
 
 
 def open_pretrained(config: SampleConfig, device: torch.device) -> Opened:

@@ -24,7 +24,7 @@ class SampleConfig:
     out_dir: str = option('out', 'run folder that holds the checkpoint', path=True)
     checkpoint_name: str = option('ckpt_best.pt', 'file in out_dir; ckpt.pt is the latest', path=True)
     remasking_checkpoint_name: str | None = option(
-        None, 'remasking model that says what to take back, in place of the critic: file in out_dir, or path',
+        None, 'remasking model that says what to take back: file in out_dir, or path',
         path=True)
     judge_checkpoint_name: str | None = option(None, 'judge of quality_metric=judge: file in out_dir, or path',
         path=True)
@@ -49,6 +49,8 @@ class SampleConfig:
     infill_text: str = option('', r'text whose infill_char positions are to be filled; \n and @FILE as above')
     infill_char: str = option('_', 'one character that marks a position to fill in infill_text')
     # how to sample
+    preset: Literal['fast', 'balanced', 'careful', 'varied'] | None = option(
+        None, 'options that were measured together, printed when used; those that you give win (README)')
     sampling_method: Literal['diffusion', 'sampler', 'multinomial', 'standard'] = option(
         'diffusion', 'standard writes left to right; sampler insists on the sampler head')
     use_sampler_head: bool = option(True, 'False: diffusion draws all masked positions independently')
@@ -71,12 +73,14 @@ class SampleConfig:
     masking_ratios: list[float] | None = option(None, 'shares of a custom schedule, one per remasking')
     schedule_mode: Literal['ratio', 'threshold'] = option(
         'ratio', 'threshold remasks whatever is wrong with more than the scheduled probability')
-    start_threshold: float = option(0.1, 'wrongness above which a token is remasked, at first')
-    end_threshold: float = option(0.9, 'and at last')
+    start_threshold: float | None = option(
+        None, 'wrongness above which a token is remasked, at first; 0.3 by default, 0.45 with a critic or a model')
+    end_threshold: float | None = option(None, 'and at last; 0.7 by default, 0.85 with a critic or a model')
     guidance: Literal['auto', 'critic', 'self', 'random', 'model'] = option(
-        'auto', 'who says what is wrong; auto: remasking model, else critic, else self-confidence')
+        'auto', 'who says what is wrong; auto: the remasking model if one is named, else self-confidence')
     intelligent_remasking: bool = option(True, 'False: as guidance=random')
-    randomness_strength: float = option(0.4, 'share of the remasked positions that is chosen at random all the same')
+    randomness_strength: float = option(
+        0.85, 'share of the remasked positions that is chosen at random all the same; less repeats what is common')
     # other policies
     idle_cache: bool = option(True, 'False: a trunk call also at steps that reveal nothing (mdlm, remdm_*)')
     choice_temperature: float = option(4.5, 'noise in the choice of positions, annealed to 0 (maskgit)')
@@ -85,9 +89,11 @@ class SampleConfig:
     loop_off: float = option(0.05, 'time at which it ends (remdm_loop)')
     loop_alpha: float = option(0.9, 'share of revealed positions that it holds (remdm_loop)')
     planner_eta: float = option(1.0, '0 never takes old tokens back, above 1 rather than new ones (p2_*)')
-    entropy_bound: float = option(0.1, 'nats; more reveals more at once (entropy_bounded)')
-    confidence_threshold: float = option(0.9, 'probability; less reveals more at once (fast_dllm_threshold)')
-    parallel_factor: float = option(1.0, 'more reveals more at once (fast_dllm_factor)')
+    entropy_bound: float | None = option(
+        None, 'nats; more reveals more at once (entropy_bounded); by default about 4 tokens a call, by the NELBO')
+    confidence_threshold: float | None = option(
+        None, 'probability; less reveals more at once (fast_dllm_threshold); by default about 4 tokens a call')
+    parallel_factor: float = option(4.8, 'more reveals more at once (fast_dllm_factor)')
     selection_noise: float = option(0.5, 'noise in the choice of positions, annealed to 0 (token_critic)')
     # what to tell
     quality_metric: QualityMetric = option(

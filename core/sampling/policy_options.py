@@ -3,6 +3,7 @@
 `explicit` names the options that were given.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -23,7 +24,7 @@ DIFFUSION = ('diffusion', 'sampler')  # the methods that follow a policy
 JUDGED = ('remask', *(name for name, row in POLICIES.items() if row.needs_critic))  # policies that ask what is wrong
 POLICY_OPTIONS = tuple(dict.fromkeys(name for row in POLICIES.values() for name in row.options))
 METHODS_OF = {  # options that not every method has
-    **{name: DIFFUSION for name in ('sampling_policy', 'block_length', *POLICY_OPTIONS, 'use_sampler_head',
+    **{name: DIFFUSION for name in ('preset', 'sampling_policy', 'block_length', *POLICY_OPTIONS, 'use_sampler_head',
                                        'remasking_checkpoint_name')},
     'iterations': (*DIFFUSION, 'multinomial'),
     'top_p': (*DIFFUSION, 'standard'),
@@ -50,7 +51,7 @@ def _range_problems(config: SampleConfig) -> list[str]:
         problems.append(f'top_k is {config.top_k}, but must not be negative; 0 is off')
     problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1]' for name in
                  ('start_ratio', 'end_ratio', 'start_threshold', 'end_threshold', 'randomness_strength')
-                 if not 0 <= getattr(config, name) <= 1]
+                 if getattr(config, name) is not None and not 0 <= getattr(config, name) <= 1]
     problems += [f'masking_ratios holds {ratio}, but every ratio must lie in [0, 1]'
                  for ratio in config.masking_ratios or () if not 0 <= ratio <= 1]
     if config.temperature < 0:
@@ -67,7 +68,7 @@ def _range_problems(config: SampleConfig) -> list[str]:
 def _policy_range_problems(config: SampleConfig) -> list[str]:
     problems = [f'{name} is {getattr(config, name)}, but must not be negative'
                 for name in ('choice_temperature', 'planner_eta', 'entropy_bound', 'selection_noise')
-                if getattr(config, name) < 0]
+                if getattr(config, name) is not None and getattr(config, name) < 0]
     problems += [f'{name} is {getattr(config, name)}, but must lie in [0, 1]' for name in
                  ('remdm_eta', 'confidence_threshold')
                  if getattr(config, name) is not None and not 0 <= getattr(config, name) <= 1]
@@ -320,9 +321,9 @@ def guidance_problems(config: SampleConfig, critic: bool, why: str) -> list[str]
     return []
 
 
-def choose_guide(config: SampleConfig, critic: bool, why: str) -> tuple[Guide, str]:
-    """(who guides the policy remask, the line that says so); critic: there is a trained one, and if not, `why` says
-    so."""
+def choose_guide(config: SampleConfig) -> tuple[Guide, str]:
+    """(who guides the policy remask, the line that says so). The critic does so only where it is asked for: it guides
+    worse than the drawn tokens' own probabilities, which cost nothing (docs/remasking.md)."""
     if config.guidance != 'auto':
         guide, reason = config.guidance, 'as asked for'
     elif not config.intelligent_remasking:
@@ -332,7 +333,7 @@ def choose_guide(config: SampleConfig, critic: bool, why: str) -> tuple[Guide, s
     elif config.remasking_checkpoint_name:
         guide, reason = 'model', f'remasking_checkpoint_name is {config.remasking_checkpoint_name}'
     else:
-        guide, reason = ('critic', 'the checkpoint has a critic') if critic else ('self', f'no critic, as {why}')
+        guide, reason = 'self', 'no remasking model is named'
     return guide, f'guidance {guide}: {reason}'
 
 
@@ -343,9 +344,21 @@ def remasking_levels(config: SampleConfig) -> list[float]:
     if config.schedule_type == 'custom':
         return list(config.masking_ratios)
     schedule = {'linear': linear_remasking_schedule, 'cosine': cosine_remasking_schedule}[config.schedule_type]
-    first, last = (config.start_ratio, config.end_ratio) if config.schedule_mode == 'ratio' else \
-        (config.start_threshold, config.end_threshold)
+    first, last = (config.start_ratio, config.end_ratio) if config.schedule_mode == 'ratio' else _thresholds(config)
     return schedule(config.iterations - 1, first, last)
+
+
+# Wrongness that about 95 % of the first fill's tokens exceed, and about 5 % of those of a revised text: in ratio mode
+# these are start_ratio and end_ratio. Measured on the main recipe (docs/LOG.md); a critic or a model is less sure.
+THRESHOLDS = {'self': (0.3, 0.7), 'critic': (0.45, 0.85), 'model': (0.45, 0.85)}
+
+
+def _thresholds(config: SampleConfig) -> tuple[float, float]:
+    """The first and the last threshold: those that were given, else those of the guide."""
+    guide = choose_guide(config)[0] if config.guidance == 'auto' else config.guidance
+    start, end = THRESHOLDS.get(guide, THRESHOLDS['self'])  # chance has none and is refused elsewhere
+    return (start if config.start_threshold is None else config.start_threshold,
+            end if config.end_threshold is None else config.end_threshold)
 
 
 def reads_thresholds(config: SampleConfig) -> bool:
@@ -362,7 +375,34 @@ def build_policy(config: SampleConfig, calibrate: Callable[[Tensor], Tensor] | N
         return row.make(remasking_levels(config), config.schedule_mode, config.randomness_strength,
                         config.intelligent_remasking and config.guidance != 'random', calibrate)
     timed = {'schedule': schedule} if row.timed else {}
-    return row.make(**{name: getattr(config, name) for name in row.options}, **timed)
+    options = {name: getattr(config, name) for name in row.options}
+    usual = four_at_once(USUAL_NELBO)
+    return row.make(**{name: usual[name] if value is None and name in usual else value
+                       for name, value in options.items()}, **timed)
+
+
+USUAL_NELBO = 1.9  # nats a token, of the main recipe
+
+
+def four_at_once(nelbo: float) -> dict[str, float]:
+    """Options of adaptive policies by which a call reveals about four tokens, for a model of this NELBO in nats a token.
+
+    Measured on the main recipe at temperature 0.8 (docs/LOG.md). A group of four holds three tokens beyond the largest
+    entropy, and these entropies lie above the NELBO, which is their mean over all mask shares, while much is masked; a
+    drawn token has about the probability exp(-NELBO).
+    """
+    return {'entropy_bound': 4.3 * nelbo, 'confidence_threshold': min(1.0, 1.07 * math.exp(-nelbo))}
+
+
+def adaptive_defaults(config: SampleConfig, nelbo: float | None) -> tuple[SampleConfig, list[str]]:
+    """The options of an adaptive policy that nobody gave, from the checkpoint's NELBO (None where it does not say), and
+    the line that names them."""
+    if config.sampling_method not in DIFFUSION or nelbo is None:
+        return config, []
+    found = {name: float(f'{value:.3g}') for name, value in four_at_once(nelbo).items()
+             if name in POLICIES[config.sampling_policy].options and getattr(config, name) is None}
+    said = [f'{name}={value:g}, for about four tokens a call: the NELBO is {nelbo:.3f}' for name, value in found.items()]
+    return replace(config, **found), said
 
 
 def make_policy(name: str, schedule: NoiseSchedule = LINEAR, **options: Any) -> Policy:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from core.common.printing import counted
 from core.common.timing import TimingAccumulator
+from core.data.text_figures import figures_of, windows_of
 from core.sampling.loading import Loaded
 from core.sampling.options import QualityMetric, SampleConfig
+from core.sampling.policy_options import DIFFUSION
 from core.sampling.trace import Trace
 
 PATTERN_LENGTH = 3  # characters
@@ -133,10 +135,38 @@ def tell_samples(batch: Batch, first: int, say: Callable[[str], None]) -> None:
         say(text)
 
 
+STANDARD_ERRORS, DEVIATIONS = 3.0, 1.5  # from the corpus's mean, beyond which texts are unlike it
+
+
+def variety_lines(config: SampleConfig, loaded: Loaded, result: SamplingResult) -> list[str]:
+    """One line where the texts repeat themselves more than the corpus does or are wilder, with the option to try; none
+    where they do not, or nothing is known: no whole window, a checkpoint without figures, texts no longer held."""
+    corpus = loaded.text_figures
+    windows = [] if corpus is None or not result.batches else \
+        windows_of(result.tokens.tolist(), corpus.length, loaded.vocabulary.decode)
+    if not windows:
+        return []
+    found, most = figures_of(windows, corpus.length), max(STANDARD_ERRORS / len(windows) ** 0.5, DEVIATIONS)
+    entropy, repetition = ((mine.mean - theirs.mean) / max(theirs.deviation, 1e-9) for mine, theirs in (
+        (found.entropy, corpus.entropy), (found.repetition, corpus.repetition)))
+    told = (f'{found.repetition.mean:.0%} of their 4-grams repeat earlier ones (corpus: {corpus.repetition.mean:.0%}), '
+            f'bigram entropy {found.entropy.mean:.2f} (corpus: {corpus.entropy.mean:.2f})')
+    presets = config.sampling_method in DIFFUSION
+    if repetition > most or entropy < -most:
+        other = ' or --preset=varied' if presets and config.preset != 'varied' else ''
+        return [f'the texts repeat themselves: {told}; try a --temperature above {config.temperature:g}{other}']
+    if entropy > most:
+        other = ' or --preset=careful' if presets and config.preset != 'careful' else ''
+        return [f'the texts are wilder than the corpus: {told}; try a --temperature below {config.temperature:g}{other}']
+    return []
+
+
 def tell_totals(config: SampleConfig, loaded: Loaded, result: SamplingResult, timer: TimingAccumulator,
                 say: Callable[[str], None]) -> None:
     """Counts, times, mean scores, characters and patterns of all samples."""
     say('---')
+    for line in variety_lines(config, loaded, result):
+        say(line)
     waves = '' if loaded.settings.head == 'none' else f', {counted(result.waves, "wave")}'
     say(f'{counted(result.new_tokens, "token")} in {result.seconds:.2f} s ({result.new_tokens / result.seconds:.0f} tokens/s), '
         f'{counted(result.trunk_calls, "trunk call")}, {counted(result.network_calls, "network call")}{waves}')

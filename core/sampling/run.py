@@ -23,6 +23,7 @@ from core.sampling.network import Network
 from core.sampling.options import QualityMetric, SampleConfig
 from core.sampling.outputs import OUTPUTS, Outputs, holds_all, output_problems, records
 from core.sampling.policy_options import option_problems
+from core.sampling.presets import with_preset
 from core.sampling.progress import Progress
 from core.sampling.prompt import Layout
 from core.sampling.result import Batch, SamplingResult, tell_samples, tell_totals
@@ -38,11 +39,12 @@ def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Say = s
 
     Whatever ends the run early is raised in the end, after what was finished is saved and told.
     """
+    config, preset = with_preset(config, explicit)
     raise_problems([*option_problems(config, explicit), *output_problems(config)])
     config = read_prompts(config)
     loaded = load(config, explicit)
     voice = Voice(say, patient=any(getattr(config, option) is not None for option in OUTPUTS))
-    for line in loaded.said:
+    for line in (*preset, *loaded.said):
         voice(line)
     timer = get_global_timer()
     timer.device = loaded.device

@@ -207,7 +207,8 @@ def sample(folder, *arguments):
 def taken_back(folder, threshold, *arguments):
     """(letters taken back, letters kept) by the first remasking at a threshold, and what was said."""
     path = folder / 'run.json'
-    _, said = sample(folder, '--schedule_mode=threshold', f'--start_threshold={threshold}',
+    guide = () if any('remasking_checkpoint_name' in one for one in arguments) else ('--guidance=critic',)
+    _, said = sample(folder, '--schedule_mode=threshold', f'--start_threshold={threshold}', *guide,
                      f'--end_threshold={threshold}', '--iterations=3', f'--save_json={path}', *arguments)
     steps = json.loads(path.read_text())['steps']
     before = next(step for step in steps if step['event'] == 'predict')['samples']
@@ -237,10 +238,10 @@ def test_a_threshold_is_an_error_rate_where_the_critic_is_calibrated(checkpoint)
 
 def test_an_external_model_is_not_put_through_the_map_and_ratios_know_nothing_of_it(checkpoint):
     folder = checkpoint.parent
-    ratio, _ = sample(folder, '--iterations=4')
+    ratio, _ = sample(folder, '--iterations=4', '--guidance=critic')
     keep(checkpoint, 0.0, 0.0)  # would take nothing back
     back, _, said = taken_back(folder, 0.5, '--remasking_checkpoint_name=remasking.pt')
     assert back == set(WRONG) and 'calibrat' not in said
-    again, said = sample(folder, '--iterations=4')
+    again, said = sample(folder, '--iterations=4', '--guidance=critic')
     assert again == ratio and 'calibrat' not in said
     assert 'calibrat' not in sample(folder, '--sampling_policy=token_critic', '--iterations=3')[1]

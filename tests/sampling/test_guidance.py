@@ -38,15 +38,14 @@ def critic_calls(monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, line, asked', [
-    ([], 'guidance critic: the checkpoint has a critic', True),
+    ([], 'guidance self: no remasking model is named', False),
     (['--guidance=critic'], 'guidance critic: as asked for', True),
     (['--guidance=self'], 'guidance self: as asked for', False),
     (['--guidance=random'], 'guidance random: as asked for', False),
     (['--intelligent_remasking=False'], 'guidance random: intelligent_remasking is False', False),
     (['--randomness_strength=1'], 'guidance random: randomness_strength is 1', False),
     (['--schedule_mode=threshold', '--guidance=self'], 'guidance self: as asked for', False),
-    (['--checkpoint_name=plain.pt'], 'guidance self: no critic, as the checkpoint has none', False),
-    (['--checkpoint_name=young.pt'], 'guidance self: no critic, as the critic head is ignored: its stage', False)])
+    (['--checkpoint_name=plain.pt'], 'guidance self: no remasking model is named', False)])
 def test_one_line_names_the_guide_and_nobody_else_is_asked(folder, critic_calls, arguments, line, asked):
     made, said = sample(folder, *FEW, *arguments)
     assert [one for one in said.split('\n') if one.startswith('guidance ')][0].startswith(line)
@@ -65,7 +64,7 @@ def test_every_guide_writes_other_texts_and_two_words_for_one_write_the_same(fol
     texts = {guide: sample(folder, *FEW, f'--guidance={guide}', *([HELPER] if guide == 'model' else []))[0].texts
              for guide in ('critic', 'self', 'random', 'model')}
     assert len(set(map(tuple, texts.values()))) == 4
-    assert sample(folder, *FEW)[0].texts == texts['critic']
+    assert sample(folder, *FEW)[0].texts == texts['self']
     assert sample(folder, *FEW, '--intelligent_remasking=False')[0].texts == texts['random']
     assert sample(folder, *FEW, '--randomness_strength=1.0')[0].texts == texts['random']
     plain = [sample(folder, *FEW, '--checkpoint_name=plain.pt', *more)[0].texts for more in ([], ['--guidance=self'])]
@@ -128,4 +127,4 @@ def test_random_guidance_and_its_contrary_may_be_said_twice(folder):
     assert sample(folder, *FEW, '--guidance=random', '--intelligent_remasking=False')[0].texts == \
         sample(folder, *FEW, '--guidance=random')[0].texts
     assert sample(folder, *FEW, '--guidance=critic', '--intelligent_remasking=True')[0].texts == \
-        sample(folder, *FEW)[0].texts
+        sample(folder, *FEW, '--guidance=critic')[0].texts

@@ -25,7 +25,7 @@ from core.sampling.generation import Block, Generation, GenerationSettings, Wind
 from core.sampling.network import Network, Soundness
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES, Open, Policy, Prediction
-from core.sampling.policy_options import build_policy, make_policy
+from core.sampling.policy_options import build_policy, four_at_once, make_policy
 from core.sampling.prompt import Layout, lay_out_prompt
 from core.sampling.trace import Trace
 from model import GPT, GPTConfig
@@ -595,9 +595,9 @@ def test_a_policy_made_by_name_has_the_defaults_of_sample_py(monkeypatch):
         monkeypatch.setitem(POLICIES, name, row._replace(make=lambda *levels, name=name, **given: seen.update(
             {name: levels or given})))
         make_policy(name)
-    offered = {one.name: one.default for one in dataclasses.fields(SampleConfig)}
+    offered = {one.name: one.default for one in dataclasses.fields(SampleConfig)} | four_at_once(1.9)
     levels, *rest = seen.pop('remask')
-    assert levels == pytest.approx([0.95 - 0.9 * step / 48 for step in range(49)]) and rest[:3] == ['ratio', 0.4, True]
+    assert levels == pytest.approx([0.95 - 0.9 * step / 48 for step in range(49)]) and rest[:3] == ['ratio', 0.85, True]
     timed = {True: {'schedule': LINEAR}, False: {}}
     assert seen == {name: {option: offered[option] for option in row.options} | timed[row.timed]
                     for name, row in POLICIES.items() if name != 'remask'}

@@ -20,6 +20,7 @@ from configurator import configure
 from core.checkpoints.checkpoint import load_checkpoint
 from core.common.errors import UserError
 from core.common.printing import failed_decorations
+from core.data.text_figures import TextFigures, corpus_figures
 from core.logger import read_metrics
 from core.noise import SCHEDULES
 from helpers.runs import ROOT, SMALL, equal_runs, refused, run
@@ -54,6 +55,8 @@ def test_a_run_leaves_everything_in_its_folder(small_corpus, capsys):
     assert [line for line in out.splitlines() if line.startswith('step 12: val nelbo')]
     best = load_checkpoint(folder / 'ckpt_best.pt')
     assert best.iteration == 12 and best.extra['best_is_final']  # the first after the critic's schedule
+    block = json.loads((folder / 'config.json').read_text())['block_size']
+    assert TextFigures.from_builtins(best.extra['text_figures']) == corpus_figures(small_corpus, block)
     assert json.loads((folder / 'config.json').read_text())['n_embd'] == 16
 
 

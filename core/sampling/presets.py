@@ -1,0 +1,40 @@
+"""Presets of sample.py: named sets of options that were measured together (README, docs/sampling.md).
+
+A new one is a row of `PRESETS` and its name among the choices of the option `preset`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from core.sampling.options import SampleConfig
+
+
+class Preset(NamedTuple):
+    """summary: what it is for; options: of `SampleConfig`, where nobody gave others."""
+
+    summary: str
+    options: Mapping[str, Any]
+
+
+PRESETS = {
+    'fast': Preset('few trunk calls', {'sampling_policy': 'strided', 'iterations': 8, 'temperature': 0.7}),
+    'balanced': Preset('the defaults', {'sampling_policy': 'remask', 'iterations': 50, 'temperature': 0.8,
+                                        'randomness_strength': 0.85}),
+    'careful': Preset('more of the words are right, and text repeats itself more',
+                      {'sampling_policy': 'remask', 'iterations': 100, 'start_ratio': 0.5, 'temperature': 0.8,
+                       'randomness_strength': 0.85}),
+    'varied': Preset('texts differ most, and fewer of the words are right',
+                     {'sampling_policy': 'remask', 'iterations': 50, 'temperature': 1.0, 'randomness_strength': 0.85}),
+}
+
+
+def with_preset(config: SampleConfig, explicit: Mapping[str, str]) -> tuple[SampleConfig, list[str]]:
+    """`config` with the options of its preset that were not given, and the line that names them."""
+    if config.preset is None:
+        return config, []
+    options = PRESETS[config.preset].options
+    taken = {name: value for name, value in options.items() if name not in explicit}
+    given = ''.join(f', {name} as given' for name in options if name in explicit)
+    listed = ', '.join(f'{name}={value}' for name, value in taken.items())
+    return replace(config, **taken), [f'preset {config.preset}: {listed}{given}']
