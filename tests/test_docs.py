@@ -27,7 +27,7 @@ from core.sampling.options import SampleConfig
 ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 150
 PAGES = sorted(path for path in (ROOT / 'docs').glob('*.md') if path.name != 'LOG.md')  # the log grows; tables: docs/results/
-OLD = ('blocks.md', 'data.md', 'evaluation.md', 'reinforcement.md', 'sampler.md')
+OLD = ('blocks.md', 'reinforcement.md')
 HARD_WORDS = re.compile(r'\b(anew|beside|(is|are|was|were) said|'
                         r'behind (the|each|every) (first|last|document|token|step|word)|'
                         r'stands? (in|beside|there|between|below|above|before|behind|at|next))\b', re.IGNORECASE)
