@@ -22,6 +22,7 @@ from core.sampling.path_likelihood import Scorer, log_likelihood
 from core.sampling.policies import POLICIES
 from core.sampling.prompt import Layout
 from core.stages import Stage
+from core.validation import one_call_terms
 from helpers.toys import V0, awake, toy_config, toy_plan
 from model import GPT, GPTConfig
 from sample_utils import FillTask, Filler, independent_fill, logits_in_turn
@@ -298,6 +299,15 @@ def test_the_loss_of_a_block_model_is_that_of_fills_of_its_blocks(kind):
         total -= Filler(model, 'left_to_right').fill(task).log_probabilities.sum().item()
     found = Objective(model, ALLOWED)(batch, SAMPLER, keyed(1, 1, 0, 8)).heads['sampler']
     assert found.item() == pytest.approx(total / int((batch.inputs == MASK).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_validation_of_a_block_model_says_what_one_call_a_block_is_worth(kind):
+    """In one pass over all blocks, against the likelihood block by block."""
+    model = row_model(kind, block_size=6, attention_type='block', block_length=(3,))
+    texts = torch.randint(V0, (5, 6), generator=torch.Generator().manual_seed(1))
+    found = one_call_terms(model, texts, 3, ALLOWED)
+    torch.testing.assert_close(found, -score(model, texts, 'left_to_right', 1, 3) / 6, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -113,10 +113,12 @@ def test_resuming_lists_differences(saved: Path) -> None:
     same = model_config_to_dict(HEADS)
     assert check_resume(checkpoint, same, 'v' * 64, 'd' * 64) == []
     older = replace(checkpoint, model_config={name: value for name, value in checkpoint.model_config.items()
-                                              if name not in ('sampler_n_embd', 'sampler_zero_hidden')})
+                                              if name not in ('sampler_n_embd', 'sampler_zero_hidden', 'sampler_kind')})
     assert check_resume(older, same, 'v' * 64, 'd' * 64) == [] and build_model(older).sampler_head is not None
     with pytest.raises(UserError, match='sampler_zero_hidden: False in the checkpoint, True now'):
         check_resume(older, same | {'sampler_zero_hidden': True}, 'v' * 64, 'd' * 64)
+    with pytest.raises(UserError, match="sampler_kind: 'neighbours' in the checkpoint, 'layer' now"):
+        check_resume(older, same | {'sampler_kind': 'layer'}, 'v' * 64, 'd' * 64)
     assert check_resume(checkpoint, same | {'dropout': 0.5}, 'v' * 64, 'd' * 64) == [
         'resuming with another dropout: 0.0 in the checkpoint, 0.5 now']
     for force in (False, True):
