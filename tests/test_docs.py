@@ -27,7 +27,6 @@ from core.sampling.options import SampleConfig
 ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 150
 PAGES = sorted(path for path in (ROOT / 'docs').glob('*.md') if path.name != 'LOG.md')  # the log grows; tables: docs/results/
-OLD = ('blocks.md', 'reinforcement.md')
 HARD_WORDS = re.compile(r'\b(anew|beside|(is|are|was|were) said|'
                         r'behind (the|each|every) (first|last|document|token|step|word)|'
                         r'stands? (in|beside|there|between|below|above|before|behind|at|next))\b', re.IGNORECASE)
@@ -59,7 +58,7 @@ def hard_words(text: str) -> list[str]:
             for found in HARD_WORDS.finditer(line)]
 
 
-@pytest.mark.parametrize('path', [path for path in PAGES if path.name not in OLD], ids=lambda path: path.name)
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
 def test_a_page_is_short_and_plain(path):
     text = path.read_text(encoding='utf-8')
     lines = text.splitlines()

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import shlex
 import string
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import train as script
-from configurator import configure
 from core.batches import RowShare
 from core.checkpoints.checkpoint import load_checkpoint
 from core.common.drawing import DrawRule, allowed_ids
@@ -342,16 +340,3 @@ def test_a_head_that_had_not_begun_draws_nothing(small_corpus):
     run_generator('--out_dir=early', '--max_iters=2', '--sample_length=0', '--dropout=0', '--add_critic_head=False')
     run('--init_from_checkpoint=early/ckpt_best.pt', '--out_dir=out-grpo', '--max_iters=2')
     assert not load_checkpoint('out-grpo/ckpt.pt').model_config['add_sampler_head']
-
-
-def test_every_command_of_the_page_is_understood():
-    """Options and config files exist; the runs themselves are those above and of the samplers' tests."""
-    page = (ROOT / 'docs' / 'reinforcement.md').read_text()
-    commands = re.findall(r'^    (python .*)$', page, re.M)
-    assert len(commands) >= 5
-    for command in commands:
-        words = shlex.split(command)[1:]
-        module = __import__(words[0].removesuffix('.py'))
-        options = module.TrainConfig if words[0] == 'train.py' else module.SampleConfig
-        configure(options, [str(ROOT / word) if word.startswith('config/') else word for word in words[1:]],
-                  resolve_device=lambda asked: 'cpu')
