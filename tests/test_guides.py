@@ -126,7 +126,7 @@ def test_a_custom_schedule_makes_one_prediction_more_than_it_has_ratios(run):
 
 def test_debug_mode_shows_shares_and_previews(run):
     out = run('python sample.py --log_debug=True --use_verbose_logging=True')
-    assert '4 samples of 256 tokens in 1 blocks' in out and 'the other 4 ids never' in out
+    assert '4 samples of 256 tokens in 1 block of' in out and 'the other 4 ids never' in out
     assert out.count('first preview: ') == out.count('last preview: ') == 1
     remasked = re.findall(r'step (\d+) remask: (\d+) positions changed, ([\d.]+)% masked', out)
     assert [int(step) for step, *_ in remasked] == [*range(49)]
