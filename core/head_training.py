@@ -27,7 +27,7 @@ from core.noise import SCHEDULES, Masking, seen_neighbours
 from core.objective import Losses, Objective
 from core.optimizer import learning_rate_at, make_optimizers, set_learning_rate
 from core.options import TrainConfig
-from core.pretrained.head_file import HEAD_FIELDS, head_weights, save_head
+from core.pretrained.head_file import HEAD_FIELDS, base_of, head_weights, save_head
 from core.pretrained.loading import Source, load_pretrained, pretrained_problems
 from core.pretrained.text import TextTokens, read_text, text_corpus
 from core.pretrained.trunk import PretrainedTrunk
@@ -185,7 +185,7 @@ class HeadRun:
             self.say(words + (', the best so far' if best else ''))
             if best:
                 self.best = value
-                save_head(path, self.base, head_weights(self.model), iteration)
+                save_head(path, base_of(self.base), (self.model.config, {}), head_weights(self.model), iteration)
 
 
 def _value(found: Validation, iteration: int) -> float:

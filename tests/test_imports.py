@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = (  # from top to bottom
     ('train', 'sample', 'evaluate', 'bench'), ('core.study',), ('core.bench',), ('core.evaluation',), ('core',),
-    ('core.sampling',), ('core.pretrained',), ('core.checkpoints',), ('core.data',), ('sample_utils', 'configurator'),
+    ('core.sampling',), ('core.checkpoints',), ('core.pretrained',), ('core.data',), ('sample_utils', 'configurator'),
     ('core.noise',), ('model',), ('core.sampler_head',), ('core.common',))
 
 

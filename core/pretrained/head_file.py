@@ -26,7 +26,7 @@ HEAD_FIELDS = ('add_sampler_head', 'sampler_kind', 'sampler_min_neighbors_ratio'
                'sampler_context_left', 'sampler_context_right', 'sampler_order', 'sampler_gate', 'sampler_output',
                'sampler_residual', 'sampler_n_embd', 'sampler_attention_n_embd', 'sampler_zero_hidden',
                'add_critic_head')  # of GPTConfig
-_MODULES = ('sampler_head.', 'critic_head.')
+MODULES = ('sampler_head.', 'critic_head.')
 
 
 class Description(TypedDict):
@@ -60,17 +60,33 @@ class HeadFile(NamedTuple):
 
 def head_weights(model: PretrainedTrunk) -> dict[str, Tensor]:
     """The weights of the heads alone, by name."""
-    return {name: weight for name, weight in model.state_dict().items() if name.startswith(_MODULES)}
+    return {name: weight for name, weight in model.state_dict().items() if name.startswith(MODULES)}
 
 
-def save_head(path: Path, base: Pretrained, weights: Mapping[str, Tensor], steps: int) -> None:
-    """Write the heads of `base` with `weights` to `path` and the description beside it."""
-    config = base.model.config
+class Base(NamedTuple):
+    """Which model a head belongs to: its name, `folder_hash`, and whether its hidden states predict the next
+    position."""
+
+    name: str
+    hash: str
+    next_token: bool
+
+
+def base_of(pretrained: Pretrained) -> Base:
+    """The model as a head's file names it."""
+    return Base(pretrained.source.model, pretrained.hash, pretrained.model.next_token)
+
+
+def save_head(path: Path, base: Base, shape: tuple[GPTConfig, Mapping[str, Any]], weights: Mapping[str, Tensor],
+              steps: int) -> None:
+    """Write heads with `weights` to `path` and the description beside it; shape: the config that has `HEAD_FIELDS`, and
+    fields that take the place of its own."""
+    config, changes = shape
     data = safetensors.torch.save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()})
     description = {
-        'format': FORMAT, 'version': 1, 'base_model': base.source.model, 'base_hash': base.hash,
-        'next_token': base.model.next_token, 'mask_token_id': config.mask_token_id, 'steps': steps,
-        'heads': {name: getattr(config, name) for name in HEAD_FIELDS}, 'weights': hashlib.sha256(data).hexdigest()}
+        'format': FORMAT, 'version': 1, 'base_model': base.name, 'base_hash': base.hash, 'next_token': base.next_token,
+        'mask_token_id': config.mask_token_id, 'steps': steps, 'weights': hashlib.sha256(data).hexdigest(),
+        'heads': {name: getattr(config, name) for name in HEAD_FIELDS} | dict(changes)}
     with atomic_files([path, path.with_suffix(DESCRIPTION)]) as (file, described):
         file.write(data)
         described.write(with_checksum(description))

@@ -77,8 +77,7 @@ class Pretrained:
     @cached_property
     def hash(self) -> str:
         """SHA-256 (hex) over config and weights files: which base model a head belongs to."""
-        files = {path.name: file_hash(path) for path in (self.folder / 'config.json', *weights_of(self.folder))}
-        return hashlib.sha256(''.join(f'{name} {files[name]}\n' for name in sorted(files)).encode()).hexdigest()
+        return folder_hash(self.folder)
 
 
 def load_pretrained(source: Source, device: torch.device, dtype: torch.dtype = torch.float32,
@@ -173,6 +172,12 @@ def _fetched(name: str) -> Path:
         raise UserError(f'{name} is no folder here and could not be fetched from the hub '
                         f'({type(error).__name__}: {excerpt(str(error).splitlines()[0] if str(error) else "")}); check '
                         f'the name and the network, or download it elsewhere and give its folder') from error
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 (hex) over the config and weights files of a model's folder."""
+    files = {path.name: file_hash(path) for path in (folder / 'config.json', *weights_of(folder))}
+    return hashlib.sha256(''.join(f'{name} {files[name]}\n' for name in sorted(files)).encode()).hexdigest()
 
 
 def weights_of(folder: Path) -> list[Path]:

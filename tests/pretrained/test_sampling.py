@@ -8,7 +8,7 @@ pytest.importorskip('transformers')
 
 from configurator import configure
 from core.common.errors import UserError
-from core.pretrained.head_file import head_weights, load_with_head, save_head
+from core.pretrained.head_file import base_of, head_weights, load_with_head, save_head
 from core.pretrained.loading import Source, load_pretrained
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES
@@ -32,7 +32,7 @@ def head(folder, tmp_path_factory):
     for weight in base.model.sampler_head.parameters():
         weight.data += torch.randn(weight.shape, generator=generator)
     path = tmp_path_factory.mktemp('head') / 'head.safetensors'
-    save_head(path, base, head_weights(base.model), 7)
+    save_head(path, base_of(base), (base.model.config, {}), head_weights(base.model), 7)
     return path
 
 
