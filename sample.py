@@ -5,6 +5,7 @@
     python sample.py --infill_text="KING ____:" --temperature=0.6
     python sample.py --sampling_policy=maskgit --iterations=16
     python sample.py --remasking_checkpoint_name=out-remasking/ckpt_best.pt --randomness_strength=0.2
+    python sample.py --serve=True
     python sample.py --help
 
 An option that is given although it does not apply to the chosen method is an error; a default never is.
@@ -28,8 +29,10 @@ def main(arguments: list[str]) -> None:
     """Read the options and sample."""
     configuration = configure(SampleConfig, arguments, usage=usage)
     from core.sampling.run import run_sampling  # after the options, so that a typo is answered at once
+    from core.sampling.serving import serve
 
-    run_sampling(configuration.config, configuration.explicit)
+    act = serve if configuration.config.serve else run_sampling
+    act(configuration.config, configuration.explicit)
 
 
 if __name__ == '__main__':

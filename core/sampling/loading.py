@@ -132,8 +132,18 @@ class Opened(NamedTuple):
 def load(config: SampleConfig, explicit: Mapping[str, str]) -> Loaded:
     """The model of `config` and all that it needs; UserError where something does not suit the options."""
     device = torch.device(resolve_device(config.device))
+    return suit(config, explicit, open_model(config, explicit, device), device)
+
+
+def open_model(config: SampleConfig, explicit: Mapping[str, str], device: torch.device) -> Opened:
+    """The checkpoint or the pretrained model of `config`, for `device`."""
     use_precision(device, config.dtype)
-    opened = open_checkpoint(config, explicit, device) if config.model is None else open_pretrained(config, device)
+    return open_checkpoint(config, explicit, device) if config.model is None else open_pretrained(config, device)
+
+
+def suit(config: SampleConfig, explicit: Mapping[str, str], opened: Opened,
+         device: torch.device) -> Loaded:
+    """What writes as `config` says with a model that was found; UserError where something does not suit the options."""
     raise_problems(model_problems(config, explicit, opened.config, opened.kind))
     if config.sampling_method == 'sampler' and not opened.sampler:
         raise UserError(f'sampling_method is sampler, but {opened.untrained[0]}; train longer or take '

@@ -109,6 +109,8 @@ class SampleConfig:
     save_gif: str | None = option(
         None, 'draw the first text condensing to this file: .gif moves, .png is a strip of a few steps', path=True)
     animate: bool = option(False, 'show the first text of each batch condensing in the terminal; slows a fast model')
+    serve: bool = option(False, 'write texts on a page in the browser of this machine (docs/serving.md)')
+    port: int = option(8000, 'of that page: http://127.0.0.1:8000; 0 takes a free one', minimum=0, maximum=65535)
     # the machine
     seed: int = option(1337, 'another seed, other texts', minimum=-2**63, maximum=2**63 - 1)
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ..., mps')

@@ -117,6 +117,7 @@ def _applicability_problems(config: SampleConfig, explicit: Mapping[str, str]) -
              ('end_ratio', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
              ('randomness_strength', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
              ('masking_ratios', config.schedule_type == 'custom', 'schedule_type=custom'),
+             ('port', config.serve, 'serve=True'),
              ('confidence_groups', config.quality_metric is QualityMetric.SELF, 'quality_metric=self'),
              ('judge_checkpoint_name', config.quality_metric is QualityMetric.JUDGE, 'quality_metric=judge'))
     problems += [f'{name} was given, but applies only with {condition}; add that or leave {name} out'

@@ -2,7 +2,7 @@
 
 The page holds the run as JSON, its own style and its own script; it asks for nothing from outside. Every text reaches
 the screen through `textContent`, and the JSON is escaped, so no sample or prompt can become markup. page.html holds the
-places for style.css, page.js and the run; the script works out which positions are masked from the events alone.
+places for style.css, text.js, page.js and the run; the script works out which positions are masked from the events alone.
 
 A fragment opens the page at a place: replay.html#sample=1&step=12, with &play to start at once.
 """
@@ -66,8 +66,17 @@ def embedded_json(data: object) -> str:
 
 def write_html(trace: Trace, decode_tokens: Decode, path: Path) -> None:
     """Write the page to `path`, whole or not at all; UserError where the file cannot be written."""
-    page, style, script = ((Path(__file__).parent / name).read_text(encoding='utf-8')
-                           for name in ('page.html', 'style.css', 'page.js'))
-    page = page.replace('STYLE', style).replace('SCRIPT', script)
+    write_whole(path, page_text(trace, decode_tokens))
+
+
+def page_text(trace: Trace, decode_tokens: Decode) -> str:
+    """The page of a run."""
+    page, style, shared, script = map(replay_file, ('page.html', 'style.css', 'text.js', 'page.js'))
+    page = page.replace('STYLE', style).replace('SCRIPT', f'{shared}\n{script}')
     before, after = page.split('DATA')
-    write_whole(path, before + embedded_json(replay_data(trace, decode_tokens)) + after)
+    return before + embedded_json(replay_data(trace, decode_tokens)) + after
+
+
+def replay_file(name: str) -> str:
+    """A file of the page."""
+    return (Path(__file__).parent / name).read_text(encoding='utf-8')

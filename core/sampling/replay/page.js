@@ -1,40 +1,14 @@
-'use strict';
 const data = JSON.parse(document.getElementById('trace').textContent);
-const byId = name => document.getElementById(name);
 const SPEEDS = [1, 2, 4, 8, 16, 32];  // steps per second
-const LONGEST_WORD = 24;  // cells that stay on one line
 let sample, frame = 0, state, cells = [], timer = null, chosen = null;
 
 function initialState() {
-  const kind = Array(data.length).fill('masked'), token = Array(data.length).fill(null);
-  sample.protected.forEach((position, index) => {
-    kind[position] = 'protected';
-    token[position] = sample.prompt[index];
-  });
-  return {kind, token, confidence: Array(data.length).fill(null), drawn: Array(data.length).fill(null)};
-}
-
-function settle(state, shown) {  // what was new in a frame is new no longer
-  if (!shown) return;
-  for (const position of shown.positions) {
-    state.kind[position] = shown.event === 'predict' ? 'settled' : 'masked';
-    if (shown.event === 'remask') state.token[position] = state.confidence[position] = null;
-  }
+  return emptyState(data.length, sample.protected, sample.prompt);
 }
 
 function advance(state, number) {  // from frame number - 1 to frame number; frame 0 is the start
   settle(state, sample.frames[number - 2]);
-  const shown = sample.frames[number - 1];
-  shown.positions.forEach((position, index) => {
-    if (shown.event === 'remask') {
-      state.kind[position] = 'remasked';
-      return;
-    }
-    state.kind[position] = 'revealed';
-    state.token[position] = shown.tokens[index];
-    state.confidence[position] = shown.confidence[index];
-    state.drawn[position] = shown;
-  });
+  apply(state, sample.frames[number - 1]);
 }
 
 function stateAt(number) {
@@ -47,43 +21,9 @@ function piece(token) {
   return token === null ? '' : data.pieces[token];
 }
 
-function wellFormed(text) {  // half of a surrogate pair is no text
-  return text.replace(/\p{Surrogate}/gu, '\ufffd');
-}
-
-function visible(text) {  // every control sign as one that can be seen
-  return wellFormed(text).replace(/\n/g, '\u21b5').replace(/\t/g, '\u21e5').replace(/[\x00-\x1f\x7f-\x9f]/g, '\u00b7');
-}
-
-function layOut() {  // one cell per position, in the lines and words of the finished text
-  const finished = stateAt(sample.frames.length), box = byId('text');
-  box.replaceChildren();
-  cells = [];
-  let word = null;
-  for (let position = 0; position < data.length; position++) {
-    const text = piece(finished.token[position]);
-    if (!word || word.childElementCount >= LONGEST_WORD || /^\s+\S/.test(text)) {
-      word = box.appendChild(document.createElement('span'));
-      word.className = 'word';
-    }
-    const cell = word.appendChild(document.createElement('span'));
-    cell.dataset.position = position;
-    cell.style.minWidth = Math.max(1, visible(text).length) + 'ch';
-    cells.push({element: cell, key: null});
-    if (/\s$/.test(text)) word = null;
-    for (const _ of text.matchAll(/\n/g)) box.appendChild(document.createElement('br'));
-  }
-}
-
-function fillCell(element, text) {  // signs that stand for control signs are fainter
-  element.replaceChildren();
-  for (const part of text.split(/([\x00-\x1f\x7f-\x9f]+)/)) {
-    if (!part) continue;
-    const control = /[\x00-\x1f\x7f-\x9f]/.test(part);
-    const holder = control ? element.appendChild(document.createElement('span')) : element;
-    if (control) holder.className = 'mark';
-    holder.append(visible(part));
-  }
+function layOut() {
+  const finished = stateAt(sample.frames.length);
+  cells = cellsIn(byId('text'), finished.token.map(piece)).map(element => ({element, key: null}));
 }
 
 function draw() {
