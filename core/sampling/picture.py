@@ -240,12 +240,12 @@ def write_picture(trace: Trace, decode: Decode, path: Path) -> str:
         painter.strip(shown).save(file, 'PNG', optimize=True)
         data = file.getvalue()
     else:
-        data, painter = _moving(trace, decode)
+        data, painter = moving_picture(trace, decode)
     write_whole(path, data)
     return f', without the last {painter.hidden} tokens, for which it has no room' if painter.hidden else ''
 
 
-def _moving(trace: Trace, decode: Decode) -> tuple[bytes, Painter]:
+def moving_picture(trace: Trace, decode: Decode) -> tuple[bytes, Painter]:
     """A GIF of at most `LARGEST` bytes: with fewer frames where all of them would be more."""
     most = FRAMES
     while True:

@@ -154,7 +154,7 @@ def test_a_busy_run_stays_small(length):
     everything, zeros = torch.ones(1, length, dtype=torch.bool), torch.zeros(1, length, dtype=torch.float64)
     for number, row in enumerate(tokens):
         trace.add(TraceStep(0, 0, number, 200, 'predict', torch.tensor([0]), row[None], everything, zeros))
-    data, _ = picture._moving(trace, VOCABULARY.decode)
+    data, _ = picture.moving_picture(trace, VOCABULARY.decode)
     assert len(data) <= LARGEST
     with Image.open(io.BytesIO(data)) as file:
         assert file.n_frames >= FRAMES // 4
@@ -162,10 +162,10 @@ def test_a_busy_run_stays_small(length):
 
 def test_fewer_frames_where_they_are_too_large(monkeypatch, tmp_path):
     result = run_of(tmp_path, 'causal')
-    whole, _ = picture._moving(result.trace, VOCABULARY.decode)
+    whole, _ = picture.moving_picture(result.trace, VOCABULARY.decode)
     monkeypatch.setattr(picture, 'LARGEST', len(whole) - 1)
     monkeypatch.setattr(picture, 'FRAMES', 16)
-    less, _ = picture._moving(result.trace, VOCABULARY.decode)
+    less, _ = picture.moving_picture(result.trace, VOCABULARY.decode)
     with Image.open(io.BytesIO(less)) as file:
         assert len(less) < len(whole) and file.n_frames <= 16
 

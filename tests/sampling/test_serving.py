@@ -1,6 +1,7 @@
 """The page of sample.py --serve=True over HTTP: who may ask, what is refused, and that a text is the command line's."""
 
 import http.client
+import io
 import json
 import re
 import socket
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from PIL import Image
 
 from configurator import configure
 from core.common.errors import UserError
@@ -173,6 +175,8 @@ def test_a_finished_run_can_be_kept(server):
     assert status == 200 and kept['texts'] == [done['text']] and kept['settings']['seed'] == 11
     assert kept['steps'][-1]['samples'][0]['tokens'] == done['tokens']
     assert headers['Content-Disposition'] == 'attachment; filename="run.json"'
+    status, headers, body = ask(server, 'GET', f'/runs/{done["run"]}/run.gif')
+    assert status == 200 and headers['Content-Type'] == 'image/gif' and Image.open(io.BytesIO(body)).n_frames > 3
     assert b'Sampling replay' in ask(server, 'GET', f'/runs/{done["run"]}/run.html')[2]
     for path in (f'/runs/{done["run"]}/other', '/runs/none/run.json', '/runs/../run.json', '/page.html', '/run'):
         assert ask(server, 'GET', path)[0] == 404

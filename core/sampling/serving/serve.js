@@ -130,7 +130,7 @@ class Pane {
     this.find('.slider').disabled = false;
     this.find('.html').href = `/runs/${event.run}/run.html`;
     this.find('.json').href = `/runs/${event.run}/run.json`;
-    if (this.find('.gif')) this.find('.gif').href = `/runs/${event.run}/run.gif`;
+    this.find('.gif').href = `/runs/${event.run}/run.gif`;
     this.find('.keep').hidden = false;
     this.say(`finished: ${event.trunk_calls} trunk calls, ${event.seconds.toFixed(2)} s`);
     this.mark();

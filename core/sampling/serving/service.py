@@ -23,10 +23,11 @@ from core.sampling.generation import generate, reads_blocks, windows
 from core.sampling.loading import Loaded, lay_out, make_network, open_model, require_blocks, suit
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
+from core.sampling.picture import moving_picture
 from core.sampling.policies import POLICIES
 from core.sampling.policy_options import METHODS_OF, option_problems
 from core.sampling.prompt import Layout
-from core.sampling.replay import page_text, replay_data
+from core.sampling.replay import Decode, page_text, replay_data
 from core.sampling.serving.queue import Queue
 from core.sampling.serving.requests import LONGEST_TEXT, MOST_STEPS, Asked, read_request
 from core.sampling.trace import Trace, TraceStep
@@ -176,9 +177,6 @@ def block_starts(length: int, loaded: Loaded) -> list[int]:
     return sorted(starts - {0})
 
 
-Decode = Callable[[list[int]], str]
-
-
 def _json(finished: Finished, decode: Decode) -> bytes:
     return (json.dumps({**finished.trace.to_builtins(decode), 'texts': [finished.text]}) + '\n').encode()
 
@@ -187,5 +185,10 @@ def _html(finished: Finished, decode: Decode) -> bytes:
     return page_text(finished.trace, decode).encode()
 
 
+def _gif(finished: Finished, decode: Decode) -> bytes:
+    return moving_picture(finished.trace, decode)[0]
+
+
 FILES: dict[str, tuple[Callable[[Finished, Decode], bytes], str]] = {
-    'run.json': (_json, 'application/json'), 'run.html': (_html, 'text/html; charset=utf-8')}
+    'run.json': (_json, 'application/json'), 'run.html': (_html, 'text/html; charset=utf-8'),
+    'run.gif': (_gif, 'image/gif')}
