@@ -12,8 +12,8 @@ from itertools import combinations, permutations, product
 import torch
 from torch import nn
 
-from model import GPTConfig
 from core.sampler_head import SamplerWindow
+from model import GPTConfig
 
 T, V0 = 4, 3
 MASK, V = V0, V0 + 4

@@ -12,9 +12,9 @@ from core.checkpoints.weights import model_config_to_dict
 from core.common.drawing import allowed_ids
 from core.common.runtime import Runtime
 from core.noise import Masking, SeenNeighbours
+from core.sampler_head import SamplerWindow
 from core.training_step import StepSettings, TrainingState
 from model import GPT, GPTConfig
-from core.sampler_head import SamplerWindow
 
 
 CPU = Runtime(torch.device('cpu'), torch.float32, False)

@@ -7,43 +7,23 @@ import re
 import socket
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
 from PIL import Image
 
-from configurator import configure
 from core.common.errors import UserError
 from core.sampling import serving
-from core.sampling.options import SampleConfig
 from core.sampling.serving import service as service_module
 from core.sampling.serving.queue import LONGEST, Queue, QueueFull
 from core.sampling.serving.requests import LONGEST_TEXT, MOST_STEPS, UNUSED, serving_problems
 from core.sampling.serving.server import LARGEST_BODY, Server
-from core.sampling.serving.service import KEPT, Service
+from core.sampling.serving.service import KEPT
 from helpers.sampling import VOCABULARY, sample, write_checkpoint
-from helpers.toys import model_over, save_model
+from helpers.serving import served, settings
+from helpers.toys import model_over, model_that_knows, save_model
 
 TYPE = {'Content-Type': 'application/json'}
-
-
-def settings(folder, *arguments):
-    configuration = configure(SampleConfig, [f'--out_dir={folder}', '--device=cpu', *arguments])
-    return configuration.config, configuration.explicit
-
-
-@contextmanager
-def served(folder, *arguments):
-    server = Server(0, Service(*settings(folder, *arguments)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture(scope='module')
@@ -101,6 +81,8 @@ RUNS = {
              ('--infill_text=head__bad_', '--temperature=1.0', '--iterations=4')),
     'policy': ({'sampling_policy': 'maskgit', 'iterations': 5, 'block_length': 8},
                ('--sampling_policy=maskgit', '--iterations=5', '--block_length=8')),
+    'preset': ({'preset': 'careful', 'iterations': 7, 'sampling_policy': 'remask'},
+               ('--preset=careful', '--iterations=7', '--sampling_policy=remask')),
     'with doubt': ({'doubt': True, 'iterations': 4}, ('--iterations=4',))}
 
 
@@ -127,6 +109,22 @@ def test_the_steps_lead_to_the_text(server):
     assert tokens == last['tokens'] and len(frames) == 9  # 5 predictions, 4 remaskings
     assert first['protected'] == [0, 1, 2] and first['length'] == 14
     assert ''.join(pieces[str(token)] for token in tokens) == last['text']
+
+
+def test_options_of_the_command_are_defaults_of_the_page(folder):
+    save_model(folder / 'remasking.pt', VOCABULARY, model_that_knows(VOCABULARY, 'ab', block_size=16,
+                                                                     mode='token_classifier'), 'classifier')
+    given = ('--sequence_length=12', '--temperature=0.5')
+    with served(folder, *given, '--iterations=3', '--start_ratio=0.5', '--remasking_checkpoint_name=remasking.pt') as server:
+        result, _ = sample(folder, '--num_samples=1', *given, '--sampling_policy=first_hitting')
+        lines = write(server, sampling_policy='first_hitting', doubt=True)
+        assert lines[-1]['text'] == result.texts[0]
+        wrong = [token in VOCABULARY.encode('ab') for token in lines[-1]['tokens']]
+        assert [doubt > 0.5 for doubt in lines[-2]['doubt']] == wrong and 0 < sum(wrong) < 12
+        result, _ = sample(folder, '--num_samples=1', *given, '--iterations=3', '--start_ratio=0.5',
+                           '--remasking_checkpoint_name=remasking.pt')
+        assert write(server)[-1]['text'] == result.texts[0]
+        assert len(write(server, infill_text='a_b')[-1]['tokens']) == 3
 
 
 def test_a_causal_checkpoint_writes_left_to_right(folder):
@@ -236,7 +234,7 @@ def test_what_is_not_json(server, body):
     ({'sequence_length': LONGEST_TEXT + 1}, 'the page takes at most 2,048'),
     ({'start_text': 'a' * 17, 'sequence_length': 16}, 'raise sequence_length'),
     ({'infill_text': 'a' * (LONGEST_TEXT + 1)}, 'the page takes at most 2,048'),
-    ({'sampling_policy': 'none'}, 'must be one of'), ({'start_text': 'xyz'}, 'x'),
+    ({'sampling_policy': 'none'}, 'must be one of'), ({'preset': 'none'}, 'must be one of fast'), ({'start_text': 'xyz'}, 'x'),
     ({'sampling_policy': 'first_hitting', 'iterations': 4}, 'does not apply'),
     ({'infill_char': 'ab', 'infill_text': 'a'}, 'one character'),
     ({'tokens': [1, 2]}, 'go together'), ({'take_back': [1]}, 'go together'),

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple, NoReturn
 from core.common.errors import UserError, raise_problems
 from core.sampling.options import QualityMetric, SampleConfig
 from core.sampling.outputs import OUTPUTS
+from core.sampling.policies import POLICIES
+from core.sampling.policy_options import JUDGED, POLICY_OPTIONS
+from core.sampling.presets import PRESETS
 
 LONGEST_TEXT = 2048  # tokens
 MOST_STEPS = 1000
 FIELDS: dict[str, type] = {
-    'start_text': str, 'infill_text': str, 'infill_char': str, 'sampling_policy': str, 'iterations': int,
-    'temperature': float, 'sequence_length': int, 'block_length': int, 'seed': int,
-    'tokens': list, 'take_back': list, 'doubt': bool}
+    'start_text': str, 'infill_text': str, 'infill_char': str, 'preset': str, 'sampling_policy': str, 'iterations': int,
+    'temperature': float, 'sequence_length': int, 'block_length': int, 'seed': int, 'tokens': list, 'take_back': list,
+    'doubt': bool}
 NOT_OPTIONS = ('tokens', 'take_back', 'doubt')
 KINDS = {str: 'a text', int: 'a whole number', float: 'a number', list: 'a list of whole numbers', bool: 'true or false'}
 LIMITS = {'sequence_length': LONGEST_TEXT, 'iterations': MOST_STEPS}
@@ -50,8 +53,20 @@ def read_request(body: bytes, config: SampleConfig, explicit: Mapping[str, str])
     tokens, take_back = fields.get('tokens', []), fields.get('take_back', [])
     options = {name: value for name, value in fields.items() if name not in NOT_OPTIONS}
     raise_problems(_redraw_problems(tokens, take_back, options))
+    if 'infill_text' in options and 'sequence_length' not in options:
+        config = replace(config, sequence_length=None)  # a text with gaps has its own length
     config = replace(config, num_samples=1, batch_size=1, quality_metric=QualityMetric.NONE, **options)
-    return Asked(config, {**explicit, **dict.fromkeys(options, 'page')}, tokens, take_back, fields.get('doubt', False))
+    return Asked(config, {**_applicable(explicit, config), **dict.fromkeys(options, 'page')}, tokens, take_back, fields.get('doubt', False))
+
+
+def _applicable(explicit: Mapping[str, str], config: SampleConfig) -> dict[str, str]:
+    """The options of the command that suit the policy: the others are defaults of the page that wait for another."""
+    row = POLICIES.get(config.sampling_policy)
+    if row is None:  # which is a problem of its own
+        return dict(explicit)
+    unsuited = {*POLICY_OPTIONS} - {*row.options} | (
+        set() if config.sampling_policy in JUDGED else {'remasking_checkpoint_name'})
+    return {name: source for name, source in explicit.items() if name not in unsuited}
 
 
 def _fields(body: bytes) -> dict[str, Any]:
@@ -80,6 +95,8 @@ def _problem(name: str, value: Any) -> str | None:
         right = abs(value) <= 10**6 and math.isfinite(value)
     if not right:
         return f'{name} must be {KINDS[kind]}; correct it'
+    if name == 'preset' and value not in PRESETS:
+        return f'preset is {value[:40]!r}, but must be one of {", ".join(PRESETS)}'
     if name in LIMITS and value > LIMITS[name]:
         return f'{name} is {value}, but the page takes at most {LIMITS[name]:,}; lower it'
     return None

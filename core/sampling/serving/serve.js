@@ -13,13 +13,20 @@ function copyOf(template) {
 function addSettings(box, title) {
   const set = box.appendChild(copyOf('settings-template'));
   set.querySelector('legend').textContent = title;
-  const policy = field(box, 'sampling_policy');
+  const policy = field(box, 'sampling_policy'), preset = field(box, 'preset');
+  preset.append(new Option('none', ''));
+  for (const name in offers.presets) preset.append(new Option(name, name));
   for (const name in offers.policies) policy.append(new Option(name, name));
-  for (const name in offers.values) if (field(box, name)) field(box, name).value = offers.values[name];
+  for (const name in offers.values) if (field(box, name)) field(box, name).value = offers.values[name] ?? '';
   field(box, 'sequence_length').value = offers.length;
   field(box, 'sequence_length').max = offers.longest;
   field(box, 'iterations').max = offers.most_steps;
-  policy.parentElement.hidden = !policy.options.length;
+  policy.parentElement.hidden = preset.parentElement.hidden = !policy.options.length;
+  preset.onchange = () => {
+    const options = preset.value ? offers.presets[preset.value].options : offers.values;
+    for (const name of ['sampling_policy', 'iterations', 'temperature']) field(box, name).value = options[name];
+    explain(box);
+  };
   policy.onchange = () => explain(box);
   explain(box);
 }
@@ -30,7 +37,8 @@ function field(box, name) {
 
 function explain(box) {  // what the policy does; whether it takes a number of steps
   const policy = offers.policies[field(box, 'sampling_policy').value];
-  box.querySelector('.about').textContent = policy ? policy.summary : '';
+  const preset = offers.presets[field(box, 'preset').value];
+  box.querySelector('.about').textContent = [preset?.summary, policy?.summary].filter(Boolean).join('; ');
   field(box, 'iterations').disabled = policy ? !policy.steps : !offers.steps;
 }
 
@@ -39,7 +47,9 @@ function request(box, taken) {  // what the server is asked for; taken: the toke
   for (const input of box.querySelectorAll('[data-name]')) {
     const name = input.dataset.name;
     if (input.disabled || input.parentElement.hidden) continue;
-    asked[name] = name === 'sampling_policy' ? input.value : Number(input.value);
+    if (name !== 'preset' || input.value) {
+      asked[name] = input.tagName === 'SELECT' ? input.value : Number(input.value);
+    }
   }
   if (byId('doubt').checked) asked.doubt = true;
   if (taken) {

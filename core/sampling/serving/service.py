@@ -26,6 +26,7 @@ from core.sampling.options import SampleConfig
 from core.sampling.picture import moving_picture
 from core.sampling.policies import POLICIES
 from core.sampling.policy_options import METHODS_OF, option_problems
+from core.sampling.presets import PRESETS, with_preset
 from core.sampling.prompt import Layout
 from core.sampling.replay import Decode, page_text, replay_data
 from core.sampling.serving.queue import Queue
@@ -38,12 +39,13 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class Job(NamedTuple):
-    """A run that can begin: layout [1, L]; rows: its random numbers."""
+    """A run that can begin: layout [1, L]; rows: its random numbers; said: lines about its settings."""
 
     asked: Asked
     loaded: Loaded
     layout: Layout
     rows: RowRandom
+    said: list[str]
 
 
 class Finished(NamedTuple):
@@ -64,7 +66,8 @@ class Service:
         model = opened.build()
         self._opened = opened._replace(build=lambda: model)
         self._config, self._explicit = config, explicit
-        self.said = suit(config, explicit, self._opened, self._device).said
+        config, preset = with_preset(config, explicit)
+        self.said = [*preset, *suit(config, explicit, self._opened, self._device).said]
         self._judges = opened.config.attention_type == 'bidirectional' and (
             opened.critic or config.remasking_checkpoint_name is not None)
         self.queue = Queue()
@@ -72,23 +75,26 @@ class Service:
 
     def offers(self) -> dict[str, Any]:
         """What the page shows before the first run."""
-        config, opened = self._config, self._opened
+        (config, _), opened = with_preset(self._config, self._explicit), self._opened
         follows = config.sampling_method in METHODS_OF['sampling_policy']
         policies = {name: {'summary': row.summary, 'steps': 'iterations' in row.options}
                     for name, row in POLICIES.items()
                     if not row.needs_critic or opened.critic or config.remasking_checkpoint_name} if follows else {}
         name = config.model or config.checkpoint_name
-        return {'model': name, 'policies': policies, 'steps': config.sampling_method in METHODS_OF['iterations'],
+        presets = {preset: {'summary': row.summary, 'options': row.options} for preset, row in PRESETS.items()}
+        return {'model': name, 'presets': presets if follows else {}, 'policies': policies, 'steps': config.sampling_method in METHODS_OF['iterations'],
                 'critic': self._judges, 'gaps': opened.config.attention_type != 'causal',
                 'values': {option: getattr(config, option) for option in (
-                    'sampling_policy', 'iterations', 'temperature', 'seed', 'infill_char')},
+                    'preset', 'sampling_policy', 'iterations', 'temperature', 'seed', 'infill_char')},
                 'length': min(LONGEST_TEXT, config.sequence_length or opened.usual_length),
                 'longest': LONGEST_TEXT, 'most_steps': MOST_STEPS}
 
     def prepare(self, body: bytes) -> Job:
         """The run that a request asks for; UserError where it cannot be. No network is called."""
         asked = read_request(body, self._config, self._explicit)
-        raise_problems(option_problems(asked.config, asked.explicit))
+        config, preset = with_preset(asked.config, asked.explicit)
+        asked = asked._replace(config=config)
+        raise_problems(option_problems(config, asked.explicit))
         loaded = suit(asked.config, asked.explicit, self._opened, self._device)
         rows = RowRandom(asked.config.seed, 0, torch.arange(1, device=exact_device(self._device)))
         layout = self._laid_out(asked, rows)
@@ -98,7 +104,7 @@ class Service:
         require_blocks(asked.config, loaded, length)
         if asked.doubt and not self._judges:
             raise UserError('doubt needs a critic or a remasking model that reads whole windows, but there is none')
-        return Job(asked, loaded, layout, rows)
+        return Job(asked, loaded, layout, rows, [*preset, *loaded.said[len(self._opened.said):]])
 
     def _laid_out(self, asked: Asked, rows: RowRandom) -> Layout:
         if not asked.tokens:
@@ -146,7 +152,7 @@ class Service:
         decode = self._opened.vocabulary.decode
         return {'length': len(tokens), 'protected': positions, 'prompt': prompt,
                 'pieces': {str(token): decode([token]) for token in set(prompt)},
-                'blocks': block_starts(len(tokens), job.loaded), 'said': job.loaded.said[len(self._opened.said):]}
+                'blocks': block_starts(len(tokens), job.loaded), 'said': job.said}
 
     def _doubt(self, judge: Network, step: TraceStep) -> list[float]:
         """How wrong the critic finds each position of the window, 0..1."""
