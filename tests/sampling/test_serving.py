@@ -112,14 +112,14 @@ def test_the_steps_lead_to_the_text(server):
 
 
 def test_options_of_the_command_are_defaults_of_the_page(folder):
-    save_model(folder / 'remasking.pt', VOCABULARY, model_that_knows(VOCABULARY, 'ab', block_size=16,
+    save_model(folder / 'remasking.pt', VOCABULARY, model_that_knows(VOCABULARY, 'aceg', block_size=16,
                                                                      mode='token_classifier'), 'classifier')
     given = ('--sequence_length=12', '--temperature=0.5')
     with served(folder, *given, '--iterations=3', '--start_ratio=0.5', '--remasking_checkpoint_name=remasking.pt') as server:
         result, _ = sample(folder, '--num_samples=1', *given, '--sampling_policy=first_hitting')
         lines = write(server, sampling_policy='first_hitting', doubt=True)
         assert lines[-1]['text'] == result.texts[0]
-        wrong = [token in VOCABULARY.encode('ab') for token in lines[-1]['tokens']]
+        wrong = [token in VOCABULARY.encode('aceg') for token in lines[-1]['tokens']]
         assert [doubt > 0.5 for doubt in lines[-2]['doubt']] == wrong and 0 < sum(wrong) < 12
         result, _ = sample(folder, '--num_samples=1', *given, '--iterations=3', '--start_ratio=0.5',
                            '--remasking_checkpoint_name=remasking.pt')
