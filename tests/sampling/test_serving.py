@@ -76,7 +76,8 @@ RUNS = {
     'plain': ({}, ()),
     'prompt': ({'start_text': 'bad cab', 'sequence_length': 30, 'seed': 5},
                ('--start_text=bad cab', '--sequence_length=30', '--seed=5')),
-    'a text that looks like a file': ({'start_text': 'a\nb', 'iterations': 6}, ('--start_text=a\\nb', '--iterations=6')),
+    'line break': ({'start_text': 'a\nb', 'iterations': 6},
+                                       ('--start_text=a\\nb', '--iterations=6')),
     'gaps': ({'infill_text': 'head__bad_', 'infill_char': '_', 'temperature': 1, 'iterations': 4},
              ('--infill_text=head__bad_', '--temperature=1.0', '--iterations=4')),
     'policy': ({'sampling_policy': 'maskgit', 'iterations': 5, 'block_length': 8},
@@ -115,14 +116,14 @@ def test_options_of_the_command_are_defaults_of_the_page(folder):
     save_model(folder / 'remasking.pt', VOCABULARY, model_that_knows(VOCABULARY, 'aceg', block_size=16,
                                                                      mode='token_classifier'), 'classifier')
     given = ('--sequence_length=12', '--temperature=0.5')
-    with served(folder, *given, '--iterations=3', '--start_ratio=0.5', '--remasking_checkpoint_name=remasking.pt') as server:
+    more = ('--iterations=3', '--start_ratio=0.5', '--remasking_checkpoint_name=remasking.pt')
+    with served(folder, *given, *more) as server:
         result, _ = sample(folder, '--num_samples=1', *given, '--sampling_policy=first_hitting')
         lines = write(server, sampling_policy='first_hitting', doubt=True)
         assert lines[-1]['text'] == result.texts[0]
         wrong = [token in VOCABULARY.encode('aceg') for token in lines[-1]['tokens']]
         assert [doubt > 0.5 for doubt in lines[-2]['doubt']] == wrong and 0 < sum(wrong) < 12
-        result, _ = sample(folder, '--num_samples=1', *given, '--iterations=3', '--start_ratio=0.5',
-                           '--remasking_checkpoint_name=remasking.pt')
+        result, _ = sample(folder, '--num_samples=1', *given, *more)
         assert write(server)[-1]['text'] == result.texts[0]
         assert len(write(server, infill_text='a_b')[-1]['tokens']) == 3
 
@@ -210,7 +211,8 @@ def test_the_own_page_is_answered(server):
 
 @pytest.mark.parametrize('headers, body, status', [
     ({}, b'x' * (LARGEST_BODY + 1), 413), ({'Content_Length': '9' * 5000}, b'', 413),
-    ({'Content_Length': None}, b'', 411), ({'Content_Length': '-1'}, b'', 411), ({'Content_Length': '²'.encode()}, b'', 411),
+    ({'Content_Length': None}, b'', 411), ({'Content_Length': '-1'}, b'', 411),
+    ({'Content_Length': '²'.encode()}, b'', 411),
     ({'Content_Type': 'text/plain'}, b'{}', 415), ({'Content_Type': None}, b'{}', 415)])
 def test_bodies_that_are_refused(server, headers, body, status):
     got, sent, text = ask(server, body=body if status != 413 else b'', **(headers or {
@@ -234,7 +236,8 @@ def test_what_is_not_json(server, body):
     ({'sequence_length': LONGEST_TEXT + 1}, 'the page takes at most 2,048'),
     ({'start_text': 'a' * 17, 'sequence_length': 16}, 'raise sequence_length'),
     ({'infill_text': 'a' * (LONGEST_TEXT + 1)}, 'the page takes at most 2,048'),
-    ({'sampling_policy': 'none'}, 'must be one of'), ({'preset': 'none'}, 'must be one of fast'), ({'start_text': 'xyz'}, 'x'),
+    ({'sampling_policy': 'none'}, 'must be one of'), ({'preset': 'none'}, 'must be one of fast'),
+    ({'start_text': 'xyz'}, 'x'),
     ({'sampling_policy': 'first_hitting', 'iterations': 4}, 'does not apply'),
     ({'infill_char': 'ab', 'infill_text': 'a'}, 'one character'),
     ({'tokens': [1, 2]}, 'go together'), ({'take_back': [1]}, 'go together'),
@@ -371,7 +374,8 @@ def test_options_that_the_page_has_no_use_for(folder):
     with pytest.raises(UserError) as error:
         serving.serve(config, explicit)
     assert str(error.value).split('\n') == [
-        'save_json does not apply to serve=True; leave it out', 'num_samples does not apply to serve=True; leave it out']
+        'save_json does not apply to serve=True; leave it out',
+        'num_samples does not apply to serve=True; leave it out']
     assert len(serving_problems(dict.fromkeys(UNUSED, ''))) == len(UNUSED)
     with pytest.raises(UserError, match='port was given, but applies only with serve=True'):
         sample(folder, '--port=9000')

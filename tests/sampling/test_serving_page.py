@@ -1,7 +1,5 @@
 """The page of sample.py --serve=True in Chromium, by clicks and keys."""
 
-import re
-
 import pytest
 
 from core.data.vocabulary import Vocabulary
@@ -53,7 +51,8 @@ def test_a_text_by_clicks_is_the_command_lines(page, folder):
     shown = page.ask("[...document.querySelectorAll('.text .cell')].map(cell => cell.textContent).join('')")
     assert shown == result.texts[0].replace('\n', '↵')
     assert page.ask("[...document.querySelectorAll('.text .protected')].length") == 6
-    assert page.ask("[...document.querySelectorAll('.keep a')].map(link => link.textContent)") == ['HTML', 'GIF', 'JSON']
+    links = page.ask("[...document.querySelectorAll('.keep a')].map(link => link.textContent)")
+    assert links == ['HTML', 'GIF', 'JSON']
     statuses = page.ask("Promise.all([...document.querySelectorAll('.keep a')].map(link => fetch(link.href).then("
                         "answer => answer.status)))")
     assert statuses == [200, 200, 200]
@@ -142,8 +141,8 @@ def test_problems_are_shown(page):
 
 def test_presets(page):
     page.ask("field(byId('settings-a'), 'preset').value = 'fast'; field(byId('settings-a'), 'preset').onchange()")
-    assert page.ask("['sampling_policy', 'iterations', 'temperature'].map(name => field(byId('settings-a'), name).value)"
-                    ) == ['strided', '8', '0.7']
+    values = "['sampling_policy', 'iterations', 'temperature'].map(name => field(byId('settings-a'), name).value)"
+    assert page.ask(values) == ['strided', '8', '0.7']
     page.click('#write')
     page.until(FINISHED)
     assert 'preset fast' in page.ask("document.querySelector('.told').textContent")

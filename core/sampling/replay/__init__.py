@@ -2,7 +2,8 @@
 
 The page holds the run as JSON, its own style and its own script; it asks for nothing from outside. Every text reaches
 the screen through `textContent`, and the JSON is escaped, so no sample or prompt can become markup. page.html holds the
-places for style.css, text.js, page.js and the run; the script works out which positions are masked from the events alone.
+places for style.css, text.js, page.js and the run; the script works out which positions are masked from the events
+alone.
 
 A fragment opens the page at a place: replay.html#sample=1&step=12, with &play to start at once.
 """

@@ -1,6 +1,7 @@
 """What the page may ask for, and the options of sample.py that this makes.
 
-A request is a JSON object with some of `FIELDS`. Texts are taken as they are: no @FILE is read and \\n is two characters.
+A request is a JSON object with some of `FIELDS`. Texts are taken as they are: no @FILE is read, and a
+backslash is a backslash.
 """
 
 import json
@@ -23,7 +24,8 @@ FIELDS: dict[str, type] = {
     'temperature': float, 'sequence_length': int, 'block_length': int, 'seed': int, 'tokens': list, 'take_back': list,
     'doubt': bool}
 NOT_OPTIONS = ('tokens', 'take_back', 'doubt')
-KINDS = {str: 'a text', int: 'a whole number', float: 'a number', list: 'a list of whole numbers', bool: 'true or false'}
+KINDS = {str: 'a text', int: 'a whole number', float: 'a number', list: 'a list of whole numbers',
+         bool: 'true or false'}
 LIMITS = {'sequence_length': LONGEST_TEXT, 'iterations': MOST_STEPS}
 UNUSED = (*OUTPUTS, 'start_text', 'infill_text', 'infill_char', 'seed_placement', 'max_new_tokens', 'num_samples',
           'batch_size', 'quality_metric', 'judge_checkpoint_name', 'confidence_groups', 'show_progress',
@@ -31,8 +33,8 @@ UNUSED = (*OUTPUTS, 'start_text', 'infill_text', 'infill_char', 'seed_placement'
 
 
 class Asked(NamedTuple):
-    """What a run is to be. config and explicit: as sample.py reads them; tokens: of a text whose positions take_back are
-    redrawn, empty for a new text; doubt: the critic's opinion is told with each step."""
+    """What a run is to be. config and explicit: as sample.py reads them; tokens: of a text whose positions `take_back`
+    are redrawn, empty for a new text; doubt: the critic's opinion is told with each step."""
 
     config: SampleConfig
     explicit: dict[str, str]
@@ -56,7 +58,8 @@ def read_request(body: bytes, config: SampleConfig, explicit: Mapping[str, str])
     if 'infill_text' in options and 'sequence_length' not in options:
         config = replace(config, sequence_length=None)  # a text with gaps has its own length
     config = replace(config, num_samples=1, batch_size=1, quality_metric=QualityMetric.NONE, **options)
-    return Asked(config, {**_applicable(explicit, config), **dict.fromkeys(options, 'page')}, tokens, take_back, fields.get('doubt', False))
+    explicit = {**_applicable(explicit, config), **dict.fromkeys(options, 'page')}
+    return Asked(config, explicit, tokens, take_back, fields.get('doubt', False))
 
 
 def _applicable(explicit: Mapping[str, str], config: SampleConfig) -> dict[str, str]:

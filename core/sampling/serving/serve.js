@@ -83,7 +83,7 @@ class Pane {
     this.find('.text').onclick = event => this.click(event);
     this.find('.text').onkeydown = event => this.key(event);
     this.find('.slider').oninput = event => this.go(Number(event.target.value));
-    this.find('.redraw').onclick = () => start([this], {tokens: this.tokens, take_back: [...this.marked].sort((a, b) => a - b)});
+    this.find('.redraw').onclick = () => start([this], {tokens: this.tokens, take_back: [...this.marked]});
     this.clear();
   }
 

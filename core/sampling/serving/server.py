@@ -153,8 +153,8 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.LENGTH_REQUIRED, ['a request must say its length'])
             return None
         if len(length) > 9 or int(length) > LARGEST_BODY:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, [f'the request has {length[:12]} bytes, but the page takes '
-                                                               f'at most {LARGEST_BODY:,}; shorten the text'])
+            problem = f'the request has {length[:12]} bytes, but the page takes at most {LARGEST_BODY:,}; shorten the text'
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, [problem])
             return None
         body = self.rfile.read(int(length))
         if len(body) < int(length):

@@ -82,7 +82,8 @@ class Service:
                     if not row.needs_critic or opened.critic or config.remasking_checkpoint_name} if follows else {}
         name = config.model or config.checkpoint_name
         presets = {preset: {'summary': row.summary, 'options': row.options} for preset, row in PRESETS.items()}
-        return {'model': name, 'presets': presets if follows else {}, 'policies': policies, 'steps': config.sampling_method in METHODS_OF['iterations'],
+        return {'model': name, 'presets': presets if follows else {}, 'policies': policies,
+                'steps': config.sampling_method in METHODS_OF['iterations'],
                 'critic': self._judges, 'gaps': opened.config.attention_type != 'causal',
                 'values': {option: getattr(config, option) for option in (
                     'preset', 'sampling_policy', 'iterations', 'temperature', 'seed', 'infill_char')},
