@@ -1,12 +1,14 @@
 """A model whose weights lie on the line between those of two models of one architecture (core/merging.py)."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from core.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from core.checkpoints.heads import HEADS, Head
 from core.checkpoints.kinds import CheckpointKind
 from core.checkpoints.weights import TRAINING_FIELDS, build_model, model_config_from_dict, model_config_to_dict
 from core.common.drawing import allowed_ids
@@ -19,14 +21,16 @@ from core.data.vocabulary import Vocabulary
 from core.options import TrainConfig
 from core.training_kinds import TRAINING
 from core.validation import HeldOut
+from model import GPTConfig
 
 
 def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, say: Callable[[str], None],
                       data_dir: str | None = None) -> Checkpoint:
     """Write (1 - weight) * first + weight * second to `output`, a checkpoint of the first one's kind; returns it.
 
-    Averaged weights are taken where there are any. `say` is told the validation loss of the result and of both, as
-    every kind of the two asks for, on the corpora in `data_dir`. UserError where architecture or vocabulary differ.
+    Averaged weights are taken where there are any. A head that one of them lacks, or has in another shape, is dropped,
+    and `say` is told. It is also told the validation loss of the result and of both, as every kind of the two asks for,
+    on the corpora in `data_dir`. UserError where trunk or vocabulary differ.
     """
     if not 0 <= weight <= 1:
         raise UserError(f'weight is {weight}, but must lie in [0, 1]: it is the share of {second}')
@@ -38,7 +42,10 @@ def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, sa
         raise UserError(f'output is {output}, but {reason}')
     one, other = load_checkpoint(first), load_checkpoint(second)
     _require_equal_shape(one, other, first, second)
-    merged = _between(one, other, weight)
+    dropped = _unlike_heads(one, other)
+    for head in dropped:
+        say(f'the {head.name} head is not the same in {first} and {second}, and is dropped')
+    merged = _between(_without(one, dropped), _without(other, dropped), weight)
     device = torch.device(resolve_device('auto'))
     found = []
     for source in (one, other) if other.kind != one.kind else (one,):
@@ -59,11 +66,36 @@ def _require_equal_shape(one: Checkpoint, other: Checkpoint, first: Path, second
                         f'merge models of one corpus')
     shapes = [model_config_to_dict(model_config_from_dict(checkpoint.model_config, path))
               for checkpoint, path in ((one, first), (other, second))]
+    of_heads = {name for head in HEADS for name in _fields_of(head)}
     differing = [f'{name} {shapes[0][name]} and {shapes[1][name]}' for name in shapes[0]
-                 if name not in TRAINING_FIELDS and shapes[0][name] != shapes[1][name]]
-    if differing or one.weights().keys() != other.weights().keys():
+                 if name not in TRAINING_FIELDS | of_heads and shapes[0][name] != shapes[1][name]]
+    trunks = [_without(checkpoint, HEADS).weights().keys() for checkpoint in (one, other)]
+    if differing or trunks[0] != trunks[1]:
         raise UserError(f'{first} and {second} are of different architectures ({", ".join(differing) or "weights"}); '
                         f'merge models of one')
+
+
+def _fields_of(head: Head) -> list[str]:
+    """The fields of `GPTConfig` that describe a head; those that say when it trains are none of its shape."""
+    return [head.added_by, *(one.name for one in fields(GPTConfig)
+                             if one.name.startswith(f'{head.name}_') and one.name not in TRAINING_FIELDS)]
+
+
+def _unlike_heads(one: Checkpoint, other: Checkpoint) -> list[Head]:
+    """The heads that one of them lacks, or that have another shape there."""
+    configs = [model_config_from_dict(checkpoint.model_config, 'the checkpoint') for checkpoint in (one, other)]
+    return [head for head in HEADS if any(head.is_in(config) for config in configs)
+            and len({tuple(vars(config)[name] for name in _fields_of(head)) for config in configs}) > 1]
+
+
+def _without(checkpoint: Checkpoint, heads: Sequence[Head]) -> Checkpoint:
+    """The same model without some heads, its averaged weights alone where there are any."""
+    usual = {one.name: one.default for one in fields(GPTConfig)}
+    described = {name: usual[name] for head in heads for name in _fields_of(head)}
+    return replace(checkpoint, ema=None, model_config={**checkpoint.model_config, **described},
+                   config={**checkpoint.config, **{head.added_by: False for head in heads}},
+                   model={name: tensor for name, tensor in checkpoint.weights().items()
+                          if name.split('.')[0] not in {head.module for head in heads}})
 
 
 def _between(one: Checkpoint, other: Checkpoint, weight: float) -> Checkpoint:
@@ -82,7 +114,9 @@ def _between(one: Checkpoint, other: Checkpoint, weight: float) -> Checkpoint:
 def _validate_as(source: Checkpoint, checkpoint: Checkpoint, name: str, device: torch.device,
                  data_dir: str | None, say: Callable[[str], None]) -> tuple[float, str]:
     """The validation loss of a checkpoint's weights as `source`'s kind and options ask for, and the line saying it."""
-    config, runtime = TrainConfig.of_checkpoint(source.config), Runtime(device, torch.float32, False)
+    shape = model_config_from_dict(checkpoint.model_config, name)
+    own = {field: vars(shape)[field] for head in HEADS if source.config.get(head.added_by) for field in _fields_of(head)}
+    config, runtime = TrainConfig.of_checkpoint({**source.config, **own}), Runtime(device, torch.float32, False)
     corpus = ensure_corpus(config.dataset, say, recorded_data_folder(data_dir, source.config))
     vocabulary = Vocabulary.from_meta(source.vocabulary)
     if corpus.vocabulary.hash != vocabulary.hash:

@@ -72,6 +72,30 @@ def test_judges_are_merged_and_validated_on_the_texts_that_they_were_trained_on(
     assert out.count('as judge: val ') == out.count('above filled') == 3
 
 
+HEADED = ('--add_sampler_head=True', '--add_critic_head=True')
+
+
+@pytest.mark.parametrize('second, dropped', [
+    ((), ['sampler', 'critic']), (('--add_sampler_head=True',), ['critic']), (HEADED, []),
+    ((*HEADED, '--sampler_n_embd=24'), ['sampler']), ((*HEADED, '--sampler_context=2'), ['sampler'])])
+def test_heads_that_are_not_alike_are_dropped_and_told(small_corpus, capsys, second, dropped):
+    run('--out_dir=heads', *HEADED)
+    run('--out_dir=second', '--seed=2', *second)
+    capsys.readouterr()
+    main(['heads/ckpt_best.pt', 'second/ckpt_best.pt'])
+    said = capsys.readouterr().out
+    assert [line.split()[1] for line in said.splitlines() if line.endswith('and is dropped')] == dropped
+    merged, one, other = (load_checkpoint(path) for path in (
+        'heads/ckpt_merged.pt', 'heads/ckpt_best.pt', 'second/ckpt_best.pt'))
+    kept = {f'{name}_head' for name in ('sampler', 'critic') if name not in dropped}
+    model = build_model(merged)
+    assert {name.split('.')[0] for name in merged.model if '_head' in name.replace('lm_head', '')} == kept
+    assert (model.sampler_head is not None, model.critic_head is not None) == tuple(
+        f'{name}_head' in kept for name in ('sampler', 'critic'))
+    for name, tensor in merged.model.items():
+        assert torch.allclose(tensor, (one.weights()[name] + other.weights()[name]) / 2, atol=1e-6)
+
+
 @pytest.mark.parametrize('output, words', [('absent/x.pt', 'create it first'), ('', 'output is empty'),
                                            ('n' * 300, '300 bytes'), ('one', 'there already')])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(two, output, words, capsys):
