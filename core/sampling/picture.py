@@ -235,7 +235,8 @@ def write_picture(trace: Trace, decode: Decode, path: Path) -> str:
     """Write the picture that the end of the path asks for, `MOVING` or `STILL`, whole or not at all; returns what is to
     be told beyond its path, '' where all is shown. UserError where the file cannot be written."""
     if path.suffix.lower() == STILL:
-        shown = moments(trace, decode, STRIP_FRAMES)
+        shown = moments(trace, decode, STRIP_FRAMES + 1)
+        del shown[-2]  # the last step, whose text is the finished one
         painter, file = Painter(shown), io.BytesIO()
         painter.strip(shown).save(file, 'PNG', optimize=True)
         data = file.getvalue()

@@ -15,7 +15,7 @@ INSTALL = 'apt-get install -y chromium'
 FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
          '--disable-component-update', '--disable-sync', '--remote-debugging-pipe')
 KEYS = {'Enter': (13, '\r'), ' ': (32, ' '), 'Tab': (9, ''), 'Escape': (27, ''), 'ArrowLeft': (37, ''),
-        'ArrowRight': (39, ''), 'Home': (36, ''), 'End': (35, '')}
+        'ArrowRight': (39, ''), 'ArrowUp': (38, ''), 'ArrowDown': (40, ''), 'Home': (36, ''), 'End': (35, '')}
 CONTROL = 2  # the protocol's number
 
 

@@ -13,8 +13,8 @@ from core.common.errors import UserError
 from core.sampling import picture
 from core.sampling.options import SampleConfig
 from core.sampling.outputs import output_problems
-from core.sampling.picture import (CELL, COLUMNS, FRAMES, LARGEST, LOOKS, MARGIN, Moment, Painter, encoded, moments, places,
-                                   write_picture)
+from core.sampling.picture import (CELL, COLUMNS, FRAMES, LARGEST, LOOKS, MARGIN, Moment, Painter, encoded, moments,
+                                   places, write_picture)
 from core.sampling.trace import Trace, TraceStep
 from helpers.sampling import VOCABULARY, sample, write_checkpoint
 
@@ -139,11 +139,13 @@ def test_kinds_differ_without_colour():
     moment = Moment('', kinds, ['a'] * len(kinds))
     painter = Painter([moment])
     image = painter.frame(moment).convert('L')
-    forms = set()
+    forms = []
     for _, pixels in cells_of(image, painter, moment):
         ground = max(pixels, key=pixels.count)
-        forms.add(bytes(abs(value - ground) > 25 for value in pixels))
+        forms.append([2 * (ground - value) > ground - min(pixels) for value in pixels])
     assert len(forms) == len(kinds)
+    assert all(sum(left != right for left, right in zip(one, other)) >= CELL[0]  # a line through a cell
+               for number, one in enumerate(forms) for other in forms[:number])
 
 
 @pytest.mark.parametrize('length', [128, 512])
@@ -173,9 +175,10 @@ def test_fewer_frames_where_they_are_too_large(monkeypatch, tmp_path):
 def test_the_strip_has_the_moments_below_each_other(tmp_path):
     result = run_of(tmp_path, 'blocks')
     write_picture(result.trace, VOCABULARY.decode, tmp_path / 'strip.PNG')
-    shown = moments(result.trace, VOCABULARY.decode, 5)
+    shown = moments(result.trace, VOCABULARY.decode, 6)
+    del shown[-2]
     painter = Painter(shown)
-    assert len(shown) == 5 and shown[0].caption == 'start' and shown[2].caption.startswith('block ')
+    assert len(shown) == 5 and shown[-1].caption == 'finished' and shown[0].caption == 'start' and shown[2].caption.startswith('block ')
     with Image.open(tmp_path / 'strip.PNG') as file:
         assert file.format == 'PNG' and file.width == painter.width
         part = painter.height + CELL[1] + MARGIN

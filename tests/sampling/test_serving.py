@@ -167,12 +167,27 @@ def test_block_borders(server):
     assert write(server, sequence_length=16, iterations=2, block_length=6)[0]['blocks'] == [6, 12]
 
 
-def test_a_finished_run_can_be_kept(server):
+def test_a_block_model_offers_the_steps_of_its_blocks(tmp_path):
+    """And with them writes what the command line writes by default."""
+    write_checkpoint(tmp_path / 'ckpt_best.pt', attention_type='block', block_length=(4,), add_sampler_head=True,
+                     sampler_order='left_to_right')
+    result, _ = sample(tmp_path, '--num_samples=1')
+    with served(tmp_path) as server:
+        steps = json.loads(ask(server, 'GET', '/offers')[2])['values']['iterations']
+        assert steps == 1 and write(server, iterations=steps)[-1]['text'] == result.texts[0]
+
+
+def test_a_finished_run_can_be_kept(server, folder, tmp_path):
     done = write(server, iterations=3, seed=11)[-1]
     status, headers, body = ask(server, 'GET', f'/runs/{done["run"]}/run.json')
     kept = json.loads(body)
     assert status == 200 and kept['texts'] == [done['text']] and kept['settings']['seed'] == 11
     assert kept['steps'][-1]['samples'][0]['tokens'] == done['tokens']
+    sample(folder, '--iterations=3', '--seed=11', '--num_samples=1', '--quality_metric=none',
+           f'--save_json={tmp_path}/run.json')  # the same record, but for what differs between two runs
+    saved = json.loads((tmp_path / 'run.json').read_text())
+    assert kept.keys() == saved.keys() and all(kept[name] == saved[name] for name in saved if name not in (
+        'settings', 'seconds'))
     assert headers['Content-Disposition'] == 'attachment; filename="run.json"'
     status, headers, body = ask(server, 'GET', f'/runs/{done["run"]}/run.gif')
     assert status == 200 and headers['Content-Type'] == 'image/gif' and Image.open(io.BytesIO(body)).n_frames > 3

@@ -1,5 +1,7 @@
 """The page of sample.py --serve=True in Chromium, by clicks and keys."""
 
+import math
+
 import pytest
 
 from core.data.vocabulary import Vocabulary
@@ -116,6 +118,34 @@ def test_two_settings_side_by_side(page, folder):
     left, right = page.ask("[...document.querySelectorAll('.pane')].map(pane => pane.getBoundingClientRect().left)")
     assert right > left
     assert page.ask("document.querySelectorAll('.text .cell[class*=doubt-]').length") > 0
+
+
+def test_a_token_in_words_and_up_and_down(page, folder):
+    """Doubt of every token that was judged, in the text's first window too; arrows keep to the column."""
+    page.ask("field(byId('settings-a'), 'sequence_length').value = 150")  # two windows
+    page.click('#doubt')
+    page.click('#write')
+    page.until(FINISHED)
+    doubts = page.ask('panes[0].doubts()')
+    assert set(doubts) == {str(at) for at in range(150)}
+    last = [page.ask(f'panes[0].frames.findLast(frame => frame.doubt && frame.start <= {at} && {at} < frame.stop)'
+                     f'.doubt[{at} - panes[0].frames.findLast(frame => frame.doubt && frame.start <= {at} && '
+                     f'{at} < frame.stop).start]') for at in (0, 20, 149)]
+    assert [doubts[str(at)] for at in (0, 20, 149)] == last
+    page.ask("document.querySelector('.text').focus()")
+    for key in ('Home', 'ArrowRight', 'ArrowRight'):
+        page.press(key)
+    token, nats = page.ask('[visible(panes[0].piece(panes[0].tokens[2])), panes[0].state.confidence[2]]')
+    said = page.ask("document.querySelector('.token').textContent")
+    assert said.startswith(f'position 2: \u201c{token}\u201d, probability ') and said.endswith(
+        f', doubt {int(100 * doubts["2"] + 0.5)}%')
+    assert float(said.split('probability ')[1].split('%')[0]) == pytest.approx(100 * math.exp(nats), rel=0.06)
+    top = "panes[0].cells[panes[0].at].getBoundingClientRect().top"
+    tops = []
+    for key in ('Home', 'ArrowDown', 'ArrowDown', 'ArrowUp', 'ArrowUp', 'ArrowUp'):
+        page.press(key)
+        tops.append(page.ask(top) + page.ask('scrollY'))
+    assert tops[0] < tops[1] < tops[2] and tops[3:] == [tops[1], tops[0], tops[0]]
 
 
 def test_stopping(page):

@@ -82,6 +82,10 @@ class Pane {
     this.find('.text').setAttribute('aria-label', `${title}, its tokens`);
     this.find('.text').onclick = event => this.click(event);
     this.find('.text').onkeydown = event => this.key(event);
+    this.find('.text').onpointerover = event => {
+      const cell = event.target.closest('.cell');
+      if (cell) this.find('.token').textContent = this.describe(Number(cell.dataset.position));
+    };
     this.find('.slider').oninput = event => this.go(Number(event.target.value));
     this.find('.redraw').onclick = () => start([this], {tokens: this.tokens, take_back: [...this.marked]});
     this.clear();
@@ -96,7 +100,7 @@ class Pane {
     this.find('.text').replaceChildren();
     this.find('.keep').hidden = true;
     this.find('.slider').disabled = true;
-    this.find('.told').textContent = '';
+    this.find('.told').textContent = this.find('.token').textContent = '';
     this.say('waiting');
     this.mark();
   }
@@ -190,14 +194,37 @@ class Pane {
     if (this.shown && !this.tokens) this.say(this.place());
   }
 
-  doubts() {  // position: how wrong the critic finds its token, after the frame that is shown
-    const found = {}, shown = this.frames[this.shown - 1];
-    if (!shown || !shown.doubt) return found;
-    shown.doubt.forEach((wrong, index) => {
-      const position = shown.start + index, kind = this.state.kind[position];
-      if (kind === 'revealed' || kind === 'settled') found[position] = wrong;
+  doubts() {  // position: how wrong the critic found its token when it was asked last, up to the frame that is shown
+    const found = {};
+    for (const frame of this.frames.slice(0, this.shown)) {
+      frame.doubt?.forEach((wrong, index) => { found[frame.start + index] = wrong; });
+    }
+    this.state.kind.forEach((kind, position) => {
+      if (kind !== 'revealed' && kind !== 'settled') delete found[position];
     });
     return found;
+  }
+
+  describe(position) {  // a token in words
+    const kind = this.state.kind[position], nats = this.state.confidence[position], doubt = this.doubts()[position];
+    if (kind === 'masked') return `position ${position}: masked`;
+    const sure = nats === null ? '' : `, probability ${(100 * Math.exp(nats)).toPrecision(2)}%`;
+    return `position ${position}: \u201c${visible(this.piece(this.state.token[position]))}\u201d` +
+      (kind === 'protected' ? ', given' : sure) +
+      (doubt === undefined ? '' : `, doubt ${Math.round(100 * doubt)}%`);
+  }
+
+  tokenBeyond(direction) {  // the nearest token of the next line, below (1) or above (-1)
+    const boxes = this.cells.map(cell => cell.getBoundingClientRect()), now = boxes[this.at];
+    let best = this.at, line = null;
+    for (let other = this.at + direction; other in boxes; other += direction) {
+      if (Math.abs(boxes[other].top - now.top) < 4) continue;
+      line ??= boxes[other].top;
+      if (Math.abs(boxes[other].top - line) > 4) break;
+      const distance = box => Math.abs(box.left - now.left);
+      if (best === this.at || distance(boxes[other]) < distance(boxes[best])) best = other;
+    }
+    return best;
   }
 
   canMark(position) {
@@ -226,8 +253,9 @@ class Pane {
   }
 
   key(event) {
-    const moves = {ArrowLeft: this.at - 1, ArrowRight: this.at + 1, Home: 0, End: this.cells.length - 1};
     if (event.ctrlKey || event.metaKey || event.altKey || !this.cells.length) return;
+    const moves = {ArrowLeft: this.at - 1, ArrowRight: this.at + 1, Home: 0, End: this.cells.length - 1,
+      ArrowUp: this.tokenBeyond(-1), ArrowDown: this.tokenBeyond(1)};
     if (event.key in moves) {
       this.at = Math.min(Math.max(0, moves[event.key]), this.cells.length - 1);
       this.point();
@@ -240,6 +268,7 @@ class Pane {
     this.find('.at')?.classList.remove('at');
     this.cells[this.at].classList.add('at');
     this.find('.text').setAttribute('aria-activedescendant', this.cells[this.at].id);
+    this.find('.token').textContent = this.describe(this.at);
   }
 }
 

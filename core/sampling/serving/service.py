@@ -25,10 +25,11 @@ from core.sampling.network import Network
 from core.sampling.options import SampleConfig
 from core.sampling.picture import moving_picture
 from core.sampling.policies import POLICIES
-from core.sampling.policy_options import METHODS_OF, option_problems
+from core.sampling.policy_options import METHODS_OF, block_defaults, option_problems
 from core.sampling.presets import PRESETS, with_preset
 from core.sampling.prompt import Layout
 from core.sampling.replay import Decode, page_text, replay_data
+from core.sampling.result import Batch, SamplingResult
 from core.sampling.serving.queue import Queue
 from core.sampling.serving.requests import LONGEST_TEXT, MOST_STEPS, Asked, read_request
 from core.sampling.trace import Trace, TraceStep
@@ -48,13 +49,6 @@ class Job(NamedTuple):
     said: list[str]
 
 
-class Finished(NamedTuple):
-    """A run that can be kept as a file."""
-
-    trace: Trace
-    text: str
-
-
 class Service:
     """Writes texts with one model. queue: whose turn it is; said: the lines about finding the model."""
 
@@ -67,15 +61,17 @@ class Service:
         self._opened = opened._replace(build=lambda: model)
         self._config, self._explicit = config, explicit
         config, preset = with_preset(config, explicit)
-        self.said = [*preset, *suit(config, explicit, self._opened, self._device).said]
+        loaded = suit(config, explicit, self._opened, self._device)
+        self.said = [*preset, *loaded.said]
+        self._usual = block_defaults(config, explicit, opened.config, loaded.settings.head == 'left_to_right')[0]
         self._judges = opened.config.attention_type == 'bidirectional' and (
             opened.critic or config.remasking_checkpoint_name is not None)
         self.queue = Queue()
-        self._finished: OrderedDict[str, Finished] = OrderedDict()
+        self._finished: OrderedDict[str, SamplingResult] = OrderedDict()
 
     def offers(self) -> dict[str, Any]:
         """What the page shows before the first run."""
-        (config, _), opened = with_preset(self._config, self._explicit), self._opened
+        config, opened = self._usual, self._opened
         follows = config.sampling_method in METHODS_OF['sampling_policy']
         policies = {name: {'summary': row.summary, 'steps': 'iterations' in row.options}
                     for name, row in POLICIES.items()
@@ -137,13 +133,16 @@ class Service:
 
         began = time.perf_counter()
         made = generate(network, job.layout, job.loaded.settings, job.rows, watch)
-        tokens = made.tokens[0].tolist()
-        text, name = decode(tokens), secrets.token_urlsafe(12)
-        self._finished[name] = Finished(trace, text)
+        seconds, tokens = time.perf_counter() - began, made.tokens.cpu()
+        text, name = decode(tokens[0].tolist()), secrets.token_urlsafe(12)
+        result = SamplingResult(True, trace, waves=made.waves, trunk_calls=network.trunk_calls,
+                                network_calls=network.network_calls, seconds=seconds)
+        result.add(Batch([text], tokens, trace.protected, None, None))
+        self._finished[name] = result
         while len(self._finished) > KEPT:
             self._finished.popitem(last=False)
-        tell({'event': 'done', 'text': text, 'tokens': tokens, 'run': name, 'trunk_calls': network.trunk_calls,
-              'network_calls': network.network_calls, 'seconds': time.perf_counter() - began})
+        tell({'event': 'done', 'text': text, 'tokens': tokens[0].tolist(), 'run': name,
+              'trunk_calls': network.trunk_calls, 'network_calls': network.network_calls, 'seconds': seconds})
 
     def _start(self, job: Job) -> dict[str, Any]:
         """The text before the first step, and where blocks begin."""
@@ -184,18 +183,18 @@ def block_starts(length: int, loaded: Loaded) -> list[int]:
     return sorted(starts - {0})
 
 
-def _json(finished: Finished, decode: Decode) -> bytes:
-    return (json.dumps({**finished.trace.to_builtins(decode), 'texts': [finished.text]}) + '\n').encode()
+def _json(finished: SamplingResult, decode: Decode) -> bytes:
+    return (json.dumps(finished.to_builtins(decode)) + '\n').encode()
 
 
-def _html(finished: Finished, decode: Decode) -> bytes:
+def _html(finished: SamplingResult, decode: Decode) -> bytes:
     return page_text(finished.trace, decode).encode()
 
 
-def _gif(finished: Finished, decode: Decode) -> bytes:
+def _gif(finished: SamplingResult, decode: Decode) -> bytes:
     return moving_picture(finished.trace, decode)[0]
 
 
-FILES: dict[str, tuple[Callable[[Finished, Decode], bytes], str]] = {
+FILES: dict[str, tuple[Callable[[SamplingResult, Decode], bytes], str]] = {
     'run.json': (_json, 'application/json'), 'run.html': (_html, 'text/html; charset=utf-8'),
     'run.gif': (_gif, 'image/gif')}
