@@ -1,6 +1,6 @@
 'use strict';
 // Every text reaches the screen through textContent.
-const DOUBTS = [0.5, 0.25, 0.1];  // wrongness of the three shades, the strongest first
+const DOUBTS = [0.75, 0.5, 0.25];  // wrongness of the three shades, the strongest first
 let offers, running = null;
 const panes = [];
 
