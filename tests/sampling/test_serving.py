@@ -408,6 +408,31 @@ def test_serving_says_where(folder, monkeypatch):
     assert re.fullmatch(r'open http://127\.0\.0\.1:\d+/ in a browser; Ctrl-C ends it', said[-1])
 
 
+def test_ctrl_c_ends_a_run_first(folder, monkeypatch):
+    """One at work for minutes and one that waits; afterwards nobody computes and nobody is let in."""
+    queues, threads = [], set(threading.enumerate())
+
+    def serve_forever(server):
+        queue = server.service.queue
+        queues.append(queue)
+        body = json.dumps({'sequence_length': 2048, 'iterations': 1000}).encode()
+        for number in range(2):
+            client = threading.Thread(target=ask, args=(server,), kwargs={'body': body})
+            client.start()
+            server.handle_request()
+            while len(queue._tickets) < number + 1:
+                time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, 'serve_forever', serve_forever)
+    with pytest.raises(KeyboardInterrupt):
+        serving.serve(*settings(folder, '--serve=True', '--port=0'), lambda line: None)
+    assert queues[0]._tickets == []
+    with pytest.raises(QueueFull, match='ends'), queues[0].place():
+        pass
+    assert [one.name for one in set(threading.enumerate()) - threads if 'process_request' in one.name] == []
+
+
 def test_the_page_takes_nothing_as_markup(server):
     for path in ('/', '/text.js', '/serve.js', '/style.css', '/serve.css'):
         status, headers, body = ask(server, 'GET', path)

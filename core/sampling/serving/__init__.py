@@ -31,4 +31,7 @@ def serve(config: SampleConfig, explicit: Mapping[str, str], say: Callable[[str]
                         f'--port={config.port % 65535 + 1}, or --port=0 for a free one') from error
     with server:
         say(f'open http://127.0.0.1:{server.server_port}/ in a browser; Ctrl-C ends it')
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        finally:
+            service.queue.close()

@@ -165,7 +165,9 @@ class Handler(BaseHTTPRequestHandler):
     # Answers ----------------------------------------------------------------------------------------------------------
 
     def _tell(self, event: dict[str, Any]) -> None:
-        """One line of a run; raises `Gone` where nobody listens."""
+        """One line of a run; raises `Gone` where nobody listens, and where the program ends."""
+        if self.server.service.queue.closed:
+            raise Gone
         try:
             if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
                 raise Gone
