@@ -14,6 +14,7 @@ from helpers.toys import model_over, save_model
 SCRIPTS = {train: train.TrainConfig, sample: sample.SampleConfig, evaluate: evaluate.EvaluateConfig,
            bench: bench.BenchConfig}
 FOLDERS = {'out_dir', 'data_dir'}
+OF_PRETRAINED = {'text_file', 'sampler_head'}  # read with --model only, which needs transformers
 WITH = {  # further options that an option needs before it is read
     (train, 'corruption_checkpoint'): ['--training_type=remasking', '--remasking_corruption=model', '--dataset=tiny'],
     (train, 'init_from_checkpoint'): ['--dataset=tiny'],
@@ -21,10 +22,11 @@ WITH = {  # further options that an option needs before it is read
                                        '--init_from_checkpoint=out/ckpt_best.pt', '--prompt_length=4'],
     (sample, 'judge_checkpoint_name'): ['--quality_metric=judge'],
     (evaluate, 'remasking_checkpoint_name'): ['--measure=errors'],
+    (evaluate, 'checkpoints'): ['--measure=arena'],
     (evaluate, 'reference_checkpoint'): ['--measure=quality'],
     (evaluate, 'causal_checkpoint'): ['--measure=curves', '--reference_checkpoint=out/ckpt_best.pt']}
 OPTIONS = [(script, one.name) for script, options in SCRIPTS.items() for one in dataclasses.fields(options)
-           if one.metadata.get('path') and one.name not in FOLDERS]
+           if one.metadata.get('path') and one.name not in FOLDERS | OF_PRETRAINED]
 
 
 @pytest.mark.parametrize('script, name', OPTIONS, ids=lambda value: getattr(value, '__name__', value))

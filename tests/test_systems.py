@@ -65,7 +65,8 @@ sys.path.insert(0, str(root))
 MODULES = '''
 names = ['model', 'sample_utils', 'configurator', 'train', 'sample', 'evaluate', 'bench']
 import core
-names += [one.name for one in pkgutil.walk_packages(core.__path__, 'core.') if not one.name.endswith('__main__')]
+names += [one.name for one in pkgutil.walk_packages(core.__path__, 'core.')
+          if not one.name.endswith(('__main__', 'modeling_masked_diffusion'))]  # the latter needs transformers
 names += ['core.checkpoints.__main__']
 for name in names:
     import_module(name)

@@ -62,8 +62,9 @@ class Checkpoint:
     def from_payload(cls, payload: object, source: Path) -> 'Checkpoint':
         """Read what `to_payload` made; `source` names the file in a `UserError`. Weights get their plain names."""
         if not isinstance(payload, dict) or type(payload.get('format_version')) is not int:
-            raise UserError(f'{source} has no format version, so an older or another program wrote it; '
-                            f'train again with: {HOW_TO_TRAIN}')
+            cure = f'try: python -m core.checkpoints convert {source} NEW_FILE' \
+                if isinstance(payload, dict) and 'model_args' in payload else f'train again with: {HOW_TO_TRAIN}'
+            raise UserError(f'{source} has no format version, so an older or another program wrote it; {cure}')
         version = payload['format_version']
         if version != FORMAT_VERSION:
             cure = 'update this program' if version > FORMAT_VERSION else f'train again with: {HOW_TO_TRAIN}'
@@ -169,6 +170,11 @@ def _stranger(value: object, place: str = 'payload') -> str | None:
     return next((found for name, one in parts if (found := _stranger(one, name)) is not None), None)
 
 
+def is_plain(value: object) -> bool:
+    """Whether `value` may be part of a checkpoint: built-in types and tensors only."""
+    return _stranger(value) is None
+
+
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
 
@@ -214,17 +220,22 @@ def _exported_weights(folder: Path) -> Path:
 
 
 def _read(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
+    return Checkpoint.from_payload(read_payload(path, mapped, device), path)
+
+
+def read_payload(path: Path, mapped: bool = False, device: torch.device | str = 'cpu') -> object:
+    """What a file of `torch.save` holds, whoever wrote it: checksums first, then tensors and built-in types only.
+    UserError where it is missing, damaged, or holds anything else."""
     if not path.is_file():
         raise UserError(f'there is no checkpoint {path}; make one with: {HOW_TO_TRAIN}, or with the config '
                         f'that writes into {path.parent}')
     _compare_checksums(path)
     try:
-        payload = torch.load(path, map_location=device, mmap=mapped, weights_only=True)
+        return torch.load(path, map_location=device, mmap=mapped, weights_only=True)
     except Exception as error:  # any failure on bytes that others may have written means the same to the user
         raise UserError(f'{path} holds something other than tensors and plain values, or is no checkpoint '
                         f'({type(error).__name__}); it was not loaded; take another, or train with: '
                         f'{HOW_TO_TRAIN}') from error
-    return Checkpoint.from_payload(payload, path)
 
 
 def _compare_checksums(path: Path) -> None:

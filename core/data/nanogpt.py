@@ -56,6 +56,11 @@ def _vocabulary(path: Path, root: Path, say: Say) -> Vocabulary:
         return gpt2_vocabulary(root / 'openwebtext', say)
     if is_own_meta(path):
         raise UserError(f'{path.parent} is a corpus of this program already: use it with --dataset={path.parent.name}')
+    return read_nanogpt_meta(path)
+
+
+def read_nanogpt_meta(path: Path) -> Vocabulary:
+    """The characters of a meta.pkl of nanoGPT's, in the order of their ids; UserError where it is none."""
     try:
         meta = read_plain_pickle(path)
         itos = meta.get('itos') if type(meta) is dict else None

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import core.common.runtime as runtime
-from core.batches import Batch
+from core.batches import whole_batch
 from core.bench.cases import Shape, base_vocabulary, model_config
 from core.common.errors import UserError
+from core.common.randomness import keyed
 from core.objective import Objective
 from core.stages import Stage
 from model import GPT
@@ -83,8 +84,7 @@ def test_compiled_gradients_are_the_same_each_time():
                            generator=torch.Generator().manual_seed(1))
     count = tokens.numel()
     inputs = tokens.masked_fill(tokens % 2 == 0, config.mask_token_id)  # many threads add to the row of one id
-    batch = Batch(inputs, tokens, torch.arange(count), torch.full((count,), 1 / count), torch.full((count,), 1 / count),
-                  torch.empty(count, 0, dtype=torch.int64), torch.arange(shape.batch_size), torch.tensor(0.0))
+    batch = whole_batch(keyed(1, 0, 0, shape.batch_size), inputs, tokens, torch.full((count,), 1 / count))
     runtime.start_runtime('cpu', 'float32', True, width=64, iterations=1)
     torch.set_num_threads(2)
     try:

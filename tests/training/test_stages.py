@@ -38,9 +38,11 @@ def test_every_head_is_named_as_the_model_has_it():
     """The module, its parameters and its matrices, so that no row is silently without effect."""
     model = GPT(toy_config(**STAGED))
     names = [name for name, _ in model.named_parameters()]
+    reads_rows = GPT(toy_config(**STAGED, sampler_kind='layer_neighbours'))
+    every = {*names, *(name for name, _ in reads_rows.named_parameters())}
     for head in HEADS:
         assert getattr(model, head.module) is not None and any(name.startswith(f'{head.module}.') for name in names)
-        assert all(f'{head.module}.{name}' in names for name in head.matrices)
+        assert all(f'{head.module}.{name}' in every for name in head.matrices)
     modules = {name.split('.')[0] for name in names}
     assert modules == {'transformer', *(head.module for head in HEADS)}
     assert {module for module in modules if trains(Stage({'critic': 1.0}, trunk=False), module)} == {'critic_head'}
