@@ -5,8 +5,8 @@ graph starts all of them at once. The numbers stay the same: a replay runs the o
 order. What changes from step to step lies in tensors on the device: the batch, the learning rates, the weight of the
 average (`TrainingState.set_rates`), and the seed of dropout, which torch hands to a graph itself.
 
-Recorded are steps of one micro-step on one rank that never wait for the device and compute with compiled passes. A step
-that draws text (critic, rewards) waits; it runs as ever.
+Recorded are steps of one micro-step on one rank that never wait for the device. A step that draws text (critic,
+rewards) waits; it runs as ever.
 """
 
 from collections import Counter

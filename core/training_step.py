@@ -156,8 +156,12 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
     if state.recorder is not None and CRITIC.name not in stage.heads:  # its text is drawn, which waits for the device
         _seed_dropout(plan, iteration, batches[0])
         kind = frozenset(stage.heads), stage.trunk
-        taken = state.recorder.step(kind, batches[0], lambda batch: update(state, iteration, [
-            losses_with_gradients(state, batch, stage, iteration)]), runtime.device)
+
+        def whole(batch: Batch) -> Taken:
+            state.model.zero_grad(set_to_none=True)  # a recording that failed may have left some
+            return update(state, iteration, [losses_with_gradients(state, batch, stage, iteration)])
+
+        taken = state.recorder.step(kind, batches[0], whole, runtime.device)
         state.gradient_norms = taken.norms
         return taken.losses
     parts = []

@@ -125,6 +125,7 @@ def test_special_ids_are_moved_to_their_order(tmp_path):
     """Old: cls, wrong, mask after the letters. Today: mask, wrong, pad (new, hence zero), cls."""
     old = {'cls_token_id': V0, 'wrong_token_id': V0 + 1, 'mask_token_id': V0 + 2}
     older = older_file(tmp_path, V0 + 3, **old)
+    torch.manual_seed(1)
     older['model'] |= {'critic_head.weight': torch.randn(1, D), 'critic_head.bias': torch.randn(1)}
     older['model_args']['add_critic_head'] = True
     _, model = converted(older, tmp_path)
@@ -144,6 +145,7 @@ def test_the_output_rows_of_a_sampler_head_move_too(tmp_path):
     shapes |= {f'{name}.{part}': (D,) for name, part in (
         ('input', 'bias'), ('hidden', 'bias'), ('norm_1', 'weight'), ('norm_1', 'bias'), ('norm_2', 'weight'),
         ('norm_2', 'bias'))}
+    torch.manual_seed(2)
     head = {name: torch.randn(shape) for name, shape in shapes.items()}
     older['model'] |= {f'sampler_head.{name}': weight for name, weight in head.items()}
     _, model = converted(older, tmp_path)
