@@ -31,23 +31,30 @@ class IterationRecord:
     learning_rate: float
     seconds: float  # of this iteration
     mfu: float | None = None  # share of the peak matrix rate, 0..1; None while not known
+    tokens_per_second: float | None = None  # of all ranks together; None while not known
     weights: Mapping[str, float] = field(default_factory=dict)  # of parts that count in the loss with a weight
     extra: Mapping[str, float] = field(default_factory=dict)  # for the log only, such as 'train/grad_norm'
 
     def line(self) -> str:
         """The console line, whose parts add up: 'iter N: loss a (main b, sampler c, critic 0.5 x d), time 1.00ms, mfu
-        2.00%'."""
+        2.00%, 3,000 tokens/s'."""
         weights = {name: f'{weight:.4g} x ' for name, weight in self.weights.items()}
         shown = ', '.join(f'{name} {weights.get(name, "")}{value:.4f}' for name, value in self.parts.items())
         mfu = '' if self.mfu is None else f', mfu {100 * self.mfu:.2f}%'
-        return f'iter {self.iteration}: loss {self.loss:.4f} ({shown}), time {1000 * self.seconds:.2f}ms{mfu}'
+        rate = f', {self.rate()}' if self.rate() else ''
+        return f'iter {self.iteration}: loss {self.loss:.4f} ({shown}), time {1000 * self.seconds:.2f}ms{mfu}{rate}'
+
+    def rate(self) -> str:
+        """'3,000 tokens/s', or nothing while that is not known."""
+        return '' if self.tokens_per_second is None else f'{self.tokens_per_second:,.0f} tokens/s'
 
     def numbers(self) -> dict[str, float]:
         """The keys of `metrics.jsonl` and W&B; inactive parts are absent."""
         parts = {f'train/loss_{name}': value for name, value in self.parts.items()}
         parts |= {f'train/{name}_alpha': weight for name, weight in self.weights.items()}
         mfu = {} if self.mfu is None else {'mfu': self.mfu}
-        return {'train/loss': self.loss, **parts, 'lr': self.learning_rate, 'seconds': self.seconds, **mfu,
+        rate = {} if self.tokens_per_second is None else {'train/tokens_per_second': self.tokens_per_second}
+        return {'train/loss': self.loss, **parts, 'lr': self.learning_rate, 'seconds': self.seconds, **mfu, **rate,
                 **self.extra}
 
 
@@ -76,12 +83,13 @@ class RunLogger:
             self.wandb_id = wandb_id or secrets.token_hex(4)
             self._wandb = _WandbRun(folder, project, run_name, config, self.wandb_id, self.message)
         self._bar = ProgressBar(total_iterations, initial=start_iteration, unit='it', dynamic_ncols=True,
-                                smoothing=0.05,
-                                desc='training', tell=self.message)
+                                smoothing=0.05, desc='training', tell=self.message)
 
     def iteration(self, record: IterationRecord) -> None:
         """Print and record one training iteration; the caller chooses every how many."""
         self.message(record.line())
+        if self._bar is not None:
+            self._bar.note(record.rate())
         self._record('iteration', record.iteration, record.numbers())
 
     def evaluation(self, iteration: int, line: str, numbers: Mapping[str, float]) -> None:

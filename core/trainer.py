@@ -287,10 +287,9 @@ class Run:
         further |= {'grad_norm': norms['main'].item()}
         further |= {f'grad_norm_{name}': norm.item() for name, norm in norms.items() if name in stage.heads}
         mean, tokens = sum(self.unprinted) / len(self.unprinted), rows.global_batch * self.config.block_size
-        further['tokens_per_second'] = tokens / mean
         operations = self.state.model.operations_per_token() * self.training.passes(self.config) * tokens
         mfu = operations / mean / self.matrix_rate / rows.world_size
-        return IterationRecord(self.iteration, losses.total.item(), parts, learning_rate, mean, mfu, weights,
+        return IterationRecord(self.iteration, losses.total.item(), parts, learning_rate, mean, mfu, tokens / mean, weights,
                                {f'train/{name}': value for name, value in further.items()})
 
     def report_skipped(self) -> None:

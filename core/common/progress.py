@@ -52,6 +52,12 @@ class ProgressBar:
         if self._lines is not None:
             self._lines.reach(self._lines.position + step)
 
+    def note(self, text: str) -> None:
+        """`text`, such as a rate, is shown after the bar or in the lines from now on."""
+        self._try(lambda bar: bar.set_postfix_str(text, refresh=False))
+        if self._lines is not None:
+            self._lines.note = text
+
     def clear(self) -> None:
         """Take the bar off the screen, so that a line can be printed; the next move shows it again."""
         self._try(lambda bar: bar.clear())
@@ -72,7 +78,7 @@ class _Tenths:
 
     def __init__(self, total: float, start: float, what: str, tell: Callable[[str], None]) -> None:
         self._total, self._start, self._what, self._tell = total, start, what, tell
-        self.position = start
+        self.position, self.note = start, ''
         self._told = self._tenth()
         self._begun = self._last = time.monotonic()
 
@@ -86,7 +92,8 @@ class _Tenths:
             return
         self._told, self._last = self._tenth(), now
         left = (now - self._begun) * (self._total - self.position) / (self.position - self._start)
-        self._tell(f'{self._what}: {self.position / self._total:.0%} done, about {_duration(left)} left')
+        parts = [f'{self.position / self._total:.0%} done', self.note, f'about {_duration(left)} left']
+        self._tell(f'{self._what}: {", ".join(part for part in parts if part)}')
 
 
 def _duration(seconds: float) -> str:

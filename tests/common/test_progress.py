@@ -35,11 +35,12 @@ def test_short_work_says_nothing_and_a_resumed_one_counts_from_its_start(clock):
     assert not said
     resumed = ProgressBar(100, initial=50, desc='training', tell=said.append)
     clock.append(clock[-1] + 20)
+    resumed.note('9 tokens/s')
     resumed.move_to(55)
     clock.append(clock[-1] + 20)
     resumed.move_to(60)
     resumed.move_to(58)
-    assert said == ['training: 60% done, about 3 min left']
+    assert said == ['training: 60% done, 9 tokens/s, about 3 min left']
 
 
 def test_unwanted_progress_says_nothing(clock):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 import types
 
@@ -30,6 +31,7 @@ def test_the_lines_are_those_of_the_specification(tmp_path, capsys):
     run.iteration(record(3500, loss=11.5, parts={'main': 4.6, 'sampler': 4.6, 'critic': 4.6}, seconds=0.16, mfu=0.265,
                          weights={'critic': 0.5}))
     run.iteration(record(3501, parts={'main': 4.5, 'critic': 0.0}, mfu=None))
+    run.iteration(record(3502, tokens_per_second=12345.6))
     run.evaluation(3501, 'step 3501: val nelbo 2.0 nats/char', {'val/nelbo': 2.0})
     run.sample(3501, 'To be\nor not')
     run.close()
@@ -39,20 +41,21 @@ def test_the_lines_are_those_of_the_specification(tmp_path, capsys):
         'iter 1500: loss 9.2000 (main 4.6000, sampler 4.6000), time 155.00ms, mfu 26.00%',
         'iter 3500: loss 11.5000 (main 4.6000, sampler 4.6000, critic 0.5 x 4.6000), time 160.00ms, mfu 26.50%',
         'iter 3501: loss 4.5000 (main 4.5000, critic 0.0000), time 150.00ms',
+        'iter 3502: loss 4.5000 (main 4.5000), time 150.00ms, mfu 25.50%, 12,346 tokens/s',
         'step 3501: val nelbo 2.0 nats/char', '  | To be', '  | or not']
     assert printed.err == ''  # no progress bar outside a terminal
 
 
 def test_metrics_hold_every_number_and_no_inactive_part(tmp_path):
     run = logger(tmp_path / 'größe 1')
-    run.iteration(record(7, extra={'train/grad_norm': 0.5}, weights={'critic': 0.25}))
+    run.iteration(record(7, extra={'train/grad_norm': 0.5}, weights={'critic': 0.25}, tokens_per_second=2.5))
     run.iteration(record(8, loss=float('nan'), parts={'main': float('inf'), 'sampler': 0.0}))
     run.evaluation(8, 'line', {'val/nelbo': 2.0})
     text = (tmp_path / 'größe 1' / 'metrics.jsonl').read_text()
     assert 'NaN' not in text and 'Infinity' not in text
     assert [json.loads(line) for line in text.splitlines()] == [
         {'kind': 'iteration', 'iteration': 7, 'train/loss': 4.5, 'train/loss_main': 4.5, 'lr': 1e-3, 'seconds': 0.15,
-         'mfu': 0.255, 'train/grad_norm': 0.5, 'train/critic_alpha': 0.25},
+         'mfu': 0.255, 'train/tokens_per_second': 2.5, 'train/grad_norm': 0.5, 'train/critic_alpha': 0.25},
         {'kind': 'iteration', 'iteration': 8, 'train/loss': None, 'train/loss_main': None, 'train/loss_sampler': 0.0,
          'lr': 1e-3, 'seconds': 0.15, 'mfu': 0.255},
         {'kind': 'evaluation', 'iteration': 8, 'val/nelbo': 2.0}]
@@ -131,12 +134,15 @@ class Terminal(io.StringIO):
 def test_the_progress_bar_is_on_terminals_only_and_lines_stay_whole(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stderr', Terminal())
     run = logger(tmp_path, start_iteration=4, total_iterations=10)
+    run.iteration(record(5, tokens_per_second=2048.0))
     run.advance(6)
     run.message('a line')
     run.advance(7)
     run.close()
     run.close()
-    assert capsys.readouterr().out == 'a line\n' and '7/10' in sys.stderr.getvalue()
+    assert capsys.readouterr().out.splitlines() == [record(5, tokens_per_second=2048.0).line(), 'a line']
+    shown = sys.stderr.getvalue().split('\r')[-1]
+    assert '7/10' in shown and '2,048 tokens/s' in shown and re.search(r'<[\d:]+', shown)  # time left
 
 
 @pytest.mark.parametrize('call', ['__init__', 'update', 'clear', 'close'])
