@@ -658,6 +658,10 @@ def cosine_remasking_schedule(count: int, start: float, end: float) -> list[floa
             count == 1 else end for index in range(count)]
 
 
+REMASKING_SCHEDULES: dict[str, Callable[[int, float, float], list[float]]] = {
+    'linear': linear_remasking_schedule, 'cosine': cosine_remasking_schedule}  # by the value of --schedule_type
+
+
 def apply_remasking_step(protected: Tensor, wrongness: Tensor | None, level: float | Tensor, generator: RowRandom, *,
                          mode: Literal['ratio', 'threshold'] = 'ratio', randomness_strength: float = 0.0,
                          tolerance: float = tie_tolerance(torch.float32)) -> Tensor:

@@ -19,6 +19,7 @@ from configurator import bound_problems
 from core.batches import BatchPlan, RowShare, unmasking_batches
 from core.checkpoints.heads import heads_of
 from core.common.errors import UserError, raise_problems
+from core.common.expressions import unknown_choice
 from core.common.files import unwritable
 from core.common.printing import counted, say_if_heard
 from core.common.randomness import RowRandom
@@ -63,7 +64,8 @@ def train_head(config: TrainConfig, explicit: Mapping[str, str], notes: list[str
 
 def _problems(config: TrainConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options before any file is read."""
-    problems = [*bound_problems(config), *pretrained_problems(config, explicit)]
+    problems = [*bound_problems(config), *unknown_choice('noise_schedule', config.noise_schedule, SCHEDULES),
+                *pretrained_problems(config, explicit)]
     problems += [f'{name} does not apply to model, whose trunk stays as it is; leave it out'
                  for name in _NOT_OF_HEADS if name in explicit]
     if config.text_file is None:

@@ -4,8 +4,11 @@ import torch
 
 from configurator import bound_problems
 from core.checkpoints.heads import HEADS
+from core.common.expressions import unknown_choice
 from core.common.runtime import Runtime
+from core.noise import SCHEDULES
 from core.options import TrainConfig
+from core.rewards import REWARDS
 from core.training_kinds import GRPO, TRAINING, kind_of, training_of
 
 
@@ -29,7 +32,9 @@ def option_problems(config: TrainConfig) -> list[str]:
     if config.sharding == 'full' and config.compile:
         problems.append('sharding is full, but compile is True, and layers that are gathered one by one are not '
                         'compiled; leave compile out')
-    return problems + head_problems(config) + TRAINING[training_of(config)].problems(config)
+    unknown = [problem for name, table in (('noise_schedule', SCHEDULES), ('reward', REWARDS))
+               for problem in unknown_choice(name, getattr(config, name), table)]
+    return [*problems, *unknown, *head_problems(config), *([] if unknown else TRAINING[training_of(config)].problems(config))]
 
 
 def head_problems(config: TrainConfig) -> list[str]:

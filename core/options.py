@@ -66,8 +66,9 @@ class TrainConfig:
         [], 'iteration from which each of several block lengths is drawn; 0 by default')
     whole_block_share: float = option(0.5, 'share of the rows whose blocks are masked whole, as generation meets them')
     block_mask_shares: list[float] = option([0.0, 1.0], 'smallest and largest share of masks in the other rows')
-    noise_schedule: Literal['linear', 'cosine', 'geometric'] = option(
-        'linear', 'share of masked positions over time; the bound is the same, its estimate and the samplers follow it')
+    noise_schedule: str = option(
+        'linear', 'share of masked positions over time: linear, cosine or geometric; the bound is the same, its estimate '
+        'and the samplers follow it')
     # remasking models and judges (docs/remasking.md)
     training_type: Literal['unmasking', 'remasking', 'judge', 'grpo'] = option(
         'unmasking', 'remasking learns which tokens are wrong, judge which share of a text is, grpo from rewards')
@@ -80,8 +81,8 @@ class TrainConfig:
     corruption_checkpoint: str | None = option(None, 'trained generator whose errors are learned; judges use both',
         path=True)
     # policy gradients, training_type=grpo (docs/reinforcement.md)
-    reward: Literal['judge', 'line_ends'] = option(
-        'judge', "the judge's score, or the share of lines that end with a punctuation mark")
+    reward: str = option(
+        'judge', "judge: the judge's score; line_ends: the share of lines that end with a punctuation mark")
     judge_checkpoint_name: str | None = option(None, 'the judge of reward=judge', path=True)
     repetition_weight: float = option(
         1.0, 'times the share of repeated n-grams is deducted from a reward', minimum=0)

@@ -25,6 +25,7 @@ from core.data.corpus import Corpus
 from core.data.folders import data_folder
 from core.data.prepare import ensure_corpus
 from core.data.text_figures import corpus_figures
+from core.gauges import GAUGES, Moment
 from core.logger import IterationRecord, RunLogger, read_metrics
 from core.loss_curve import plot_loss_curve
 from core.objective import Losses
@@ -283,10 +284,10 @@ class Run:
                    if head.weight is not None and head.name in stage.heads}
         weights |= {'kl': self.config.kl_weight} if 'kl' in parts else {}
         further = {} if losses.sums is None else self.training.metrics(losses.sums)
-        norms = self.state.gradient_norms
-        further |= {'grad_norm': norms['main'].item()}
-        further |= {f'grad_norm_{name}': norm.item() for name, norm in norms.items() if name in stage.heads}
         mean, tokens = sum(self.unprinted) / len(self.unprinted), rows.global_batch * self.config.block_size
+        moment = Moment(self.iteration, self.state, stage, losses)
+        for gauge in GAUGES.values():
+            further |= gauge(moment)
         operations = self.state.model.operations_per_token() * self.training.passes(self.config) * tokens
         mfu = operations / mean / self.matrix_rate / rows.world_size
         return IterationRecord(self.iteration, losses.total.item(), parts, learning_rate, mean, mfu, tokens / mean, weights,

@@ -178,6 +178,17 @@ def closest(name: str, names: Iterable[str]) -> str | None:
     return by_lower_case[found[0]] if found else None
 
 
+def unknown_choice(option: str, value: str, names: Iterable[str]) -> list[str]:
+    """What is wrong with the value of an option that is to be one of `names`, the rows of a table: a sentence in a list,
+    an empty list where nothing is."""
+    names = list(names)
+    if value in names:
+        return []
+    nearest = closest(value, names)
+    return [f'{option} is {shown(value)}, but must be one of {", ".join(names)}'
+            + (f"; did you mean '{nearest}'?" if nearest else '')]
+
+
 def excerpt(text: str) -> str:
     """What a file from elsewhere says, for a message: on one line, printable, and not too long."""
     text = one_line(text)

@@ -26,14 +26,13 @@ from core.evaluation.text_metrics import (FEWEST_TEXTS, METRICS, Yardstick, make
                                           reference_doubts)
 from core.evaluation.written_samples import (Budget, Writer, Written, budgets_of, held_out_texts, load_causal,
                                              shuffled_characters, shuffled_words, write)
-from core.sampling.policies import POLICIES
+from core.sampling.policies import GUIDES, POLICIES
 from core.sampling.policy_options import make_policy
 
 TRUNK_CALLS = (8, 16, 32, 64)
 REFERENCE_CURE = 'python train.py config/train_char_reference.py'
 CAUSAL_CURE = 'python train.py config/train_char_ar.py'
 REMASKING_CURE = CheckpointKind.REMASKING.command
-GUIDANCE = ('critic', 'model', 'self', 'random')  # of the policy remask: critic head, remasking model, none of either
 GREEDY_POLICY, GREEDY_CALLS = 'llada', 64
 MOST_EXPENSIVE = 64.0  # cost of a cell whose trunk calls nobody knows before
 
@@ -89,8 +88,8 @@ class Study:
         """--guidance: the names in it; where it was not given the one that sample.py takes."""
         config = self.config
         names = [] if config.guidance is None else list(dict.fromkeys(config.guidance.split(',')))
-        problems = [f'guidance names {name!r}, but must be some of {",".join(GUIDANCE)}' for name in names
-                    if name not in GUIDANCE]
+        problems = [f'guidance names {name!r}, but must be some of {",".join(GUIDES)}' for name in names
+                    if name not in GUIDES]
         if names and 'remask' not in (config.policies or 'remask').split(','):
             problems.append(f'guidance is of the policy remask, but policies is {config.policies}; leave it out')
         if 'critic' in names and not critic:
@@ -109,8 +108,8 @@ class Study:
                                          self.evaluation.runtime.device)
             require_block(model, f'remasking_checkpoint_name={config.remasking_checkpoint_name}',
                           min(self.writer.length, self.evaluation.model.config.block_size), 'a window of the generator')
-        writer = replace(self.writer, critic=name in ('critic', 'model'), remasking_model=model)
-        return Budget(writer, intelligent_remasking=name != 'random')
+        writer = replace(self.writer, critic=GUIDES[name].asks_critic, remasking_model=model)
+        return Budget(writer, guidance=name)
 
     def _optional(self, name: str, without: str, cure: str) -> Path | None:
         """The path that an option names; None where it is a default that is not there."""

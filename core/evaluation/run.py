@@ -16,7 +16,7 @@ from core.checkpoints.run_folder import find_checkpoint
 from core.checkpoints.weights import build_model, model_config_to_dict
 from core.common.drawing import allowed_ids
 from core.common.errors import UserError, raise_problems
-from core.common.expressions import closest
+from core.common.expressions import unknown_choice
 from core.common.files import NewFile, unwritable
 from core.common.printing import say
 from core.common.progress import ProgressBar
@@ -113,11 +113,7 @@ def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Call
 def option_problems(config: EvaluateConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options before any file is read."""
     problems = bound_problems(config)
-    names = (*MEASURES, ARENA, 'all')
-    if config.measure not in names:
-        nearest = closest(config.measure, names)
-        problems.append(f'measure is {config.measure!r}, but must be one of {", ".join(names)}'
-                        + (f"; did you mean '{nearest}'?" if nearest else ''))
+    problems += unknown_choice('measure', config.measure, (*MEASURES, ARENA, 'all'))
     if config.windows is not None and config.windows < 2:
         problems.append(f'windows is {config.windows}, but a standard error needs at least 2')
     if config.report is not None and config.measure not in ('policies', ARENA, 'all'):

@@ -32,7 +32,7 @@ from core.sampling.calibration import find_calibration
 from core.sampling.generation import GenerationSettings, reads_blocks
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
-from core.sampling.policies import POLICIES
+from core.sampling.policies import GUIDES, POLICIES
 from core.sampling.policy_options import (DIFFUSION, adaptive_defaults, block_defaults, build_policy, choose_guide,
                                           guidance_problems, make_policy, model_problems, reads_thresholds,
                                           remasking_levels, remasks)
@@ -158,7 +158,7 @@ def suit(config: SampleConfig, explicit: Mapping[str, str], opened: Opened,
     said = [*opened.said, *opened.untrained, *chosen, *adapted]
     if remasks(config) and remasking_levels(config):
         guide, line = choose_guide(config)
-        config, asks = replace(config, guidance=guide), guide in ('model', 'critic')
+        config, asks = replace(config, guidance=guide), GUIDES[guide].asks_critic
         said.append(line)
     model, vocabulary = opened.build(), opened.vocabulary
     remasking_model, judge = _load_helpers(config, vocabulary, device)

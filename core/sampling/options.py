@@ -8,8 +8,8 @@ from configurator import option
 
 
 class QualityMetric(StrEnum):
-    """What is computed of the texts after generation. A new one is a member, a branch of `_scored` in run.py and a line
-    of `tell_totals` in result.py."""
+    """What is computed of the texts after generation: names of rows of `QUALITY_METRICS` in quality_metrics.py, where a
+    new one is a row; 'none' for nothing."""
 
     NONE = 'none'
     SELF = 'self'
@@ -49,8 +49,8 @@ class SampleConfig:
     infill_text: str = option('', r'text whose infill_char positions are to be filled; \n and @FILE as above')
     infill_char: str = option('_', 'one character that marks a position to fill in infill_text')
     # how to sample
-    preset: Literal['fast', 'balanced', 'careful', 'varied'] | None = option(
-        None, 'options that were measured together, printed when used; those that you give win (README)')
+    preset: str | None = option(
+        None, 'fast, balanced, careful or varied: options measured together, printed when used; yours win (README)')
     sampling_method: Literal['diffusion', 'sampler', 'multinomial', 'standard'] = option(
         'diffusion', 'standard writes left to right; sampler insists on the sampler head')
     use_sampler_head: bool = option(True, 'False: diffusion draws all masked positions independently')
@@ -69,15 +69,17 @@ class SampleConfig:
     # remasking (sampling_policy=remask)
     start_ratio: float = option(0.95, 'share of unprotected positions remasked first')
     end_ratio: float = option(0.05, 'share remasked last')
-    schedule_type: Literal['linear', 'cosine', 'custom'] = option('linear', 'way from start to end')
+    schedule_type: str = option(
+        'linear', 'way from start to end: linear or cosine; custom: by masking_ratios')
     masking_ratios: list[float] | None = option(None, 'shares of a custom schedule, one per remasking')
     schedule_mode: Literal['ratio', 'threshold'] = option(
         'ratio', 'threshold remasks whatever is wrong with more than the scheduled probability')
     start_threshold: float | None = option(
         None, 'wrongness above which a token is remasked, at first; 0.3 by default, 0.45 with a critic or a model')
     end_threshold: float | None = option(None, 'and at last; 0.7 by default, 0.85 with a critic or a model')
-    guidance: Literal['auto', 'critic', 'self', 'random', 'model'] = option(
-        'auto', 'who says what is wrong; auto: the remasking model if one is named, else self-confidence')
+    guidance: str = option(
+        'auto', 'who says what is wrong: model, critic, self or random; auto: the remasking model if one is named, else '
+        'self-confidence')
     intelligent_remasking: bool = option(True, 'False: as guidance=random')
     randomness_strength: float = option(
         0.85, 'share of the remasked positions that is chosen at random all the same; less repeats what is common')
@@ -96,8 +98,8 @@ class SampleConfig:
     parallel_factor: float = option(4.8, 'more reveals more at once (fast_dllm_factor)')
     selection_noise: float = option(0.5, 'noise in the choice of positions, annealed to 0 (token_critic)')
     # what to tell
-    quality_metric: QualityMetric = option(
-        QualityMetric.SELF, "self: log-probability of what was written; judge: a judge model's score")
+    quality_metric: str = option(
+        QualityMetric.SELF, "self: log-probability of what was written; judge: a judge model's score; none")
     confidence_groups: int = option(8, 'network calls that quality_metric=self takes per block; more is finer',
         minimum=1, maximum=10**6)
     show_progress: bool = option(True, 'progress bar on a terminal, elsewhere a line every tenth of the work')

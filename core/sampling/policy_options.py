@@ -6,22 +6,22 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from configurator import bound_problems
 from core.checkpoints.kinds import CheckpointKind
-from core.common.expressions import closest
+from core.common.expressions import unknown_choice
 from core.noise import LINEAR, NoiseSchedule
 from core.pretrained.loading import pretrained_problems
 from core.sampling.options import QualityMetric, SampleConfig
-from core.sampling.policies import POLICIES, REMASKING, Policy
+from core.sampling.policies import GUIDES, POLICIES, REMASKING, Policy
+from core.sampling.policies.guides import by_critic_or_confidence
 from model import GPTConfig
-from sample_utils import cosine_remasking_schedule, linear_remasking_schedule
+from sample_utils import REMASKING_SCHEDULES
 
 DIFFUSION = ('diffusion', 'sampler')  # the methods that follow a policy
-JUDGED = ('remask', *(name for name, row in POLICIES.items() if row.needs_critic))  # policies that ask what is wrong
 POLICY_OPTIONS = tuple(dict.fromkeys(name for row in POLICIES.values() for name in row.options))
 METHODS_OF = {  # options that not every method has
     **{name: DIFFUSION for name in ('preset', 'sampling_policy', 'block_length', *POLICY_OPTIONS, 'use_sampler_head',
@@ -34,12 +34,19 @@ METHODS_OF = {  # options that not every method has
 
 # Checks -------------------------------------------------------------------------------------------------------------
 
+def judged_policies() -> tuple[str, ...]:
+    """The policies that ask what is wrong."""
+    return ('remask', *(name for name, row in POLICIES.items() if row.needs_critic))
+
+
 def option_problems(config: SampleConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options before any file is read, each a sentence with value, limit and cure."""
-    if config.sampling_policy not in POLICIES:
-        nearest = closest(config.sampling_policy, POLICIES)
-        return [f'sampling_policy is {config.sampling_policy!r}, but must be one of {", ".join(POLICIES)}'
-                + (f"; did you mean '{nearest}'?" if nearest else '')]
+    unknown = [problem for name, choices in (
+        ('sampling_policy', POLICIES), ('schedule_type', (*REMASKING_SCHEDULES, 'custom')),
+        ('guidance', ('auto', *GUIDES)))
+        for problem in unknown_choice(name, getattr(config, name), choices)]
+    if unknown:
+        return unknown
     return [*_range_problems(config), *_policy_range_problems(config), *_applicability_problems(config, explicit),
             *_policy_problems(config, explicit), *_custom_problems(config, explicit),
             *_guidance_contradictions(config, explicit), *pretrained_problems(config, explicit)]
@@ -93,9 +100,9 @@ def _policy_problems(config: SampleConfig, explicit: Mapping[str, str]) -> list[
             shown = ', '.join(takers[:4]) + (' ...' if len(takers) > 4 else '')
             problems.append(f'{name} does not apply to sampling_policy={config.sampling_policy}; leave it out, or take '
                             f'a policy that has it: {shown}')
-    if 'remasking_checkpoint_name' in explicit and config.sampling_policy not in JUDGED:
+    if 'remasking_checkpoint_name' in explicit and config.sampling_policy not in judged_policies():
         problems.append(f'remasking_checkpoint_name does not apply to sampling_policy={config.sampling_policy}; leave '
-                        f'it out, or take a policy that asks what is wrong: {", ".join(JUDGED)}')
+                        f'it out, or take a policy that asks what is wrong: {", ".join(judged_policies())}')
     return problems
 
 
@@ -118,13 +125,13 @@ def _applicability_problems(config: SampleConfig, explicit: Mapping[str, str]) -
              ('randomness_strength', config.schedule_mode == 'ratio', 'schedule_mode=ratio'),
              ('masking_ratios', config.schedule_type == 'custom', 'schedule_type=custom'),
              ('port', config.serve, 'serve=True'),
-             ('confidence_groups', config.quality_metric is QualityMetric.SELF, 'quality_metric=self'),
-             ('judge_checkpoint_name', config.quality_metric is QualityMetric.JUDGE, 'quality_metric=judge'))
+             ('confidence_groups', config.quality_metric == QualityMetric.SELF, 'quality_metric=self'),
+             ('judge_checkpoint_name', config.quality_metric == QualityMetric.JUDGE, 'quality_metric=judge'))
     problems += [f'{name} was given, but applies only with {condition}; add that or leave {name} out'
                  for name, holds, condition in needs if name in explicit and not holds
                  and method in METHODS_OF.get(name, (method,))
                  and (name not in REMASKING or config.sampling_policy == 'remask')]
-    if config.quality_metric is QualityMetric.JUDGE and not config.judge_checkpoint_name:
+    if config.quality_metric == QualityMetric.JUDGE and not config.judge_checkpoint_name:
         problems.append('quality_metric is judge, but no judge is named; add --judge_checkpoint_name=...')
     exclusive = (('start_text', 'infill_text'), ('max_new_tokens', 'sequence_length'),
                  ('max_new_tokens', 'infill_text'))
@@ -268,8 +275,6 @@ def block_defaults(config: SampleConfig, explicit: Mapping[str, str], model_conf
 
 # Who guides -------------------------------------------------------------------------------------------------------------
 
-Guide = Literal['model', 'critic', 'self', 'random']
-
 
 def remasks(config: SampleConfig) -> bool:
     """Whether the policy remask is followed."""
@@ -286,7 +291,7 @@ def _guidance_contradictions(config: SampleConfig, explicit: Mapping[str, str]) 
     if guide == 'model' and not helper:
         problems.append(f'guidance is model, but no remasking model is named; add --remasking_checkpoint_name=..., '
                         f'trained with: {CheckpointKind.REMASKING.command}')
-    if guide in ('critic', 'self') and helper:
+    if guide not in ('auto', 'model', 'random') and helper:
         problems.append(f'remasking_checkpoint_name was given, but guidance={guide} does not ask it; take guidance=model, '
                         f'or leave remasking_checkpoint_name out')
     if random and helper:
@@ -317,12 +322,12 @@ def guidance_problems(config: SampleConfig, critic: bool, why: str) -> list[str]
     if POLICIES[config.sampling_policy].needs_critic and not config.remasking_checkpoint_name:
         return [f'sampling_policy={config.sampling_policy} needs a critic, but {why}; take another policy, a '
                 f'checkpoint trained with add_critic_head=True, or a remasking model (remasking_checkpoint_name)']
-    if config.guidance == 'critic' and remasks(config):
-        return [f'guidance is critic, but {why}; take guidance=self, or a checkpoint trained with add_critic_head=True']
+    if config.guidance not in ('auto', 'model') and GUIDES[config.guidance].asks_critic and remasks(config):
+        return [f'guidance is {config.guidance}, but {why}; take guidance=self, or a checkpoint trained with add_critic_head=True']
     return []
 
 
-def choose_guide(config: SampleConfig) -> tuple[Guide, str]:
+def choose_guide(config: SampleConfig) -> tuple[str, str]:
     """(who guides the policy remask, the line that says so). The critic does so only where it is asked for: it guides
     worse than the drawn tokens' own probabilities, which cost nothing (docs/remasking.md)."""
     if config.guidance != 'auto':
@@ -344,20 +349,14 @@ def remasking_levels(config: SampleConfig) -> list[float]:
     """One level per remasking: `iterations` predictions have a remasking between each two."""
     if config.schedule_type == 'custom':
         return list(config.masking_ratios)
-    schedule = {'linear': linear_remasking_schedule, 'cosine': cosine_remasking_schedule}[config.schedule_type]
     first, last = (config.start_ratio, config.end_ratio) if config.schedule_mode == 'ratio' else _thresholds(config)
-    return schedule(config.iterations - 1, first, last)
-
-
-# Wrongness that about 95 % of the first fill's tokens exceed, and about 5 % of those of a revised text: in ratio mode
-# these are start_ratio and end_ratio. Measured on the main recipe (docs/LOG.md); a critic or a model is less sure.
-THRESHOLDS = {'self': (0.3, 0.7), 'critic': (0.45, 0.85), 'model': (0.45, 0.85)}
+    return REMASKING_SCHEDULES[config.schedule_type](config.iterations - 1, first, last)
 
 
 def _thresholds(config: SampleConfig) -> tuple[float, float]:
     """The first and the last threshold: those that were given, else those of the guide."""
     guide = choose_guide(config)[0] if config.guidance == 'auto' else config.guidance
-    start, end = THRESHOLDS.get(guide, THRESHOLDS['self'])  # chance has none and is refused elsewhere
+    start, end = GUIDES[guide].thresholds  # chance is refused elsewhere
     return (start if config.start_threshold is None else config.start_threshold,
             end if config.end_threshold is None else config.end_threshold)
 
@@ -373,8 +372,9 @@ def build_policy(config: SampleConfig, calibrate: Callable[[Tensor], Tensor] | N
     the checkpoint."""
     row = POLICIES[config.sampling_policy]
     if config.sampling_policy == 'remask':
-        return row.make(remasking_levels(config), config.schedule_mode, config.randomness_strength,
-                        config.intelligent_remasking and config.guidance != 'random', calibrate)
+        usual = by_critic_or_confidence if config.intelligent_remasking else None
+        wrongness = usual if config.guidance == 'auto' else GUIDES[config.guidance].wrongness
+        return row.make(remasking_levels(config), config.schedule_mode, config.randomness_strength, wrongness, calibrate)
     timed = {'schedule': schedule} if row.timed else {}
     options = {name: getattr(config, name) for name in row.options}
     usual = four_at_once(USUAL_NELBO)

@@ -1,12 +1,14 @@
 """Presets of sample.py: named sets of options that were measured together (README, docs/sampling.md).
 
-A new one is a row of `PRESETS` and its name among the choices of the option `preset`.
+A new one is a row of `PRESETS`.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from core.common.errors import raise_problems
+from core.common.expressions import unknown_choice
 from core.sampling.options import SampleConfig
 
 
@@ -30,9 +32,11 @@ PRESETS = {
 
 
 def with_preset(config: SampleConfig, explicit: Mapping[str, str]) -> tuple[SampleConfig, list[str]]:
-    """`config` with the options of its preset that were not given, and the line that names them."""
+    """`config` with the options of its preset that were not given, and the line that names them. UserError where there is no
+    such preset."""
     if config.preset is None:
         return config, []
+    raise_problems(unknown_choice('preset', config.preset, PRESETS))
     options = PRESETS[config.preset].options
     taken = {name: value for name, value in options.items() if name not in explicit}
     given = ''.join(f', {name} as given' for name in options if name in explicit)

@@ -14,6 +14,7 @@ from core.data.text_figures import figures_of, windows_of
 from core.sampling.loading import Loaded
 from core.sampling.options import QualityMetric, SampleConfig
 from core.sampling.policy_options import DIFFUSION
+from core.sampling.quality_metrics import QUALITY_METRICS
 from core.sampling.trace import Trace
 
 PATTERN_LENGTH = 3  # characters
@@ -21,14 +22,13 @@ MOST = 10  # characters and patterns shown
 
 
 class Batch(NamedTuple):
-    """Finished samples: tokens int64 and protected bool [B, L] on the CPU; self_confidence in nats per token and the
-    judge's scores in 0..1 of each, None where not asked for."""
+    """Finished samples: tokens int64 and protected bool [B, L] on the CPU; scores: of each by the quality metric, None
+    where none was asked for."""
 
     texts: list[str]
     tokens: Tensor
     protected: Tensor
-    self_confidence: list[float] | None
-    judge_scores: list[float] | None
+    scores: list[float] | None
 
 
 class TextStatistics:
@@ -59,11 +59,12 @@ class SamplingResult:
     """The finished samples of a run, counts and seconds.
 
     batches: those that are held in memory, all or none (`keeps`); samples, new_tokens and tokens_judged: of all;
-    trace: None where nobody reads it.
+    trace: None where nobody reads it; metric: the quality metric that was asked for.
     """
 
     keeps: bool
     trace: Trace | None
+    metric: str = QualityMetric.NONE
     batches: list[Batch] = field(default_factory=list)
     samples: int = 0
     new_tokens: int = 0
@@ -86,7 +87,7 @@ class SamplingResult:
         self.samples += len(batch.texts)
         self.new_tokens += int((~batch.protected).sum())
         self.tokens_judged += batch.tokens.numel() + len(batch.texts)  # with CLS
-        self.score_total += sum(batch.self_confidence or batch.judge_scores or ())
+        self.score_total += sum(batch.scores or ())
         self.statistics.add(batch.texts)
 
     @property
@@ -100,39 +101,32 @@ class SamplingResult:
         return torch.cat([batch.tokens for batch in self.batches])
 
     @property
-    def self_confidence(self) -> list[float] | None:
-        """Nats per token of the samples that are held, None where not asked for."""
-        return _joined([batch.self_confidence for batch in self.batches])
-
-    @property
-    def judge_scores(self) -> list[float] | None:
-        """In 0..1, of the samples that are held, None where not asked for."""
-        return _joined([batch.judge_scores for batch in self.batches])
+    def scores(self) -> list[float] | None:
+        """Of the samples that are held by the quality metric, None where none was asked for."""
+        parts = [batch.scores for batch in self.batches]
+        return None if None in parts else [score for part in parts for score in part]
 
     def to_builtins(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
         """The run with its trace in built-in types for JSON."""
         assert self.trace is not None
-        return {**self.trace.to_builtins(decode), 'texts': self.texts, 'tokens': self.tokens.tolist(),
-                'self_confidence': self.self_confidence, 'judge_scores': self.judge_scores,
+        scores = {row.key: self.scores if name == self.metric else None for name, row in QUALITY_METRICS.items()}
+        return {**self.trace.to_builtins(decode), 'texts': self.texts, 'tokens': self.tokens.tolist(), **scores,
                 'trunk_calls': self.trunk_calls, 'network_calls': self.network_calls, 'seconds': self.seconds}
-
-
-def _joined(parts: Sequence[list[float] | None]) -> list[float] | None:
-    return None if None in parts else [score for part in parts for score in part]
 
 
 # The report -----------------------------------------------------------------------------------------------------------
 
-def tell_samples(batch: Batch, first: int, say: Callable[[str], None]) -> None:
-    """The texts of a batch whose first sample has number `first`, with their scores."""
+def tell_samples(batch: Batch, metric: str, first: int, say: Callable[[str], None]) -> None:
+    """The texts of a batch whose first sample has number `first`, with their scores by the quality metric."""
     for index, text in enumerate(batch.texts):
-        score = ''
-        if batch.self_confidence is not None:
-            score = f' (self-confidence {batch.self_confidence[index]:.3f} nats per token)'
-        elif batch.judge_scores is not None:
-            score = f' (judge score {batch.judge_scores[index]:.3f})'
+        score = '' if batch.scores is None else f' ({_told(metric, batch.scores[index])})'
         say(f'--- sample {first + index}{score}')
         say(text)
+
+
+def _told(metric: str, score: float) -> str:
+    row = QUALITY_METRICS[metric]
+    return f'{row.title} {score:.3f}{row.unit}'
 
 
 STANDARD_ERRORS, DEVIATIONS = 3.0, 1.5  # from the corpus's mean, beyond which texts are unlike it
@@ -175,14 +169,10 @@ def tell_totals(config: SampleConfig, loaded: Loaded, result: SamplingResult, ti
             'at temperature 0 nothing is left to chance; raise --temperature' if config.temperature == 0 else
             f'every open position has one likely token at temperature {config.temperature}, top_p {config.top_p} and '
             f'top_k {config.top_k}; raise --temperature, or leave out top_p and top_k'))
-    mean = result.score_total / result.samples
-    if config.quality_metric is QualityMetric.SELF:
-        way = 'left to right' if loaded.model.config.attention_type == 'causal' else \
-            f'masked pseudo-likelihood in {counted(config.confidence_groups, "group")}'
-        say(f'self-confidence {mean:.3f} nats per token ({way})')
-    elif config.quality_metric is QualityMetric.JUDGE:
-        say(f'judge score {mean:.3f} (1 - evaluation; 1 is real text), '
-            f'{result.tokens_judged / result.judge_seconds:.0f} tokens/s')
+    if result.metric != QualityMetric.NONE:
+        rate = f', {result.tokens_judged / result.judge_seconds:.0f} tokens/s' if result.judge_seconds else ''
+        say(_told(result.metric, result.score_total / result.samples)
+            + QUALITY_METRICS[result.metric].remark(config, loaded) + rate)
     say('characters: ' + ', '.join(f'{character!r} {share:.1%}'
                                    for character, share in result.statistics.characters()))
     patterns = ', '.join(f'{pattern!r} {count}' for pattern, count in result.statistics.patterns())

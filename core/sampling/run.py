@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from core.common.errors import UserError, raise_problems
+from core.common.expressions import unknown_choice
 from core.common.precision import exact_device
 from core.common.printing import counted, say
 from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator, get_global_timer
 from core.sampling.animation import TerminalAnimation
-from core.sampling.generation import generate, parts_of, reads_blocks, score_confidence
+from core.sampling.generation import generate, parts_of, reads_blocks
 from core.sampling.loading import Loaded, lay_out, load, make_network, read_prompts, require_blocks
 from core.sampling.network import Network
 from core.sampling.options import QualityMetric, SampleConfig
@@ -26,10 +27,10 @@ from core.sampling.policy_options import option_problems
 from core.sampling.presets import with_preset
 from core.sampling.progress import Progress
 from core.sampling.prompt import Layout
+from core.sampling.quality_metrics import QUALITY_METRICS, Finished
 from core.sampling.result import Batch, SamplingResult, tell_samples, tell_totals
 from core.sampling.trace import Trace
 from core.sampling.verified import write_verified
-from sample_utils import judge_scores
 
 Say = Callable[[str], None]
 
@@ -40,7 +41,9 @@ def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Say = s
     Whatever ends the run early is raised in the end, after what was finished is saved and told.
     """
     config, preset = with_preset(config, explicit)
-    raise_problems([*option_problems(config, explicit), *output_problems(config)])
+    metrics = (*QUALITY_METRICS, QualityMetric.NONE)
+    raise_problems([*option_problems(config, explicit), *unknown_choice('quality_metric', config.quality_metric, metrics),
+                    *output_problems(config)])
     config = read_prompts(config)
     loaded = load(config, explicit)
     voice = Voice(say, patient=any(getattr(config, option) is not None for option in OUTPUTS))
@@ -50,7 +53,7 @@ def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Say = s
     timer.device = loaded.device
     timer.reset()
     trace = Trace(asdict(config), torch.zeros(0, dtype=torch.bool)) if records(config) else None
-    result, outputs = SamplingResult(holds_all(config), trace), Outputs(config, loaded.vocabulary.decode)
+    result, outputs = SamplingResult(holds_all(config), trace, config.quality_metric), Outputs(config, loaded.vocabulary.decode)
     problem: BaseException | None = None
     try:
         _sample(config, loaded, timer, result, outputs, voice)
@@ -98,7 +101,7 @@ def _save_and_tell(config: SampleConfig, loaded: Loaded, timer: TimingAccumulato
         unsaved = error
     number = 0
     for batch in result.batches:
-        tell_samples(batch, number, voice)
+        tell_samples(batch, result.metric, number, voice)
         number += len(batch.texts)
     tell_totals(config, loaded, result, timer, voice)
     for line in said:
@@ -142,7 +145,7 @@ def _sample(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator, resu
             result.add(batch)
             progress.end_batch()
             if not result.keeps:
-                tell_samples(batch, first, progress.say_line)
+                tell_samples(batch, result.metric, first, progress.say_line)
 
 
 def _rows(config: SampleConfig, loaded: Loaded, first: int) -> RowRandom:
@@ -154,20 +157,10 @@ def _rows(config: SampleConfig, loaded: Loaded, first: int) -> RowRandom:
 def _scored(config: SampleConfig, loaded: Loaded, network: Network, layout: Layout, rows: RowRandom, made: Tensor,
             tokens: Tensor) -> Batch:
     """The batch of samples made int64 [B, L], the same on the CPU as `tokens`, with the asked scores."""
-    own = judged = None
-    if config.quality_metric is QualityMetric.SELF:
-        scored = score_confidence(network, made, layout.protected, loaded.settings.rule.allowed, rows,
-                                  config.confidence_groups, loaded.settings.block_length)
-        own = (scored.total / scored.count.clamp(min=1)).tolist()
-    elif config.quality_metric is QualityMetric.JUDGE:
-        with network.precision(), network.timer.measure('judge'):
-            scores = judge_scores(loaded.judge, made)
-            judged = scores.tolist()
-        if bool(scores.isnan().any()):
-            raise UserError("the judge's scores are not numbers (NaN); its checkpoint is damaged or its training "
-                            'diverged: take an earlier one (judge_checkpoint_name), or dtype=float32')
     texts = [loaded.vocabulary.decode(row) for row in tokens.tolist()]
-    return Batch(texts, tokens, layout.protected.cpu(), own, judged)
+    scores = None if config.quality_metric == QualityMetric.NONE else QUALITY_METRICS[config.quality_metric].score(
+        Finished(config, loaded, network, layout, rows, made, texts))
+    return Batch(texts, tokens, layout.protected.cpu(), scores)
 
 
 def _say_checks(config: SampleConfig, loaded: Loaded, layout: Layout, say: Say) -> None:

@@ -149,17 +149,17 @@ def test_the_judge_reads_cls_and_the_whole_text(folder):
     result, said = sample(folder, '--quality_metric=judge', '--judge_checkpoint_name=judge.pt', '--iterations=2',
                           '--num_samples=3', '--batch_size=2')
     with torch.no_grad():
-        for tokens, score in zip(result.tokens, result.judge_scores):
+        for tokens, score in zip(result.tokens, result.scores):
             text = torch.cat((torch.tensor([VOCABULARY.cls_token_id]), tokens))
             evaluation = judge(text[None]).logits.sigmoid().item()
             assert text.shape == (17,) and score == pytest.approx(1 - evaluation, abs=1e-6)
             changed = text.clone()
             changed[-1] = (changed[-1] + 1) % VOCABULARY.base_size  # the last token has not been cut off
             assert abs(judge_scores(judge, changed[None, 1:]).item() - score) > 1e-6
-    mean = sum(result.judge_scores) / 3
+    mean = sum(result.scores) / 3
     assert f'judge score {mean:.3f} (1 - evaluation; 1 is real text), ' in said
     assert re.search(r'1 is real text\), \d+ tokens/s', said) and re.search(r'\njudge +\d', said)
-    assert '--- sample 1 (judge score 0.' in said and result.self_confidence is None
+    assert '--- sample 1 (judge score 0.' in said and 'self-confidence' not in said
 
 
 def test_a_padded_batch_is_judged_like_its_rows_alone():

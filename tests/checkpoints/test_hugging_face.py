@@ -83,7 +83,7 @@ def test_samples_come_back_token_for_token(tmp_path, characters, policy, head):
     back = sample(f'--model={folder}', '--trust_remote_code=True', *heads, *options)
     assert torch.equal(own.tokens, back.tokens) and own.texts == back.texts
     assert own.trunk_calls == back.trunk_calls and own.waves == back.waves
-    assert back.self_confidence == pytest.approx(own.self_confidence, abs=1e-5)
+    assert back.scores == pytest.approx(own.scores, abs=1e-5)
 
 
 def test_likelihoods_come_back(tmp_path, characters):

@@ -12,6 +12,7 @@ from core.common.timing import TimingAccumulator
 from core.sampling.generation import GenerationSettings, generate, score_confidence, windows
 from core.sampling.network import Network
 from core.sampling.policies import Policy, remask_policy
+from core.sampling.policies.guides import by_critic_or_confidence
 from core.sampling.prompt import Layout, lay_out_infill, lay_out_prompt, split_infill
 from core.sampling.trace import Trace
 from model import GPT, GPTConfig
@@ -34,8 +35,8 @@ def make_model(**changes):
 MODEL, CAUSAL = make_model(), make_model(attention_type='causal')
 
 
-def settings(method='diffusion', levels=(0.9, 0.5, 0.1), mode='ratio', randomness=0.4, intelligent=True, **changes):
-    return GenerationSettings(method, RULE, remask_policy(levels, mode, randomness, intelligent), iterations=3,
+def settings(method='diffusion', levels=(0.9, 0.5, 0.1), mode='ratio', randomness=0.4, wrongness=by_critic_or_confidence, **changes):
+    return GenerationSettings(method, RULE, remask_policy(levels, mode, randomness, wrongness), iterations=3,
                               head='wave' if changes.pop('head', True) else 'none', **changes)
 
 

@@ -24,7 +24,7 @@ from core.noise import LINEAR, SCHEDULES
 from core.sampling.generation import Block, Generation, GenerationSettings, WindowRun, generate, run_block, windows
 from core.sampling.network import Network, Soundness
 from core.sampling.options import SampleConfig
-from core.sampling.policies import POLICIES, Open, Policy, Prediction
+from core.sampling.policies import GUIDES, POLICIES, Open, Policy, Prediction
 from core.sampling.policy_options import build_policy, four_at_once, make_policy
 from core.sampling.prompt import Layout, lay_out_prompt
 from core.sampling.trace import Trace
@@ -163,7 +163,7 @@ def test_policies_in_time_follow_the_schedule_of_the_model(name, options, steps,
     ((0.75, 0.5), 'ratio', 0.5, 'self'), ((0.75, 0.5), 'ratio', 0.0, None), ((0.75, 0.5), 'ratio', 0.5, 'critic'),
     ((0.7, 0.4), 'threshold', 0.0, 'self'), ((0.4, 0.7), 'threshold', 0.0, 'critic')])
 def test_the_law_of_the_remasking_lifecycle(levels, mode, randomness, guidance):
-    policy = POLICIES['remask'].make(levels, mode, randomness, guidance is not None)
+    policy = POLICIES['remask'].make(levels, mode, randomness, GUIDES[guidance or 'random'].wrongness)
     tokens, steps = torch.full((ROWS, T), MASK), len(levels) + 1
     expected, trace = laws.laws_of(laws.remask(levels, mode, randomness, guidance), steps), Trace({}, torch.zeros(1))
     settings = GenerationSettings('diffusion', RULE, policy, use_critic=guidance == 'critic')
@@ -382,7 +382,6 @@ def test_every_option_has_an_effect(name, option, values):
     ('start_threshold', (0.1, 0.6), {'schedule_mode': 'threshold'}),
     ('end_threshold', (0.5, 0.9), {'schedule_mode': 'threshold'})])
 def test_every_option_of_the_lifecycle_has_an_effect(option, values, others):
-    """Without a critic, which would be in charge whatever intelligent_remasking says."""
     texts = [write(build_policy(SampleConfig(**{'iterations': 8, **others, option: value})), rows=8,
                    use_critic=False)[0].tokens for value in values]
     assert not texts[0].equal(texts[1])

@@ -17,6 +17,7 @@ from core.common.timing import TimingAccumulator
 from core.sampling.generation import GenerationSettings, generate
 from core.sampling.network import Network
 from core.sampling.policies import POLICIES, remask_policy
+from core.sampling.policies.guides import by_confidence
 from core.sampling.prompt import lay_out_prompt
 from core.sampling.replay import embedded_json, replay_data, write_html
 from core.sampling.trace import Trace, TraceStep
@@ -43,7 +44,7 @@ def make_trace(method='diffusion', policy=None, length=2 * T + 5, rows=3, batch=
     placement = 'prefix' if causal else 'random'
     everyone = lay_out_prompt(prompt, length, BASE, keyed(5, 0, 0, rows), placement)
     trace, texts = Trace({'sampling_method': method, 'top_k': None}, everyone.protected), []
-    settings = GenerationSettings(method, RULE, policy or remask_policy((0.8, 0.4, 0.1), 'ratio', 0.4, True), 3)
+    settings = GenerationSettings(method, RULE, policy or remask_policy((0.8, 0.4, 0.1), 'ratio', 0.4, by_confidence), 3)
     for first in range(0, rows, batch):
         generator = keyed(5, 0, first, min(batch, rows - first))
         made = generate(Network(model, TimingAccumulator()), lay_out_prompt(prompt, length, BASE, generator, placement),

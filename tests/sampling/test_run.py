@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.common.errors import UserError
-from core.sampling import outputs, run
+from core.sampling import outputs, quality_metrics, run
 from helpers.sampling import sample, write_checkpoint
 
 FEW = ('--num_samples=5', '--batch_size=2', '--iterations=2')
@@ -169,16 +169,16 @@ def test_a_milliard_of_samples_needs_no_memory_before_it_begins(folder, tmp_path
 
 
 def test_scores_are_the_means_that_the_report_tells(folder, monkeypatch):
-    monkeypatch.setattr(run, 'judge_scores', lambda judge, tokens: tokens.double().mean(1) / 10)
-    for metric, name in (('self', 'self_confidence'), ('judge', 'judge_scores')):
+    monkeypatch.setattr(quality_metrics, 'judge_scores', lambda judge, tokens: tokens.double().mean(1) / 10)
+    for metric in ('self', 'judge'):
         made, said = sample(folder, *FEW, f'--quality_metric={metric}',
                             *(['--judge_checkpoint_name=judge.pt'] if metric == 'judge' else []))
-        scores = getattr(made, name)
+        scores = made.scores
         assert len(scores) == 5 and len(set(scores)) > 1
         assert f'{math.fsum(scores) / 5:.3f}' in said.split('\n---\n')[1]
 
 
 def test_a_judge_without_numbers_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(run, 'judge_scores', lambda judge, tokens: torch.full((len(tokens),), torch.nan))
+    monkeypatch.setattr(quality_metrics, 'judge_scores', lambda judge, tokens: torch.full((len(tokens),), torch.nan))
     with pytest.raises(UserError, match="judge's scores are not numbers"):
         sample(folder, *FEW, '--quality_metric=judge', '--judge_checkpoint_name=judge.pt')

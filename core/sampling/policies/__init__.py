@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from core.sampling.policies import adaptive, ancestral, ordered, revising
+from core.sampling.policies.guides import GUIDES, GuideRow
 from core.sampling.policies.interface import Counts, Open, Policy, PolicyView, Prediction
 from core.sampling.policies.revising import remask_policy
 
-__all__ = ['POLICIES', 'REMASKING', 'Counts', 'Open', 'Policy', 'PolicyRow', 'PolicyView', 'Prediction',
-           'remask_policy']
+__all__ = ['GUIDES', 'POLICIES', 'REMASKING', 'Counts', 'GuideRow', 'Open', 'Policy', 'PolicyRow', 'PolicyView',
+           'Prediction', 'remask_policy']
 
 REMASKING = ('start_ratio', 'end_ratio', 'schedule_type', 'masking_ratios', 'schedule_mode', 'start_threshold',
              'end_threshold', 'guidance', 'intelligent_remasking', 'randomness_strength')

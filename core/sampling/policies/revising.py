@@ -7,31 +7,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from core.sampling.policies.guides import Wrongness
 from core.sampling.policies.interface import ROUNDING, Policy, PolicyView
 from sample_utils import apply_remasking_step
 
 
 def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], randomness_strength: float,
-                  intelligent: bool, calibrate: Callable[[Tensor], Tensor] | None = None) -> Policy:
+                  wrongness: Wrongness | None, calibrate: Callable[[Tensor], Tensor] | None = None) -> Policy:
     """Fill everything, then remask by schedule: `levels` gives one remasking each, and one prediction follows the last.
 
-    Guidance in this order of preference: the view's critic (an external remasking model, else the critic head),
-    self-confidence (1 - the probability that a token had when it was drawn, one scale for old and new tokens), none.
-    calibrate: maps the critic's wrongness to error rates; for thresholds only, since it may make unequal ones equal.
-    Where all positions are drawn at random no guide is asked.
+    wrongness: the guide's (core/sampling/policies/guides.py), None for chance. calibrate: maps it to error rates; for
+    thresholds only, since it may make unequal ones equal. Where all positions are drawn at random no guide is asked.
     """
     assert calibrate is None or mode == 'threshold'
     by_lot = mode == 'ratio' and randomness_strength == 1
 
     def remask(view: PolicyView) -> Tensor:
-        wrongness = None
-        if by_lot:
-            pass
-        elif view.critic is not None:
-            wrongness = view.critic() if calibrate is None else calibrate(view.critic())
-        elif intelligent:
-            wrongness = 1.0 - view.confidence.exp()
-        return apply_remasking_step(view.protected, wrongness, levels[view.step], view.generator, mode=mode,
+        found = None if by_lot or wrongness is None else wrongness(view)
+        if found is not None and calibrate is not None:
+            found = calibrate(found)
+        return apply_remasking_step(view.protected, found, levels[view.step], view.generator, mode=mode,
                                     randomness_strength=randomness_strength, tolerance=view.prediction.tolerance)
 
     def left(step: int, size: int) -> int:

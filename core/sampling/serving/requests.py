@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 from core.common.errors import UserError, raise_problems
+from core.common.expressions import unknown_choice
 from core.sampling.options import QualityMetric, SampleConfig
 from core.sampling.outputs import OUTPUTS
 from core.sampling.policies import POLICIES
-from core.sampling.policy_options import JUDGED, POLICY_OPTIONS
+from core.sampling.policy_options import POLICY_OPTIONS, judged_policies
 from core.sampling.presets import PRESETS
 
 LONGEST_TEXT = 2048  # tokens
@@ -68,7 +69,7 @@ def _applicable(explicit: Mapping[str, str], config: SampleConfig) -> dict[str, 
     if row is None:  # which is a problem of its own
         return dict(explicit)
     unsuited = {*POLICY_OPTIONS} - {*row.options} | (
-        set() if config.sampling_policy in JUDGED else {'remasking_checkpoint_name'})
+        set() if config.sampling_policy in judged_policies() else {'remasking_checkpoint_name'})
     return {name: source for name, source in explicit.items() if name not in unsuited}
 
 
@@ -99,7 +100,7 @@ def _problem(name: str, value: Any) -> str | None:
     if not right:
         return f'{name} must be {KINDS[kind]}; correct it'
     if name == 'preset' and value not in PRESETS:
-        return f'preset is {value[:40]!r}, but must be one of {", ".join(PRESETS)}'
+        return unknown_choice('preset', value, PRESETS)[0]
     if name in LIMITS and value > LIMITS[name]:
         return f'{name} is {value}, but the page takes at most {LIMITS[name]:,}; lower it'
     return None

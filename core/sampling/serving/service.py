@@ -137,7 +137,7 @@ class Service:
         text, name = decode(tokens[0].tolist()), secrets.token_urlsafe(12)
         result = SamplingResult(True, trace, waves=made.waves, trunk_calls=network.trunk_calls,
                                 network_calls=network.network_calls, seconds=seconds)
-        result.add(Batch([text], tokens, trace.protected, None, None))
+        result.add(Batch([text], tokens, trace.protected, None))
         self._finished[name] = result
         while len(self._finished) > KEPT:
             self._finished.popitem(last=False)
