@@ -90,7 +90,8 @@ class Checkpoint:
         name = self.config.get('noise_schedule', 'linear')
         if not isinstance(name, str) or name not in SCHEDULES:
             raise UserError(f'the checkpoint was trained with noise_schedule={shown(name)}, but this program knows '
-                            f'{", ".join(SCHEDULES)}; update this program')
+                            f'{", ".join(SCHEDULES)}; add its row first (docs/extending.md), or update this '
+                            f'program')
         return SCHEDULES[name]
 
 

@@ -25,6 +25,7 @@ from core.sampling.generation import Block, Generation, GenerationSettings, Wind
 from core.sampling.network import Network, Soundness
 from core.sampling.options import SampleConfig
 from core.sampling.policies import GUIDES, POLICIES, Open, Policy, Prediction
+from core.sampling.policies.guides import by_critic_or_confidence
 from core.sampling.policy_options import build_policy, four_at_once, make_policy
 from core.sampling.prompt import Layout, lay_out_prompt
 from core.sampling.trace import Trace
@@ -43,7 +44,7 @@ def make(name, **changes):
     values = {**VALUES, **changes}
     if name == 'remask':
         ratios = linear_remasking_schedule(values['iterations'] - 1, values['start_ratio'], values['end_ratio'])
-        return POLICIES[name].make(ratios, 'ratio', 0.5, True)
+        return POLICIES[name].make(ratios, 'ratio', 0.5, by_critic_or_confidence)
     return POLICIES[name].make(**{option: values[option] for option in POLICIES[name].options})
 
 
@@ -596,7 +597,8 @@ def test_a_policy_made_by_name_has_the_defaults_of_sample_py(monkeypatch):
         make_policy(name)
     offered = {one.name: one.default for one in dataclasses.fields(SampleConfig)} | four_at_once(1.9)
     levels, *rest = seen.pop('remask')
-    assert levels == pytest.approx([0.95 - 0.9 * step / 48 for step in range(49)]) and rest[:3] == ['ratio', 0.85, True]
+    assert levels == pytest.approx([0.95 - 0.9 * step / 48 for step in range(49)]) and \
+        rest[:3] == ['ratio', 0.85, by_critic_or_confidence]
     timed = {True: {'schedule': LINEAR}, False: {}}
     assert seen == {name: {option: offered[option] for option in row.options} | timed[row.timed]
                     for name, row in POLICIES.items() if name != 'remask'}

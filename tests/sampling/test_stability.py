@@ -12,7 +12,7 @@ from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
 from core.sampling.generation import GenerationSettings, generate
 from core.sampling.network import Network
-from core.sampling.policies import POLICIES
+from core.sampling.policies import GUIDES, POLICIES
 from core.sampling.prompt import Layout
 from core.sampling.trace import Trace
 from model import GPT, GPTConfig
@@ -56,20 +56,20 @@ def trained(**changes):
 
 MODEL = trained(add_critic_head=True, add_sampler_head=True)
 REMASKING = trained(mode='token_classifier', num_token_classes=2)
-LIFECYCLE = {  # name: (levels, mode, randomness, self-confidence, critic)
-    'remask by the critic': ((0.9, 0.6, 0.3), 'ratio', 0.0, True, True),
-    'remask by self-confidence, a part at random': ((0.9, 0.6, 0.3), 'ratio', 0.4, True, False),
-    'remask at random': ((0.9, 0.6, 0.3), 'ratio', 0.0, False, False),
-    'remask above a threshold of the critic': ((0.1, 0.2, 0.3), 'threshold', 0.0, True, True),
-    'remask above a threshold of self-confidence': ((0.3, 0.5, 0.7), 'threshold', 0.0, True, False)}
+LIFECYCLE = {  # name: (levels, mode, randomness, guide)
+    'remask by the critic': ((0.9, 0.6, 0.3), 'ratio', 0.0, 'critic'),
+    'remask by self-confidence, a part at random': ((0.9, 0.6, 0.3), 'ratio', 0.4, 'self'),
+    'remask at random': ((0.9, 0.6, 0.3), 'ratio', 0.0, 'random'),
+    'remask above a threshold of the critic': ((0.1, 0.2, 0.3), 'threshold', 0.0, 'critic'),
+    'remask above a threshold of self-confidence': ((0.3, 0.5, 0.7), 'threshold', 0.0, 'self')}
 CASES = [*(name for name in POLICIES if name != 'remask'), *LIFECYCLE, 'remask by a remasking model']
 
 
 def settings_of(case, head):
-    levels, mode, randomness, intelligent, critic = LIFECYCLE.get(case, ((0.9, 0.6, 0.3), 'ratio', 0.0, True, True))
-    policy = POLICIES['remask'].make(levels, mode, randomness, intelligent) if case.startswith('remask ') else \
+    levels, mode, randomness, guide = LIFECYCLE.get(case, ((0.9, 0.6, 0.3), 'ratio', 0.0, 'critic'))
+    policy = POLICIES['remask'].make(levels, mode, randomness, GUIDES[guide].wrongness) if case.startswith('remask ') else \
         POLICIES[case].make(**{option: VALUES[option] for option in POLICIES[case].options})
-    return GenerationSettings('diffusion', RULE, policy, head='wave' if head else 'none', use_critic=critic)
+    return GenerationSettings('diffusion', RULE, policy, head='wave' if head else 'none', use_critic=GUIDES[guide].asks_critic)
 
 
 def run(case, head, batch, seed=4):
