@@ -364,9 +364,9 @@ def logits_in_turn(model: GPT, task: FillTask, text: Tensor, positions: Tensor) 
     read = rows_read(model, hidden_states, (text.to(device), model.neighbour_embedding()), masked,
                      turns).flatten(0, 1)  # [B T, W]
     for part in picked.split(max(1, _CHUNK // config.vocab_size)) if len(picked) else ():
-        hidden, beside, of_these, found = (one[part.to(one.device)] for one in (
+        hidden, near, of_these, found = (one[part.to(one.device)] for one in (
             hidden_states.flatten(0, 1), neighbours, new, read))
-        yield part, _head_logits(model, hidden, beside.to(device), of_these.to(device), found)
+        yield part, _head_logits(model, hidden, near.to(device), of_these.to(device), found)
 
 
 def _fill_with_truth(model: GPT, task: FillTask, positions: Tensor) -> Fill:

@@ -98,7 +98,7 @@ class RunLogger:
         self._record('evaluation', iteration, numbers)
 
     def sample(self, iteration: int, text: str) -> None:
-        """Print a sample of the model's text, indented so that it stands apart from the log; W&B gets it as a table."""
+        """Print a sample of the model's text, indented, to tell it from the log; W&B gets it as a table."""
         self.message('\n'.join(f'  | {line}' for line in text.splitlines()))
         if self._wandb is not None:
             self._wandb.sample(text, iteration)
@@ -169,7 +169,7 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 class _MetricsFile:
-    """Appends records to a file; a full disk is said once and does not stop the run."""
+    """Appends records to a file; a full disk is reported once and does not stop the run."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self.path, self._say = path, say
@@ -193,7 +193,7 @@ class _MetricsFile:
 
 
 class _WandbRun:
-    """A W&B run whose failures, SystemExit among them, are said in one line each and never raised."""
+    """A W&B run whose failures, SystemExit among them, are reported in one line each and never raised."""
 
     def __init__(self, folder: Path, project: str, run_name: str, config: dict[str, Any], run_id: str,
                  say: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     for name in ('first', 'second'):
         parser.add_argument(name)
     parser.add_argument('--weight', type=float, default=0.5, help="the second one's share, 0.5 by default")
-    parser.add_argument('--output', help='ckpt_merged.pt beside the first by default')
+    parser.add_argument('--output', help='ckpt_merged.pt in the folder of the first by default')
     parser.add_argument('--data_dir', help='folder of the corpora; where they were trained by default, if it is there')
     options = parser.parse_args(arguments)
     first, second = (path_argument(name, getattr(options, name)) for name in ('first', 'second'))

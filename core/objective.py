@@ -41,7 +41,7 @@ def most_logits(device: torch.device) -> int:
 class Losses(NamedTuple):
     """Scalars in nats; a judge's is a squared error. total: main and, with their weights, those of the heads.
 
-    heads: of each head that trains, by its name. sums: what is logged beside them, added up over micro-steps and ranks
+    heads: of each head that trains, by its name. sums: further numbers for the log, added up over micro-steps and ranks
     and read by `TrainingKind.metrics`; of remasking models float32 [2, 4], `PositionSums` of the clean and of the
     corrupted positions.
     """
@@ -124,7 +124,7 @@ def position_metrics(sums: Tensor, binary: bool = False) -> dict[str, float]:
 
 
 def wrong_shares(inputs: Tensor, truth: Tensor) -> Tensor:
-    """float32 [B]: a judge's targets, the share of positions behind CLS that differ from the truth; both [B, 1 + T]."""
+    """float32 [B]: a judge's targets, the share of positions after CLS that differ from the truth; both [B, 1 + T]."""
     return (inputs != truth)[:, 1:].float().mean(1)
 
 
@@ -154,7 +154,7 @@ WholeLoss = Callable[[GPT, Batch, Tensor], tuple[Tensor, Tensor | None]]
 class Objective(nn.Module):
     """The losses of a model; `allowed` bool [V] are the ids that text consists of (the base vocabulary).
 
-    whole_loss: of a kind that has no heads, its loss and what is logged beside it; None for models that write text.
+    whole_loss: of a kind that has no heads, its loss and further numbers for the log; None for models that write text.
     """
 
     def __init__(self, model: GPT, allowed: Tensor, whole_loss: WholeLoss | None = None) -> None:

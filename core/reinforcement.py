@@ -63,13 +63,13 @@ class Reinforcement(NamedTuple):
     autocast: torch.dtype | None = None
 
     def prompts(self, windows: Tensor) -> Tensor:
-        """Windows int64 [B, T] with all behind the prompt masked."""
+        """Windows int64 [B, T] with everything after the prompt masked."""
         position = torch.arange(windows.size(1), device=windows.device)
         return windows.masked_fill(position >= self.prompt_length, self.mask_token_id)
 
 
 def prompt_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
-    """The micro-steps of one iteration: prompts with masks behind them, one window of the corpus for each group."""
+    """The micro-steps of one iteration: prompts with masks after them, one window of the corpus for each group."""
     batches = []
     for generator in micro_steps(plan, iteration):
         groups = replace(generator, rows=generator.rows // plan.noise.group_size)
@@ -113,7 +113,7 @@ class Written(NamedTuple):
 
 
 def write(model: GPT, prompts: Tensor, allowed: Tensor, asked: Reinforcement, generator: RowRandom) -> Written:
-    """Draw a text behind each of prompts int64 [B, T], reward it, and score it under `model` and the start."""
+    """Continue each of prompts int64 [B, T] with a text, reward it, and score it under `model` and the start."""
     def network(of: GPT) -> Network:
         return Network(of, TimingAccumulator(), asked.autocast)
 
@@ -159,7 +159,7 @@ def reinforcement_metrics(sums: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def validate_rewards(model: GPT, held_out: HeldOut, allowed: Tensor, asked: Reinforcement) -> Validation:
-    """beta * KL - reward of texts that `model` writes behind held-out prompts, with the same noise at every validation;
+    """beta * KL - reward of texts that `model` writes after held-out prompts, with the same noise at every validation;
     `MEASURES` of them, and the NELBO, which shows what the model forgets of its corpus."""
     begin, found = time.perf_counter(), held_out.zeros(len(MEASURES))
     for place, rows in held_out.batches(model.config.block_size):

@@ -290,8 +290,8 @@ class Run:
             further |= gauge(moment)
         operations = self.state.model.operations_per_token() * self.training.passes(self.config) * tokens
         mfu = operations / mean / self.matrix_rate / rows.world_size
-        return IterationRecord(self.iteration, losses.total.item(), parts, learning_rate, mean, mfu, tokens / mean, weights,
-                               {f'train/{name}': value for name, value in further.items()})
+        return IterationRecord(self.iteration, losses.total.item(), parts, learning_rate, mean, mfu, tokens / mean,
+                               weights, {f'train/{name}': value for name, value in further.items()})
 
     def report_skipped(self) -> None:
         """Say how many steps were not taken since this was last said; UserError where none has been for long."""
@@ -391,7 +391,8 @@ class Run:
                                                'wandb_id': self.wandb_id, 'text_figures': self.text_figures})
 
     def resume(self, path: Path, say: Callable[[str], None]) -> None:
-        """Take up the checkpoint at `path`; the run goes on exactly as if never stopped. Changed options are said."""
+        """Take up the checkpoint at `path`; the run goes on exactly as if never stopped. A line names every option that
+        has changed."""
         mesh = self.state.mesh
         saved = load_checkpoint(path, exact_device(self.runtime.device) if mesh is None else 'cpu')
         if saved.kind != self.kind:

@@ -35,8 +35,8 @@ RANDOM_SHARE, FILLED_SHARE = 0.1, 0.3  # of the texts that a judge must rank bel
 @dataclass(frozen=True)
 class Validation:
     """value: in nats per token the NELBO of a diffusion model, the exact negative log-likelihood of a causal one, the
-    loss of a remasking model; a judge's squared error. standard_error over windows; further: what is logged beside
-    them; bits_per: 'character' or 'byte' where `further` holds bits, else None."""
+    loss of a remasking model; a judge's squared error. standard_error over windows; further: other numbers for the
+    log; bits_per: 'character' or 'byte' where `further` holds bits, else None."""
 
     value: float
     standard_error: float

@@ -1,4 +1,4 @@
-"""sample.py from the command line: options, files, and what is said when something is wrong."""
+"""sample.py from the command line: options, files, and messages when something is wrong."""
 
 import json
 import re

@@ -266,7 +266,7 @@ def _checksum(file: BinaryIO, member: zipfile.ZipInfo) -> int:
 
 
 _PART = 2**20  # bytes read at a time
-_IF_DAMAGED = f'take the previous one (ckpt_previous.pt beside it), or train with: {HOW_TO_TRAIN}'
+_IF_DAMAGED = f'take the previous one (ckpt_previous.pt in its folder), or train with: {HOW_TO_TRAIN}'
 
 
 def normalise_names(state: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Models that serve another model: the remasking model and the judge beside a generator, a generator beside a training.
+"""Models that serve another model: a remasking model or a judge serves a generator, a generator serves a training.
 
 Each is read from a checkpoint that says its kind; what does not fit is refused in one sentence.
 """

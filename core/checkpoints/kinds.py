@@ -1,4 +1,4 @@
-"""The kinds of model that a checkpoint can hold: what each is. How one is trained is said in core/training_kinds.py."""
+"""The kinds of model that a checkpoint can hold. core/training_kinds.py describes how each is trained."""
 
 import shlex
 from enum import StrEnum

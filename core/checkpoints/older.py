@@ -2,7 +2,7 @@
 
 Such a file holds `model` (weights, perhaps under names that begin with `_orig_mod.`), `model_args` (the model's
 options), `iter_num` and `config` (the run's options). It has no vocabulary, which its corpus's meta.pkl has, and its
-special ids may stand in any order after the base vocabulary. Weights are moved, never changed: where the old network
+special ids may come in any order after the base vocabulary. Weights are moved, never changed: where the old network
 computes something else than `GPT`, the file is refused.
 
 Letters: V0 base vocabulary, V all ids of the old model, D = n_embd.

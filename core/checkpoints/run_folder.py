@@ -130,7 +130,8 @@ class RunFolder:
             write_whole(self.place(name), json.dumps(values, indent=2, ensure_ascii=False) + '\n')
 
     def place(self, name: str) -> Path:
-        """Where this run writes its file `name` now: until its first save beside an earlier run's."""
+        """Where this run writes its file `name` now. In the folder of an earlier run that is a temporary name until the
+        first save."""
         if not self._holding_back:
             return self.path / name
         return self._waiting.setdefault(name, temporary_name(self.path / name))
@@ -379,7 +380,7 @@ def latest_checkpoint(folder: Path | str, say: Callable[[str], None]) -> Path:
 
 
 def _newest(folder: Path, say: Callable[[str], None]) -> tuple[CheckpointSummary, list[Path]]:
-    """The summary of the newest usable checkpoint, and the damaged files beside it."""
+    """The summary of the newest usable checkpoint, and the damaged files of the folder."""
     usable, damaged, problems = [], [], []
     for path in (folder / LATEST, folder / PREVIOUS):
         if not path.exists():

@@ -47,7 +47,7 @@ class Draws(NamedTuple):
 
 
 def allowed_ids(vocab_size: int, base_size: int, device: torch.device | str = 'cpu') -> Tensor:
-    """bool [V]: the base vocabulary is allowed, the special ids behind it are not."""
+    """bool [V]: the base vocabulary is allowed, the special ids after it are not."""
     return torch.arange(vocab_size, device=device) < base_size
 
 
@@ -124,7 +124,7 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def revealed_ids(tokens: Tensor, vocab_size: int, mask_token_id: int | None) -> Tensor:
-    """bool [B, V]: which ids stand revealed in each row of tokens [B, T]."""
+    """bool [B, V]: which ids occur among the revealed tokens of each row of tokens [B, T]."""
     seen = torch.zeros(tokens.size(0), vocab_size, dtype=torch.bool, device=tokens.device).scatter(1, tokens, True)
     if mask_token_id is not None:
         seen[:, mask_token_id] = False

@@ -4,7 +4,7 @@
     with atomic_writer(path) as file: ...                    one file in parts
     with atomic_files([first, second]) as (one, two): ...    several that get their names together, in this order
 
-A new file is written under a temporary name beside its place, brought to the disk, and renamed onto a regular file or
+A new file is written under a temporary name in the same folder, brought to the disk, and renamed onto a regular file or
 onto nothing. Symbolic links stay and their targets are replaced; devices, pipes and the process's own output streams
 are written to. A process that is killed leaves `<name>.<token>.saving.tmp`.
 """
@@ -22,7 +22,7 @@ from typing import BinaryIO
 from core.common.errors import UserError
 from core.common.printing import complain_once
 
-TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves behind
+TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves
 LONGEST_STEM = 120  # bytes of a name that its temporary name repeats; a name may have 255 with all that follows
 # Files that no output named by the user may replace: checkpoints, corpora, programs and configs, files of a run.
 OTHERS_SUFFIXES = frozenset({'.pt', '.safetensors', '.bin', '.pkl', '.py', '.lock', '.damaged'})
@@ -130,7 +130,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside `path` for what is to become it."""
+    """A new name in the folder of `path`, for the file that is to become it."""
     stem = os.fsdecode(os.fsencode(path.name)[:LONGEST_STEM])
     return path.with_name(f'{stem}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}')
 
@@ -226,7 +226,7 @@ def own_stream(path: Path) -> int | None:
 
 
 def _sync(descriptor: int, folder: Path) -> None:
-    """fsync; a file system that has none goes without, which is said."""
+    """fsync. Where the file system has none, a line says so and the file is written without it."""
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -53,7 +53,7 @@ class ChangeLock:
 
 def take(descriptor: int, folder: Path) -> bool:
     """Whether this process has the lock of an open file in `folder` now, without waiting, until the file is closed.
-    Where the file system has no locks, it has, and that is said once. OSError for any other fault."""
+    Where the file system has no locks, the answer is yes, and a line says so once. OSError for any other fault."""
     try:
         return filelock.lock_descriptor(descriptor, blocking=False)
     except OSError as error:

@@ -80,7 +80,7 @@ def complain(text: str) -> None:
 
 
 def complain_once(text: str) -> None:
-    """`complain`, unless this was said before."""
+    """`complain`, unless this process has already printed this line."""
     if text not in _said:
         _said.add(text)
         complain(text)

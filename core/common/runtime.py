@@ -53,7 +53,7 @@ def use_precision(device: torch.device, dtype: str) -> None:
                         '--dtype=bfloat16')
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, some 60 ms each time
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans again for every length, some 60 ms each time
 
 
 def synchronize(device: torch.device) -> None:
@@ -200,7 +200,7 @@ _LARGEST_KEPT, _MOST_KEPT = 1 << 30, 2 ** 31 - 1  # bytes; the latter is the mos
 def _keep_freed_memory() -> None:
     """Let this process keep, for its next step, the memory that a step frees, unless the environment says otherwise.
 
-    By default glibc gives every block of more than 32 MiB back, and the system clears each of its pages anew when the
+    By default glibc gives every block of more than 32 MiB back, and the system clears each of its pages again when the
     next step takes it: some 300,000 page faults a step of 6 layers, 384 channels (docs/performance.md).
     """
     if platform.libc_ver()[0] == 'glibc' and not {'MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_'} & set(os.environ):

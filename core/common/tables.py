@@ -22,7 +22,7 @@ def write_between(path: Path, begin: str, end: str, text: str, usual: str) -> No
 
 
 def split_at_markers(path: Path, begin: str, end: str, usual: str) -> tuple[str, str]:
-    """What stands before and after the two marker lines; UserError unless `path` holds each once, in this order.
+    """The text before and after the two marker lines; UserError unless `path` holds each once, in this order.
 
     `usual` names the page that has them.
     """

@@ -11,7 +11,7 @@ from core.data.vocabulary import Vocabulary, is_panic
 BPE_SIZE = 1024
 LARGEST_BPE = 2**16  # tokens; learning more from a user's text takes long and fills poorly
 # Pieces that merging never leaves: an elided ending ('s, 'd, 'll); letters, digits or other signs with the space before
-# them, signs also with the line ends behind; runs of white space, the last space of a run left to the word behind it.
+# them, signs also with the line ends after them; runs of white space, without the last space, which the next word gets.
 BPE_PATTERN = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\n*|\s+(?!\S)|\s+"
 _LONGEST_LEARNT = 2**19  # characters; rustbpe's matcher overflows its stack at a million of white space in a row
 _BLOCK = 2**17

@@ -38,7 +38,7 @@ _BEFORE_A_WORD = re.compile(r'(?s).+[ \n](?=\S)')
 
 
 class Passage(NamedTuple):
-    """A document or a part of one; `ends_document` asks for the token DOCUMENT_END behind it."""
+    """A document or a part of one; `ends_document` asks for the token DOCUMENT_END after it."""
 
     text: str
     ends_document: bool

@@ -8,7 +8,7 @@ TRAIN_END, REF_END = 0.7, 0.9  # borders of train, ref and val as shares of a te
 
 
 def cut_near(text: str, position: int, reach: int) -> int:
-    """The place nearest to `position` just behind a blank line, else behind a newline, else `position` itself.
+    """The place nearest to `position` right after a blank line, else right after a newline, else `position` itself.
 
     Places farther than `reach` characters away do not count, so that shares stay what they are named.
     """

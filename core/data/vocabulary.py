@@ -34,7 +34,7 @@ class Vocabulary:
 
     `tokens[i]` is the text of character i (kind 'characters') or the bytes of byte-level BPE token i (kind 'bpe',
     in the order of the merges; `pattern` is the regular expression that cuts text into pieces before merging). A BPE
-    may end with the token DOCUMENT_END, which preparation sets behind documents and no text encodes to.
+    may end with the token DOCUMENT_END, which preparation puts after documents and no text encodes to.
     """
 
     kind: str
@@ -104,7 +104,7 @@ class Vocabulary:
 
     @property
     def document_end_id(self) -> int | None:
-        """The base token that stands between documents; None where the vocabulary has none."""
+        """The base token between documents; None where the vocabulary has none."""
         return self.base_size - 1 if self.tokens[-1] == DOCUMENT_END.encode() else None
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Where a text stands word for word in another one: exact longest common spans through a suffix array.
+"""How long the spans are that a text copies from another text: exact longest common spans, by a suffix array.
 
 Letters: n characters of the indexed text, Q query positions, L characters of a query.
 """
@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 _CHUNK = 1 << 22  # most characters compared at once
-_END = -1  # behind the indexed text; a query ends with another sign, so that the two ends never agree
+_END = -1  # after the indexed text; a query ends with another sign, so that the two ends never agree
 _QUERY_END = -2
 
 
@@ -22,13 +22,13 @@ def code_points(text: str) -> np.ndarray:
 def suffix_array(codes: np.ndarray) -> np.ndarray:
     """int64 [n]: the starts of the suffixes of `codes` in lexicographic order; a suffix precedes what it begins.
 
-    Prefix doubling that sorts anew only what is still tied (Larsson and Sadakane 2007). The first pass packs as many
+    Prefix doubling, which sorts again only what is still tied (Larsson and Sadakane 2007). The first pass packs as many
     characters as fit into 63 bits, which separates nearly all suffixes of ordinary text.
     """
     n = len(codes)
     kinds, dense = np.unique(codes, return_inverse=True)
     base, width = len(kinds) + 1, 1
-    keys = dense.astype(np.int64) + 1  # 0 stands for what lies behind the end
+    keys = dense.astype(np.int64) + 1  # 0 means: after the end
     while width < n and base ** (width * 2) < 2 ** 63:
         keys = keys * base ** width + np.append(keys[width:], np.zeros(min(width, n), dtype=np.int64))
         width *= 2
@@ -38,8 +38,8 @@ def suffix_array(codes: np.ndarray) -> np.ndarray:
     ranks[order] = rank
     while len(tied):
         starts = order[tied]
-        behind = starts + width
-        following = np.where(behind < n, ranks[np.minimum(behind, n - 1)] + 1, 0)
+        after = starts + width
+        following = np.where(after < n, ranks[np.minimum(after, n - 1)] + 1, 0)
         keys = ranks[starts] * (n + 1) + following
         inner = np.argsort(keys, kind='stable')
         order[tied] = starts[inner]
@@ -72,7 +72,7 @@ class CopyIndex:
         return suffix_array(self._codes)
 
     def longest(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 [texts]: the length in characters of the longest span of each text that stands in the indexed one."""
+        """int64 [texts]: for each text, the length in characters of its longest span that the indexed text contains."""
         found = np.zeros(len(texts), dtype=np.int64)
         for index, text in enumerate(texts):
             codes = code_points(text)
@@ -82,7 +82,8 @@ class CopyIndex:
         return found
 
     def _matches(self, codes: np.ndarray, first: int, stop: int) -> np.ndarray:
-        """int64 [Q]: how far the text from position first .. stop - 1 of `codes` on stands in the indexed one."""
+        """int64 [Q]: the longest span that starts at each position first .. stop - 1 of `codes` and that the indexed text
+        contains."""
         L = len(codes) - first
         queries = np.lib.stride_tricks.sliding_window_view(
             np.append(codes[first:], np.full(L, _QUERY_END, dtype=codes.dtype)), L)[:stop - first]  # [Q, L]

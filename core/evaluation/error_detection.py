@@ -177,8 +177,11 @@ def brier(predicted: Tensor, wrong: Tensor) -> float:
 
 
 def calibrated(scores: Tensor, wrong: Tensor, filled: Tensor) -> Result:
-    """A calibration of scores float64 [W, T], fitted on the even windows, and what it does on the odd ones; wrong and
-    filled bool [W, T]. Figures beside the map's own are of the odd windows, those named calibrated through the map."""
+    """A calibration of scores float64 [W, T], and how good it is; wrong and filled bool [W, T].
+
+    The map is fitted on the even windows. All other figures come from the odd windows; those named calibrated went
+    through the map.
+    """
     (fitted, wrongs), (held_out, held_wrongs) = (
         (scores[half::2][filled[half::2]], wrong[half::2][filled[half::2]]) for half in (0, 1))
     curve = fit_calibration(reliability(fitted, wrongs))

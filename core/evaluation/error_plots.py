@@ -15,8 +15,8 @@ COLOURS = {'random': '#999999', 'self_confidence': BLUE, 'marginal': SKY, 'pseud
 
 
 def plot_errors(rows: Sequence[Mapping[str, Any]], share: float, picture: Path, say: Callable[[str], object]) -> None:
-    """AUROC against mask share by detector, with 95 % intervals; beside it the reliability diagram, observed against
-    predicted error rate, of the probabilities at mask share `share`. rows: results of `errors`."""
+    """Left: AUROC against mask share for each detector, with 95 % intervals. Right: observed against predicted error
+    rate at mask share `share` (reliability diagram). rows: results of `errors`."""
     save_picture(picture, (10.5, 4.6), lambda figure: _draw(figure, rows, share), say)
 
 

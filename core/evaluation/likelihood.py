@@ -1,6 +1,6 @@
 """The measure likelihood: exact negative log-likelihood of held-out windows under deterministic reveal policies.
 
-What it is stands in core/sampling/path_likelihood.py.
+core/sampling/path_likelihood.py defines it.
 
 Letters: W windows, T window length, V vocabulary.
 """

@@ -55,13 +55,13 @@ class Evaluation:
     say: Callable[[str], None]
 
     def settings(self, **values: Any) -> Result:
-        """`values` with what every result depends on beside the checkpoint: corpus, split and precision."""
+        """`values` with what every result depends on apart from the checkpoint: corpus, split and precision."""
         return {'dataset': self.corpus.name, 'data_hash': self.corpus.data_hash, 'split': self.config.split,
                 'dtype': self.config.dtype, **values}
 
 
 class Cell(NamedTuple):
-    """settings: everything that the result depends on beside the checkpoint, in built-in types; kind: the TypedDict
+    """settings: everything that the result depends on apart from the checkpoint, in built-in types; kind: the TypedDict
     that a result fits; compute: makes it; cost: its share of the work, for the progress bar, in any unit."""
 
     settings: Result
@@ -107,7 +107,7 @@ class ResultCache:
 
     def __init__(self, path: Path, say: Callable[[str], object]) -> None:
         self.path, self._lock = path, ChangeLock(path, say)
-        self._read()  # a damaged file is said before hours of work
+        self._read()  # so that a damaged file is reported before hours of work
 
     def find(self, checkpoint_hash: str, measure: str, cell: Cell) -> Result | None:
         """The result of a cell, None where there is none; UserError where what is stored is none of its kind."""

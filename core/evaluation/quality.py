@@ -1,7 +1,7 @@
 """The measures of evaluate.py that look at samples: quality, policies and curves.
 
 Their cells write texts (core/evaluation/written_samples.py) and measure them (core/evaluation/text_metrics.py); what
-they say of all cells is core/evaluation/quality_tables.py. Metrics stand in a result as `name`, with their 95 %
+they say of all cells is core/evaluation/quality_tables.py. A result has each metric as `name`, and its 95 %
 interval as `name_interval`.
 """
 
@@ -287,7 +287,7 @@ _COST = ('trunk_calls', 'network_calls', 'seconds')
 QUALITY_MEASURES = {
     'quality': Measure(quality_cells, (*_WHO, *_COST, 'reference_bits', 'entropy_3', 'divergence_3', 'distinct_3',
                                        'known_words', 'copied_span', 'repetition'),
-                       'all metrics of samples, beside controls: real, shuffled, causal and greedy text', draw_quality),
+                       'all metrics of samples, with controls: real, shuffled, causal and greedy text', draw_quality),
     'policies': Measure(policies_cells, (*_WHO, *_COST, 'self_confidence', 'entropy_3', 'known_words'),
                         'every sampling policy at 8, 16, 32 and 64 trunk calls', report_policies),
     'curves': Measure(curves_cells, (*_WHO, *_COST, 'reference_bits', 'entropy_3'),

@@ -114,7 +114,7 @@ def _percent(value: float | None) -> str:
 
 
 def report_policies(evaluation: Evaluation, rows: Sequence[Result]) -> None:
-    """With --report: the tables into the page, the record beside it."""
+    """With --report: write the tables into the page, and the record into the page's folder."""
     _publish(evaluation, 'policies', _record(evaluation, 'policies', rows), policies_text)
 
 

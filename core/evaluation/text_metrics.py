@@ -1,7 +1,7 @@
 """How good generated text is: pure metrics of texts, each with an interval over the texts.
 
-No single figure says it. Bits under a reference model can be had by repeating what is common, entropy by noise; so they
-stand together, with repetition and with what was copied from the training text, and beside controls
+No single figure says it. A text that repeats what is common has few bits under a reference model; noise has a high
+entropy. So both are reported together, with repetition, with what was copied from the training text, and with controls
 (core/evaluation/written_samples.py).
 
     reference_bits           bits per character under a causal model that shares no data with the generator
@@ -9,7 +9,7 @@ stand together, with repetition and with what was copied from the training text,
     divergence_1 .. _5       Jensen-Shannon divergence in nats (0 to ln 2) of these n-grams from held-out text
     distinct_1 .. _5         different n-grams over all n-grams
     known_words              share of words that the training text has
-    copied_span              longest span in characters that stands in the training text, mean over the texts
+    copied_span              longest span in characters that the training text contains, mean over the texts
     repetition               share of a text's 4-grams that it already had further to the left
 
 Plug-in entropy and distinct n-grams depend on how much text there is (a small sample cannot show rare n-grams), and
@@ -228,7 +228,7 @@ def known_words(texts: Texts, vocabulary: frozenset[str]) -> Statistic:
 
 
 def copied_span(texts: Texts, copies: CopyIndex) -> Statistic:
-    """Longest span of each text that stands in the training text, in characters; the mean over the texts."""
+    """Longest span of each text that the training text contains, in characters; the mean over the texts."""
     return ratio_of_sums(copies.longest(texts.texts), np.ones(len(texts.texts), dtype=np.int64))
 
 
@@ -275,13 +275,13 @@ def reference_bits(texts: Texts, reference: Reference) -> Statistic:
 
 
 def reference_doubts(texts: Sequence[str], reference_text: CopyIndex) -> list[str]:
-    """A warning where texts stand in what the reference model was trained on: it knows them by heart."""
+    """A warning where the reference model was trained on the texts themselves: it knows them by heart."""
     lengths = np.array([len(text) for text in texts])
     copied = reference_text.longest(texts) * 2 > lengths
     if not copied.any():
         return []
-    return [f'{copied.sum()} of {len(texts)} texts stand for more than half of their length in the text that the '
-            f'reference model was trained on, so its bits are too low for them; score other text, or train the '
+    return [f'the reference model was trained on more than half of the length of {copied.sum()} of {len(texts)} '
+            f'texts, so its bits are too low for them; score other text, or train the '
             f'reference model on a split that they do not come from']
 
 

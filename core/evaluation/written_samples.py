@@ -1,7 +1,7 @@
 """Samples of many settings and their quality: which policy, how many trunk calls, what temperature.
 
 A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by
-core/evaluation/text_metrics.py, beside controls of the same number and length. Since a lower temperature alone
+core/evaluation/text_metrics.py, with controls of the same number and length. Since a lower temperature alone
 improves the bits under a reference model, the settings of one policy and budget are compared at equal trigram entropy:
 temperature is swept and every figure interpolated to the entropy that real text of the same size has.
 
@@ -142,14 +142,14 @@ def nearest_setting(calls: Callable[[float], float], wanted: float, most: float,
 
 class Budget:
     """Settings of one writer by policy, trunk calls and temperature; trials of a dial serve every budget. options: of
-    every policy, beside those that a setting has."""
+    every policy, in addition to those of a setting."""
 
     def __init__(self, writer: Writer, **options: Any) -> None:
         self.writer, self.options = writer, options
         self._trials: dict[tuple[str, float], dict[float, Written]] = {}
 
     def write(self, name: str, calls: int | None, temperature: float) -> Budgeted:
-        """Write at `calls` trunk calls where the policy has `iterations` or a dial; None: as it stands."""
+        """Write at `calls` trunk calls, if the policy has `iterations` or a dial; None: with the policy's defaults."""
         if name not in DIALS or calls is None:
             options = {} if calls is None else {'iterations': calls}
             return Budgeted(options, write(self.writer, self._policy(name, **options), temperature))

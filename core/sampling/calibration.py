@@ -3,7 +3,7 @@
 A detector gives tokens a probability of being wrong. Sorted by it and cut into bins of equal count, the tokens of a bin
 should be wrong as often as predicted (reliability table; Murphy and Winkler 1977). Where they are not, a monotone map
 corrects it: isotonic regression of the bins (Ayer et al. 1955), linear between their means. The measure `errors` of
-evaluate.py makes the critic head's and keeps it beside the checkpoint; threshold mode of sample.py reads it.
+evaluate.py makes the critic head's and keeps it in the checkpoint's folder; threshold mode of sample.py reads it.
 
 Letters: N positions, K bins.
 """
@@ -109,7 +109,7 @@ def _cumulative(values: Tensor) -> Tensor:
     return torch.cat((values.new_zeros(1), values)).double().cumsum(0)
 
 
-# Beside a checkpoint ------------------------------------------------------------------------------------------------
+# In a checkpoint's folder --------------------------------------------------------------------------------------------
 
 class CalibrationMap(TypedDict):
     """The columns of a `Calibration`."""
@@ -126,23 +126,23 @@ class Stored(TypedDict):
     map: CalibrationMap
 
 
-def _beside(checkpoint: Path) -> Path:
-    """Where the calibration of a checkpoint lies: beside its file, or in its exported folder."""
+def _place(checkpoint: Path) -> Path:
+    """Where the calibration of a checkpoint lies: in the folder of its file, or in its exported folder."""
     return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CALIBRATION_NAME
 
 
 def write_calibration(checkpoint: Path, digest: str, fitted: Mapping[str, Any]) -> Path:
     """Keep `fitted`, whose 'map' holds the lists 'predicted' and 'observed' and whose rest says where they come from,
-    in calibration.json beside the file `checkpoint` of SHA-256 `digest`; atomic. Returns its path."""
-    path = _beside(checkpoint)
+    in calibration.json in the folder of the file `checkpoint` of SHA-256 `digest`; atomic. Returns its path."""
+    path = _place(checkpoint)
     write_whole(path, with_checksum({'format': CALIBRATION_FORMAT, 'checkpoint': digest, **fitted}))
     return path
 
 
 def find_calibration(checkpoint: Path) -> tuple[Calibration | None, str]:
-    """The map beside the file `checkpoint`, if there is one and it is that very checkpoint's, and one line to say about
-    it. UserError where the file is damaged."""
-    path = _beside(checkpoint)
+    """The map in the folder of the file `checkpoint`, if there is one and it is that very checkpoint's, and one line
+    about it. UserError where the file is damaged."""
+    path = _place(checkpoint)
     cure = f'python evaluate.py --measure=errors --out_dir={checkpoint.parent} --checkpoint_name={checkpoint.name}'
     if not path.exists():
         return None, f"thresholds are the critic's own probabilities; calibrate it with: {cure}"

@@ -151,7 +151,7 @@ def generate(network: Network, layout: Layout, settings: GenerationSettings, gen
             window = WindowRun(number, start, fixed, generator, watch, Soundness(tokens.device))
             made = WRITERS[settings.method](network, settings, window, whole.part(start, stop))
             window.soundness.require()
-            assert not (made.tokens == network.model.config.mask_token_id).any(), 'masks were left behind'
+            assert not (made.tokens == network.model.config.mask_token_id).any(), 'masks were left'
             whole = whole.with_part(start, made)
     return whole
 
@@ -294,7 +294,7 @@ def write_blocks(network: Network, layout: Layout, settings: GenerationSettings,
         blocks.begin(whole.tokens, start, stop)
         made = run_block(blocks, settings, window, Block(protected, sizes, 0, limit), made)
         window.soundness.require()
-        assert not (made.tokens == network.model.config.mask_token_id).any(), 'masks were left behind'
+        assert not (made.tokens == network.model.config.mask_token_id).any(), 'masks were left'
         whole = whole.with_part(start, made)
     return whole
 

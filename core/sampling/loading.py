@@ -93,8 +93,11 @@ def lay_out(config: SampleConfig, vocabulary: AnyVocabulary, usual_length: int, 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to sample from, its helpers, and what is to be said about it. usual_length: tokens of a text where
-    nobody asks for another number; text_figures: how varied the corpus is, None where the checkpoint does not say."""
+    """A model ready to sample from, and its helpers.
+
+    said: lines to print about it; usual_length: tokens of a text where nobody asks for another number; text_figures:
+    how varied the corpus is, None where the checkpoint does not say.
+    """
 
     model: GPT | PretrainedTrunk
     remasking_model: GPT | None
@@ -109,7 +112,7 @@ class Loaded:
 
 class Opened(NamedTuple):
     """A checkpoint or a pretrained model that was found. sampler, critic: whether it has a trained head; said: the
-    lines about finding it; untrained: what is said of heads whose training had not begun; schedule: its noise's; build:
+    lines about finding it; untrained: lines about heads whose training had not begun; schedule: its noise's; build:
     the model on its device; path: of a checkpoint's file, None of others; usual_length, text_figures: see `Loaded`;
     nelbo: nats a token on the validation text, None where it is not known."""
 
@@ -222,7 +225,7 @@ def _load_helpers(config: SampleConfig, vocabulary: Vocabulary, device: torch.de
 
 
 def _compile_line(device: torch.device) -> str:
-    """What is said before the first call, which compiles. UserError where that cannot be."""
+    """The line before the first call, which compiles. UserError where that cannot be."""
     problem = compile_problem(device.type)
     if problem is not None:
         raise UserError(f'compile is True, but {problem}; or leave compile out')
@@ -230,7 +233,7 @@ def _compile_line(device: torch.device) -> str:
 
 
 def require_blocks(config: SampleConfig, loaded: Loaded, length: int) -> None:
-    """The helpers must be able to read what they are to judge: a window of text, or all of it behind the CLS token."""
+    """The helpers must be able to read what they judge: a window of text, or the whole text after the CLS token."""
     window = min(length, loaded.model.config.block_size)
     if loaded.remasking_model is not None:
         require_block(loaded.remasking_model, f'remasking_checkpoint_name={config.remasking_checkpoint_name}', window,

@@ -45,7 +45,7 @@ class SampleConfig:
         minimum=1, maximum=10**6)
     start_text: str = option('', r'prompt, never changed; \n is a line break, @FILE the text of a file',
                              alias='seed_text')
-    seed_placement: Literal['prefix', 'random'] = option('prefix', 'where start_text stands in each text')
+    seed_placement: Literal['prefix', 'random'] = option('prefix', 'where start_text goes in each text')
     infill_text: str = option('', r'text whose infill_char positions are to be filled; \n and @FILE as above')
     infill_char: str = option('_', 'one character that marks a position to fill in infill_text')
     # how to sample

@@ -86,5 +86,5 @@ def path_log_probabilities(network: Network, text: Layout, scorer: Scorer, gener
         masks = sum(counts.after(step))
         fill = prediction.fill(policy.reveal(view) & view.masked, truth=tokens)
         current, found = fill.tokens, found + fill.log_probabilities
-    assert current.equal(tokens), 'the policy left masks behind'
+    assert current.equal(tokens), 'the policy left masks'
     return found

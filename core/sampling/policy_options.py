@@ -170,7 +170,7 @@ def model_problems(config: SampleConfig, explicit: Mapping[str, str], model_conf
         problems.append(f'the checkpoint is causal, but sampling_method={method} needs a bidirectional one; take '
                         f'--sampling_method=standard')
     if causal and config.infill_text:
-        problems.append('infill_text needs a bidirectional checkpoint: a causal one sees no text behind a gap')
+        problems.append('infill_text needs a bidirectional checkpoint: a causal one sees no text after a gap')
     if causal and config.seed_placement == 'random':
         problems.append('seed_placement=random needs a bidirectional checkpoint; take seed_placement=prefix')
     if causal and 'confidence_groups' in explicit:

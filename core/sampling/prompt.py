@@ -1,4 +1,4 @@
-"""Where a prompt stands: the tokens and the protected positions that generation starts from.
+"""What generation starts from: the tokens, and the protected positions of the prompt.
 
 Letters: B rows (samples), L sequence length.
 """

@@ -14,8 +14,8 @@ SEEDS = (1337, 1338, 1339)
 
 
 def commands(records: Records) -> list[str]:
-    """The commands of all records as a code block: trainings, then evaluations, each once. What differs in a seed alone
-    stands once, in a loop over its seeds."""
+    """The commands of all records as a code block: trainings, then evaluations, each once. Commands that differ
+    in their seed alone become one loop over the seeds."""
     found = dict.fromkeys([*(record['training'] for record in records.values()),
                            *(record['evaluation'] for record in records.values() if 'evaluation' in record)])
     seeds_of: dict[str, list[str]] = {}  # by the command with $seed in place of a seed

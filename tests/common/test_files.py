@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_cleaning_up_never_hides_the_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder becomes read-only while the file is written: the first fault is said, not the second."""
+    """The folder becomes read-only while the file is written: the message names the first fault, not the second."""
     def refusing(*given: object, **named: object) -> None:
         raise OSError(errno.EROFS, 'Read-only file system')
 

@@ -50,7 +50,7 @@ cuttable = st.sampled_from([' ', '\n', '\n\n', ' \n', '  ', '\n\n '])
 def test_passages_are_encoded_as_the_whole_document(tmp_path_factory, vocabulary, elements: list) -> None:
     """Whatever the size of passages and of the blocks that are read, and where documents end.
 
-    Each element has a place to cut behind it and fits into a passage, so that nothing is cut by force.
+    Each element has a place to cut after it and fits into a passage, so that nothing is cut by force.
     """
     text = ''.join(map(''.join, elements))
     path = tmp_path_factory.getbasetemp() / 'passages.txt'

@@ -82,7 +82,7 @@ def model_over(vocabulary, seed: int = 3, **changes) -> GPT:
 
 
 def model_that_knows(vocabulary, wrong: str, **changes) -> GPT:
-    """A remasking model by construction: it calls the tokens in `wrong` wrong, whatever stands around them.
+    """A remasking model by construction: it calls the tokens in `wrong` wrong, whatever is around them.
 
     Its layers write nothing, so a hidden state is its token's embedding, a unit vector times the root of its width.
     """

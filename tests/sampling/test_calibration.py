@@ -1,4 +1,4 @@
-"""Calibration: tables and maps against plain loops and known truths, the file beside a checkpoint, threshold mode."""
+"""Calibration: tables and maps against plain loops and known truths, its file, threshold mode."""
 
 import json
 import math
@@ -205,7 +205,7 @@ def sample(folder, *arguments):
 
 
 def taken_back(folder, threshold, *arguments):
-    """(letters taken back, letters kept) by the first remasking at a threshold, and what was said."""
+    """(letters taken back, letters kept) by the first remasking at a threshold, and what was printed."""
     path = folder / 'run.json'
     guide = () if any('remasking_checkpoint_name' in one for one in arguments) else ('--guidance=critic',)
     _, said = sample(folder, '--schedule_mode=threshold', f'--start_threshold={threshold}', *guide,

@@ -155,7 +155,7 @@ def test_policies_in_time_follow_the_schedule_of_the_model(name, options, steps,
     run(POLICIES[name].make(**values, schedule=SCHEDULES['cosine']), watch=trace.add)
     assert_each_step_follows(trace, laws.laws_of(step_of(), steps))
     first, linear = (tokens_of(one[0], V0 + 1) for one in (laws.laws_of(step_of(), steps), step_laws(name)))
-    assert (first - linear).abs().sum() > 0.2  # so that the linear schedule cannot stand for it
+    assert (first - linear).abs().sum() > 0.2  # so that the linear schedule cannot be mistaken for it
     assert {name for name, row in POLICIES.items() if row.timed} == {
         'mdlm', 'remdm_cap', 'remdm_rescale', 'remdm_conf', 'remdm_loop'}
 

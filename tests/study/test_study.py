@@ -193,7 +193,7 @@ def test_a_training_that_serves_two_sections_costs_once():
 
 
 def shown_on(page, name):
-    """What stands between the markers of a page."""
+    """The text between the markers of a page."""
     begin, end = markers(name)
     before, after = split_at_markers(ROOT / page, begin, end, page)
     text = (ROOT / page).read_text()
@@ -208,8 +208,8 @@ def test_the_totals_are_those_of_the_records(sections):
 
 @pytest.mark.parametrize('section', (*RESULT_SECTIONS, *REMASKING_SECTIONS), ids=lambda section: section.name)
 def test_the_page_says_what_its_records_say(section):
-    """No figure typed by hand: the text between the markers is made of the kept records, byte for byte; nothing stands
-    there without them."""
+    """No figure typed by hand: the text between the markers is made of the kept records, byte for byte, and
+    empty without them."""
     records = kept_records(ROOT / 'docs' / 'results', section)
     assert shown_on(section.page, section.name) == (section.text(records).strip('\n') if records else '')
     names = [experiment.name for experiment in section.experiments]

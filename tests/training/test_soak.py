@@ -92,7 +92,8 @@ def ended(child: int, seconds: float, board: Board | None = None, within: float 
 
 
 def newest(folder: Path) -> int:
-    """The iteration that a run in `folder` would go on from, 0 where it would begin anew; every file must verify."""
+    """The iteration that a run in `folder` would go on from, 0 where it would start from scratch. Every file must
+    verify."""
     from core.checkpoints.checkpoint import load_checkpoint, verify_checkpoint
     from core.checkpoints.run_folder import RunFolder, latest_checkpoint
 

@@ -86,7 +86,7 @@ def test_the_trunk_is_bit_identical_with_and_without_a_sampler_head(optimizer, k
 
 
 def saved_bytes(state):
-    """Bytes that the graph of a step's losses holds, beside the weights."""
+    """Bytes that the graph of a step's losses holds, without the weights."""
     kept = {}
 
     def note(tensor):

@@ -129,7 +129,7 @@ A masked-diffusion language model of {model.parameter_count():,} parameters: {co
     model = AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 
-`trust_remote_code` runs `{MODELING}`, which lies beside this page; read it first.
+`trust_remote_code` runs `{MODELING}`, a file in this folder; read it first.
 
 ## What it learnt from
 

@@ -8,7 +8,7 @@ from core.sampling.policies.ordered import entropy_of
 
 
 def _sorted(score: Tensor, masked: Tensor) -> Tensor:
-    """float64 [B, T]: the scores of masked positions in falling order, minus infinity behind them."""
+    """float64 [B, T]: the scores of masked positions in falling order, minus infinity after them."""
     return score.masked_fill(~masked, -torch.inf).sort(dim=1, descending=True).values
 
 

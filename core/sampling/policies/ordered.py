@@ -101,7 +101,7 @@ def strided(*, iterations: int) -> Policy:
         groups = view.size.clamp(min=1, max=iterations)  # [B, 1]
         number = torch.arange(min(iterations, view.tokens.size(1)), device=rank.device)  # [K]
         reversed_bits = sum((number >> bit & 1) / 2 ** (bit + 1) for bit in range(view.tokens.size(1).bit_length()))
-        turn = torch.where(number < groups, reversed_bits, 1.0).argsort(1).argsort(1)  # [B, K], 1 lies behind all
+        turn = torch.where(number < groups, reversed_bits, 1.0).argsort(1).argsort(1)  # [B, K], 1 comes after all
         return view.masked & (turn.gather(1, rank % groups) == view.step)
 
     return Policy(lambda most: min(iterations, most), reveal, left=left)

@@ -58,7 +58,7 @@ def replay_data(trace: Trace, decode_tokens: Decode) -> dict[str, Any]:
 
 
 def embedded_json(data: object) -> str:
-    """JSON that may stand inside a script element: ASCII without <, > and &."""
+    """JSON that is safe inside a script element: ASCII without <, > and &."""
     text = json.dumps(data, separators=(',', ':'), allow_nan=False)
     for sign in '<>&':
         text = text.replace(sign, f'\\u{ord(sign):04x}')
