@@ -17,6 +17,7 @@ import tiktoken
 
 from core.common.errors import UserError
 from core.common.expressions import excerpt
+from core.common.printing import counted
 
 SPECIAL_NAMES = ('mask', 'wrong', 'pad', 'cls')  # their ids follow the base vocabulary in this order
 SPECIAL_SIGNS = ('_', '#', '~', '^')  # how `decode` shows them
@@ -136,7 +137,7 @@ class Vocabulary:
         if (codes[places] != wanted).any():
             strangers = sorted({chr(code) for code in wanted[codes[places] != wanted]})
             shown = ' '.join(map(repr, strangers[:10])) + (' ...' if len(strangers) > 10 else '')
-            raise UserError(f'the text has {len(strangers)} kinds of character outside the corpus vocabulary of '
+            raise UserError(f'the text has {counted(len(strangers), "kind")} of character outside the corpus vocabulary of '
                             f'{self.base_size}: {shown}; leave them out or use a corpus that has them')
         return order[places].astype(np.int64)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from core.common.errors import UserError
 from core.common.expressions import excerpt
+from core.common.printing import counted
 from core.data.vocabulary import SPECIAL_SIGNS, Vocabulary
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class TokenizerVocabulary:
         if self.characters is not None:
             strangers = sorted(set(text) - set(self.characters))
             if strangers:
-                raise UserError(f'the text has {len(strangers)} kinds of character that the model does not know: '
+                raise UserError(f'the text has {counted(len(strangers), "kind")} of character that the model does not know: '
                                 f'{" ".join(map(repr, strangers[:10]))}{" ..." if len(strangers) > 10 else ""}; it '
                                 f'knows {excerpt("".join(self.characters))}')
             return [self.characters[character] for character in text]

@@ -116,7 +116,7 @@ def test_running_text_is_cut_anywhere_and_lines_never(folders, here):
     ('bert', ['--text_file=words.txt', '--windows=100', '--window_length=20'], 'the text has 53'),
     ('bert', [], 'model is given, but no text; add --text_file=FILE'),
     ('bert', ['--text_file=words.txt', '--dataset=tiny'], 'model and dataset were both given'),
-    ('esm', ['--text_file=words.txt'], 'kinds of character that the model does not know'),
+    ('esm', ['--text_file=words.txt'], 'kinds? of character that the model does not know'),
     ('esm', ['--text_file=proteins.txt', '--window_length=9'], 'no line of 9 characters')])
 def test_what_does_not_go_together(folders, here, kind, arguments, words):
     with pytest.raises(UserError, match=words):

@@ -54,7 +54,7 @@ def test_prompts_reach_the_texts(folder, tmp_path):
                       [r'--infill_text=ab\ncd__', '--sequence_length=16']):
         made, _ = sample(folder, '--iterations=2', '--num_samples=2', *arguments)
         assert all(text.startswith('ab\ncd') and len(text) == 16 for text in made.texts)
-    with pytest.raises(UserError, match="1 kinds of character outside the corpus vocabulary of 10: 'é'"):
+    with pytest.raises(UserError, match="1 kind of character outside the corpus vocabulary of 10: 'é'"):
         sample(folder, '--start_text=é')
 
 
