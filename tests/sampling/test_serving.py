@@ -136,6 +136,8 @@ def test_a_causal_checkpoint_writes_left_to_right(folder):
         assert 'a causal model cannot redraw' in problems(server, 400, b'{"tokens": [1, 2], "take_back": [0]}')[0]
         offers = json.loads(ask(server, 'GET', '/offers')[2])
         assert offers['policies'] == {} and not offers['gaps'] and not offers['critic']
+        assert offers['notes'] == ['This model writes from left to right and sees nothing after a gap: it fills no gaps '
+                                   'and redraws nothing.']
 
 
 def test_a_redraw_is_an_infilling(server, folder):
@@ -173,7 +175,14 @@ def test_a_block_model_offers_the_steps_of_its_blocks(tmp_path):
                      sampler_order='left_to_right')
     result, _ = sample(tmp_path, '--num_samples=1')
     with served(tmp_path) as server:
-        steps = json.loads(ask(server, 'GET', '/offers')[2])['values']['iterations']
+        offers = json.loads(ask(server, 'GET', '/offers')[2])
+        assert offers['presets'] == {} and offers['policies'] and not offers['gaps'] and not offers['critic']
+        assert [note.split(' and ')[0] for note in offers['notes'][:1]] == ['This model writes in blocks of 4 tokens']
+        assert 'presets' in offers['notes'][1].lower() and 'doubt' in offers['notes'][2].lower()
+        assert 'sees nothing after' in problems(server, 400, b'{"infill_text": "a_b"}')[0]
+        written = write(server)[-1]['tokens']
+        assert write(server, tokens=written, take_back=[1, 2])[-1]['tokens'][4:] == written[4:]
+        steps = offers['values']['iterations']
         assert steps == 1 and write(server, iterations=steps)[-1]['text'] == result.texts[0]
 
 

@@ -103,6 +103,25 @@ def test_gaps(page, folder):
     assert page.ask(TEXTS) == result.texts
 
 
+def test_the_page_of_a_block_model_says_what_it_cannot_do(page, tmp_path):
+    save_model(tmp_path / 'ckpt_best.pt', LETTERS, model_over(LETTERS, block_size=96, attention_type='block',
+                                                              block_length=(8,), add_critic_head=True))
+    with served(tmp_path, '--sequence_length=24') as server:
+        page.resize(380, 900)
+        page.open(f'http://127.0.0.1:{server.server_port}/')
+        notes = page.ask("[...document.querySelectorAll('#notes li')].map(note => note.textContent)")
+        assert len(notes) == 3 and 'blocks of 8 tokens' in notes[0]
+        shown = page.ask("['#gap', '#doubt-label', '[data-name=preset]', '[data-name=sampling_policy]'].map("
+                         "name => document.querySelector(name).getClientRects().length > 0)")
+        assert shown == [False, False, False, True]
+        page.click('#prompt')
+        page.type('a_b')
+        page.click('#write')
+        page.until(FINISHED)
+        assert page.ask(TEXTS)[0].startswith('a_b')
+        assert page.ask("document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_two_settings_side_by_side(page, folder):
     page.click('#compare')
     page.ask("field(byId('settings-b'), 'sampling_policy').focus()")

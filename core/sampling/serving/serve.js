@@ -21,7 +21,8 @@ function addSettings(box, title) {
   field(box, 'sequence_length').value = offers.length;
   field(box, 'sequence_length').max = offers.longest;
   field(box, 'iterations').max = offers.most_steps;
-  policy.parentElement.hidden = preset.parentElement.hidden = !policy.options.length;
+  policy.parentElement.hidden = !policy.options.length;
+  preset.parentElement.hidden = preset.options.length < 2;
   preset.onchange = () => {
     const options = preset.value ? offers.presets[preset.value].options : offers.values;
     for (const name of ['sampling_policy', 'iterations', 'temperature']) field(box, name).value = options[name];
@@ -341,7 +342,14 @@ async function begin() {
   offers = await (await fetch('/offers')).json();
   byId('summary').textContent = wellFormed(offers.model);
   byId('gap-sign').textContent = offers.values.infill_char;
-  byId('gap').disabled = !offers.gaps;
+  byId('notes').replaceChildren(...offers.notes.map(note => {
+    const line = document.createElement('li');
+    line.textContent = note;
+    return line;
+  }));
+  byId('notes').hidden = !offers.notes.length;
+  byId('gap').hidden = !offers.gaps;
+  if (!offers.gaps) byId('prompt-help').textContent = 'The model writes on after the text.';
   byId('doubt-label').hidden = !offers.critic;
   addSettings(byId('settings-a'), 'Settings');
   addSettings(byId('settings-b'), 'Settings B');

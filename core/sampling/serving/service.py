@@ -64,6 +64,7 @@ class Service:
         loaded = suit(config, explicit, self._opened, self._device)
         self.said = [*preset, *loaded.said]
         self._usual = block_defaults(config, explicit, opened.config, loaded.settings.head == 'left_to_right')[0]
+        self._in_blocks = reads_blocks(opened.config, self._usual.block_length)
         self._judges = opened.config.attention_type == 'bidirectional' and (
             opened.critic or config.remasking_checkpoint_name is not None)
         self.queue = Queue()
@@ -78,13 +79,26 @@ class Service:
                     if not row.needs_critic or opened.critic or config.remasking_checkpoint_name} if follows else {}
         name = config.model or config.checkpoint_name
         presets = {preset: {'summary': row.summary, 'options': row.options} for preset, row in PRESETS.items()}
-        return {'model': name, 'presets': presets if follows else {}, 'policies': policies,
-                'steps': config.sampling_method in METHODS_OF['iterations'],
-                'critic': self._judges, 'gaps': opened.config.attention_type != 'causal',
+        return {'model': name, 'presets': presets if follows and not self._in_blocks else {}, 'policies': policies,
+                'steps': config.sampling_method in METHODS_OF['iterations'], 'notes': self._notes(),
+                'critic': self._judges, 'gaps': opened.config.attention_type != 'causal' and not self._in_blocks,
                 'values': {option: getattr(config, option) for option in (
                     'preset', 'sampling_policy', 'iterations', 'temperature', 'seed', 'infill_char')},
                 'length': min(LONGEST_TEXT, config.sequence_length or opened.usual_length),
                 'longest': LONGEST_TEXT, 'most_steps': MOST_STEPS}
+
+    def _notes(self) -> list[str]:
+        """Sentences on what this model cannot do on the page, and why."""
+        if self._opened.config.attention_type == 'causal':
+            return ['This model writes from left to right and sees nothing after a gap: it fills no gaps and redraws '
+                    'nothing.']
+        if self._in_blocks:
+            return [f'This model writes in blocks of {self._usual.block_length} tokens and sees nothing after a block: '
+                    f'it fills no gaps, and a redraw fits the text before it and its own block.',
+                    'Steps count for each block. Presets were measured on models that read whole windows, so there '
+                    'are none here.', 'Doubt is not shown, since a critic shades whole windows only.']
+        return [] if self._judges else ['Doubt is not shown, since this model has no trained critic; start the page '
+                                        'with --remasking_checkpoint_name=... to ask a remasking model.']
 
     def prepare(self, body: bytes) -> Job:
         """The run that a request asks for; UserError where it cannot be. No network is called."""
