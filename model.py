@@ -25,7 +25,7 @@ class ModelMode(str, Enum):
     """What the last layer predicts."""
 
     LANGUAGE_MODEL = 'language_model'      # a token per position
-    TOKEN_CLASSIFIER = 'token_classifier'  # a class per position: the binary remasking model
+    TOKEN_CLASSIFIER = 'token_classifier'  # a class per position: right or wrong, or where from
     SEQUENCE_SCORER = 'sequence_scorer'    # one number per sequence, read at the CLS position: the judge
 
 

@@ -696,20 +696,20 @@ def _rounded(counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def wrong_probabilities(remasking_model: GPT, tokens: Tensor) -> Tensor:
-    """P(wrong) of each of tokens int64 [B, T], float64 [B, T]: one call of a remasking model of either kind."""
+    """P(wrong) of each of tokens int64 [B, T], float64 [B, T]: one call of a remasking model of any kind."""
     return wrong_from_logits(remasking_model(tokens).logits, remasking_model.config)
 
 
 def wrong_from_logits(logits: Tensor, config: GPTConfig) -> Tensor:
-    """P(wrong) float64 [...] from a remasking model's logits [..., V], or [..., 2] of a binary one.
+    """P(wrong) float64 [...] from a remasking model's logits [..., V], or [..., classes] of a classifier.
 
     A language model's is the share of wrong_token_id in the softmax over the base vocabulary (the ids below
-    mask_token_id) and that id; a binary one's is that of class 1. In float64, so that even a model that finds nearly
-    everything wrong still orders the positions.
+    mask_token_id) and that id; a classifier's is that of all classes but 0, *right*. In float64, so that even a model
+    that finds nearly everything wrong still orders the positions.
     """
     logits = to_exact(logits)
     if config.mode is ModelMode.TOKEN_CLASSIFIER:
-        return logits.double().softmax(-1)[..., 1]
+        return logits.double().softmax(-1)[..., 1:].sum(-1)
     rest = logits[..., :config.mask_token_id].float().logsumexp(-1)
     return torch.sigmoid((logits[..., config.wrong_token_id] - rest).double())
 

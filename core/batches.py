@@ -39,6 +39,7 @@ class Batch(NamedTuple):
     new: Tensor           # int64 [N], how many of these are masked in `inputs`
     turns: Tensor         # int64 [B, T, 2], `Turns` for a sampler head that reads the row; [0] for all others
     block_length: Tensor  # int64 [B], of each row of a block model; [0] for all others
+    sources: Tensor       # int64 [B, T], see `Corrupted`; [0] but where a remasking model's text has several
     rows: Tensor          # int64 [B], global row indices
     critic_share: Tensor  # float32 scalar, 1 / number of positions that the critic is trained on in the global batch
 
@@ -114,7 +115,7 @@ def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
             apply_mask(targets, mask, masking.mask_token_id), targets, F.pad(positions, padding),
             F.pad(main, padding), F.pad(mean, padding),
             F.pad(neighbours.flatten(0, 1)[positions], (0, 0, *padding), value=-1),
-            F.pad(new.flatten()[positions], padding), turns, block_length, generator.rows,
+            F.pad(new.flatten()[positions], padding), turns, block_length, targets.new_empty(0), generator.rows,
             torch.tensor(1 / max(1, judged))))
     return batches
 
@@ -172,10 +173,10 @@ def remasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
         targets = draw_windows(plan, generator, T)
         mask = draw_mask(generator, low_discrepancy_times(generator, plan.rows.global_batch), T)
         drawn.append((generator, targets, corrupt(plan.noise, generator, targets, mask)))
-    corrupted = total(sum(int((inputs != targets).sum()) for _, targets, inputs in drawn))
+    corrupted = total(sum(int((text.tokens != targets).sum()) for _, targets, text in drawn))
     weights = position_weights(plan.noise.loss_type, plan.rows.global_batch * T - corrupted, corrupted)
-    return [whole_batch(generator, inputs, targets, weights[(inputs != targets).flatten().long()])
-            for generator, targets, inputs in drawn]
+    return [whole_batch(generator, text.tokens, targets, weights[(text.tokens != targets).flatten().long()])
+            ._replace(sources=text.sources) for generator, targets, text in drawn]
 
 
 def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
@@ -194,4 +195,4 @@ def whole_batch(generator: RowRandom, inputs: Tensor, targets: Tensor, weights: 
     """A batch whose every position is read; no sampler head and no critic trains on it."""
     return Batch(inputs, targets, torch.arange(targets.numel()), weights, weights,
                  targets.new_empty(targets.numel(), 0), targets.new_zeros(targets.numel()), targets.new_empty(0),
-                 generator.rows[:0], generator.rows, torch.tensor(0.0))
+                 generator.rows[:0], targets.new_empty(0), generator.rows, torch.tensor(0.0))

@@ -20,6 +20,7 @@ from core.common.randomness import Purpose, RowRandom
 from core.common.waves import Order, Turns, fill_turns
 from core.sampler_head import SAMPLER_KINDS, SamplerWindow
 
+NEARBY = 8  # how far away the token may come from that replaces another of its row
 MINIMUM_TIME = 1e-3  # epsilon: times below it are never drawn, so the weight 1 / t of the linear schedule stays bounded
 
 
@@ -99,6 +100,17 @@ def replace_tokens(generator: RowRandom, tokens: Tensor, mask: Tensor, base_size
     uniform = generator.uniform(Purpose.MASK, tokens.size(1), stream=1)  # [B, T]
     step = 1 + (uniform * (base_size - 1)).long()  # 1 .. V0 - 1, so that adding it leads to any token but the same
     return torch.where(mask, (tokens + step) % base_size, tokens)
+
+
+def nearby_tokens(generator: RowRandom, tokens: Tensor, mask: Tensor) -> Tensor:
+    """`tokens` int64 [B, T] with the token of another place of the row, each of those at most `NEARBY` away equally
+    likely, where `mask` [B, T] is True; a new tensor. Tokens come from the text as it was, so such a token may be the
+    right one. A row of one token has no other place, and keeps it."""
+    T, places = tokens.size(1), torch.arange(tokens.size(1), device=tokens.device)
+    left, right = places.clamp(max=NEARBY), (T - 1 - places).clamp(max=NEARBY)  # [T], places on each side
+    step = (generator.uniform(Purpose.MASK, T, stream=3) * (left + right)).long() - left  # [B, T], below 0: to the left
+    step = step + (step >= 0)  # no position is its own source
+    return torch.where(mask, tokens.gather(1, (places + step).clamp(max=T - 1)), tokens)
 
 
 def stratified_mask_counts(generator: RowRandom, total_rows: int, length: int) -> Tensor:
@@ -208,12 +220,14 @@ class Corruption(NamedTuple):
 
     loss_type: which positions a remasking model learns from (`position_weights`). fill: gives tokens [B, T] with the
     positions of mask [B, T] filled by a generator, from its arguments (true tokens, mask, generator); None without one.
+    sources: what writes the tokens that a remasking model reads, one name of `SOURCES` or all of them in their order.
     """
 
     base_size: int
     cls_token_id: int
     loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = 'all_positions'
     fill: Callable[[Tensor, Tensor, RowRandom], Tensor] | None = None
+    sources: tuple[str, ...] = ('random',)
 
 
 class Shown(NamedTuple):
@@ -291,12 +305,32 @@ def neighbours_shown(generator: RowRandom, targets: Tensor, mask: Tensor, seen: 
     return torch.where(shown, targets[:, places], -1), (shown & unknown).sum(2)
 
 
-def corrupt(corruption: Corruption, generator: RowRandom, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Tokens [B, T] made wrong where mask [B, T] says: filled by the generator where there is one, which may hit the
-    truth, else replaced by other tokens at random."""
-    if corruption.fill is not None:
-        return corruption.fill(tokens, mask, generator)
-    return replace_tokens(generator, tokens, mask, corruption.base_size)
+# What can write at the chosen positions of a text: of a corruption, generator, tokens [B, T] and mask [B, T] gives the
+# text with other tokens there. Nearby tokens and the generator's may be the right ones.
+SOURCES: dict[str, Callable[[Corruption, RowRandom, Tensor, Tensor], Tensor]] = {
+    'random': lambda corruption, generator, tokens, mask: replace_tokens(generator, tokens, mask, corruption.base_size),
+    'shuffled': lambda corruption, generator, tokens, mask: nearby_tokens(generator, tokens, mask),
+    'model': lambda corruption, generator, tokens, mask: corruption.fill(tokens, mask, generator),
+}
+
+
+class Corrupted(NamedTuple):
+    """tokens int64 [B, T]; sources int64 [B, T]: 0 where a token is right, else 1 + the place in `SOURCES` of what wrote
+    it; [0] where there is one source."""
+
+    tokens: Tensor
+    sources: Tensor
+
+
+def corrupt(corruption: Corruption, generator: RowRandom, tokens: Tensor, mask: Tensor) -> Corrupted:
+    """Tokens [B, T] made wrong where mask [B, T] says. With several sources each position draws one of them, all equally
+    likely, and gets what that source writes there when it writes at all positions of the mask."""
+    written = [SOURCES[name](corruption, generator, tokens, mask) for name in corruption.sources]
+    if len(written) == 1:
+        return Corrupted(written[0], tokens.new_empty(0))
+    drawn = (generator.uniform(Purpose.MASK, tokens.size(1), stream=4) * len(written)).long()  # [B, T]
+    mixed = torch.stack(written).gather(0, drawn[None])[0]
+    return Corrupted(mixed, torch.where(mixed != tokens, drawn + 1, 0))
 
 
 def judged_text(corruption: Corruption, generator: RowRandom, text: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Letters: B rows, T sequence length, V vocabulary, D width, N predicted positions
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,9 @@ from core.checkpoints.heads import CRITIC, SAMPLER
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.waves import Turns
+from core.noise import SOURCES
 from core.stages import Stage
-from model import GPT, ModelMode
+from model import GPT, GPTConfig, ModelMode
 from sample_utils import (WaveRecorder, build_critic_artifacts_from_logits, prepare_sampler_inputs, rows_read,
                           wrong_from_logits)
 
@@ -42,8 +43,7 @@ class Losses(NamedTuple):
     """Scalars in nats; a judge's is a squared error. total: main and, with their weights, those of the heads.
 
     heads: of each head that trains, by its name. sums: further numbers for the log, added up over micro-steps and ranks
-    and read by `TrainingKind.metrics`; of remasking models float32 [2, 4], `PositionSums` of the clean and of the
-    corrupted positions.
+    and read by `TrainingKind.metrics`; of remasking models float32 [2 or 5, 4], see `position_sums`.
     """
 
     total: Tensor
@@ -63,63 +63,84 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, all
 
 class RemaskingTerms(NamedTuple):
     """Per position [B, T]: wrong bool, whether the input differs from the truth; loss float32, cross-entropy in nats;
-    right bool, whether the most probable class is the target; corrected bool, whether the most probable base token is
-    the truth (never, for a binary model); probability float64, P(wrong)."""
+    right bool, whether the most probable class is the target (of a multiclass model: whether right or wrong is, of all
+    sources together); named bool, whether the most probable base token is the truth, or the most probable source the
+    true one (never, for a binary model); probability float64, P(wrong)."""
 
     wrong: Tensor
     loss: Tensor
     right: Tensor
-    corrected: Tensor
+    named: Tensor
     probability: Tensor
 
 
-def remasking_terms(model: GPT, inputs: Tensor, truth: Tensor, allowed: Tensor) -> RemaskingTerms:
-    """What a remasking model of either kind says about inputs int64 [B, T], one call; truth int64 [B, T].
+def remasking_terms(model: GPT, inputs: Tensor, truth: Tensor, allowed: Tensor, sources: Tensor) -> RemaskingTerms:
+    """What a remasking model of any kind says about inputs int64 [B, T], one call; truth int64 [B, T]; sources: see
+    `Corrupted`.
 
     A language model's target is wrong_token_id where the input is wrong and the token itself elsewhere, the softmax
-    taken over `allowed` bool [V], the base vocabulary, and wrong_token_id; a classifier's is class 1 where wrong.
+    taken over `allowed` bool [V], the base vocabulary, and wrong_token_id; a binary model's is class 1 where wrong; a
+    multiclass model's are the `sources`.
     """
-    config, logits = model.config, model(inputs).logits.float()  # [B, T, V or 2]
+    config, logits = model.config, model(inputs).logits.float()  # [B, T, V or classes]
     wrong = inputs != truth
     probability = wrong_from_logits(logits.detach(), config)
-    if config.mode is ModelMode.TOKEN_CLASSIFIER:
-        targets, corrected = wrong.long(), torch.zeros_like(wrong)
+    if names(config) == 'source':
+        targets, named, right = sources, logits[..., 1:].argmax(-1) + 1 == sources, (probability > 0.5) == wrong
+    elif config.mode is ModelMode.TOKEN_CLASSIFIER:
+        targets, named = wrong.long(), torch.zeros_like(wrong)
+        right = logits.argmax(-1) == targets
     else:
         targets = torch.where(wrong, config.wrong_token_id, truth)
-        corrected = logits.masked_fill(~allowed, -torch.inf).argmax(-1) == truth
+        named = logits.masked_fill(~allowed, -torch.inf).argmax(-1) == truth
         allowed = allowed | (torch.arange(len(allowed), device=allowed.device) == config.wrong_token_id)
         logits = logits.masked_fill(~allowed, -torch.inf)
+        right = logits.argmax(-1) == targets
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction='none').view_as(truth)
-    return RemaskingTerms(wrong, loss, logits.argmax(-1) == targets, corrected, probability)
+    return RemaskingTerms(wrong, loss, right, named, probability)
+
+
+def names(config: GPTConfig) -> Literal['correction', 'source'] | None:
+    """What a remasking model of this shape says of a wrong token beyond that it is wrong: the right one, or where it
+    came from."""
+    if config.mode is not ModelMode.TOKEN_CLASSIFIER:
+        return 'correction'
+    return 'source' if config.num_token_classes > 2 else None
 
 
 class PositionSums(NamedTuple):
-    """Sums over positions of one kind, clean or corrupted: their number and the terms of `RemaskingTerms`."""
+    """Sums over positions of one kind: their number and the terms of `RemaskingTerms`."""
 
     count: Tensor
     loss: Tensor
     right: Tensor
-    corrected: Tensor
+    named: Tensor
 
 
-def position_sums(terms: RemaskingTerms) -> Tensor:
-    """float32 [B, 2, 4]: `PositionSums` of the clean and of the corrupted positions of each row."""
-    columns = PositionSums(torch.ones_like(terms.loss), terms.loss, terms.right, terms.corrected)
+def position_sums(terms: RemaskingTerms, sources: Tensor) -> Tensor:
+    """float32 [B, 2 or 5, 4]: `PositionSums` of the clean and of the corrupted positions of each row, and where there
+    are several sources (`Corrupted`) of the positions that each has corrupted."""
+    columns = PositionSums(torch.ones_like(terms.loss), terms.loss, terms.right, terms.named)
     values = torch.stack([column.detach().float() for column in columns], dim=-1)  # [B, T, 4]
-    return torch.stack([(values * kind[..., None]).sum(1) for kind in (~terms.wrong, terms.wrong)], dim=1)
+    kinds = [~terms.wrong, terms.wrong] + [sources == 1 + place for place in range(len(SOURCES) * (sources.dim() > 1))]
+    return torch.stack([(values * kind[..., None]).sum(1) for kind in kinds], dim=1)
 
 
-def position_metrics(sums: Tensor, binary: bool = False) -> dict[str, float]:
-    """Mean loss and accuracy at clean and at corrupted positions, and of a language model how often its most probable
-    base token corrects a corrupted one, by the names under which they are logged; sums [2, 4]: `PositionSums` of the
-    clean and of the corrupted ones."""
+def position_metrics(sums: Tensor, named: Literal['correction', 'source'] | None = 'correction') -> dict[str, float]:
+    """Mean loss and accuracy at clean and at corrupted positions, accuracy at those that each source corrupted, and at
+    corrupted ones how often a model that names something beyond *wrong* (`names`) is right in this, by the names under
+    which they are logged; sums [2 or 5, 4]: see `position_sums`."""
     metrics = {}
-    for name, row in zip(('clean', 'corrupted'), sums.tolist()):
+    for name, row in zip(('clean', 'corrupted', *SOURCES), sums.tolist()):
         found = PositionSums(*row)
-        if found.count > 0:
-            metrics |= {f'loss_{name}': found.loss / found.count, f'accuracy_{name}': found.right / found.count}
-            if name == 'corrupted' and not binary:
-                metrics['correction_accuracy'] = found.corrected / found.count
+        if found.count == 0:
+            continue
+        if name not in SOURCES:
+            metrics[f'loss_{name}'] = found.loss / found.count
+        metrics[f'accuracy_{name}'] = found.right / found.count
+        if named is not None and name != 'clean':
+            suffix = f'_{name}' if name in SOURCES else ''
+            metrics[f'{named}_accuracy{suffix}'] = found.named / found.count
     return metrics
 
 
@@ -129,9 +150,9 @@ def wrong_shares(inputs: Tensor, truth: Tensor) -> Tensor:
 
 
 def remasking_loss(model: GPT, batch: Batch, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """(weighted cross-entropy over all positions, sums for the log) of a remasking model of either kind."""
-    terms = remasking_terms(model, batch.inputs, batch.targets, allowed)
-    return (terms.loss.flatten() * batch.main_weights).sum(), position_sums(terms).sum(0)
+    """(weighted cross-entropy over all positions, sums for the log) of a remasking model of any kind."""
+    terms = remasking_terms(model, batch.inputs, batch.targets, allowed, batch.sources)
+    return (terms.loss.flatten() * batch.main_weights).sum(), position_sums(terms, batch.sources).sum(0)
 
 
 def judge_loss(model: GPT, batch: Batch, allowed: Tensor) -> tuple[Tensor, None]:

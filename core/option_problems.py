@@ -52,7 +52,7 @@ def head_problems(config: TrainConfig) -> list[str]:
     if config.freeze_transformer and 0 not in begins and not kind_of(config).own_output:
         problems.append('freeze_transformer leaves nothing to train at iteration 0; add a head that starts there '
                         '(start_sampler_iteration=0), train a model with an output layer of its own '
-                        '(remasking_kind=binary, or a judge), or leave freeze_transformer out')
+                        '(remasking_kind=binary or multiclass, or a judge), or leave freeze_transformer out')
     if config.freeze_transformer and config.init_from == 'scratch' and not config.init_from_checkpoint:
         problems.append('freeze_transformer would keep random weights; name the trained ones with '
                         '--init_from_checkpoint=...')

@@ -72,12 +72,14 @@ class TrainConfig:
     # remasking models and judges (docs/remasking.md)
     training_type: Literal['unmasking', 'remasking', 'judge', 'grpo'] = option(
         'unmasking', 'remasking learns which tokens are wrong, judge which share of a text is, grpo from rewards')
-    remasking_kind: Literal['token', 'binary'] = option(
-        'token', 'token predicts the token or the wrong id, binary one of two classes')
+    remasking_kind: Literal['token', 'binary', 'multiclass'] = option(
+        'token', 'token predicts the token or the wrong id, binary right or wrong, multiclass right or the source of a '
+        'wrong token')
     remasking_loss_type: Literal['corrupted_only', 'all_positions', 'balanced'] = option(
         'corrupted_only', 'positions that count; only balanced and all_positions learn to tell right from wrong')
-    remasking_corruption: Literal['random', 'model'] = option(
-        'random', 'wrong tokens drawn at random, or by the model of corruption_checkpoint')
+    remasking_corruption: Literal['random', 'shuffled', 'model', 'mixed'] = option(
+        'random', 'wrong tokens drawn at random, from nearby places, by the model of corruption_checkpoint, or each way '
+        'at a third of the places')
     corruption_checkpoint: str | None = option(None, 'trained generator whose errors are learned; judges use both',
         path=True)
     # policy gradients, training_type=grpo (docs/reinforcement.md)

@@ -102,7 +102,8 @@ def build_model_config(config: TrainConfig, corpus: Corpus) -> GPTConfig:
     vocabulary, names = corpus.vocabulary, {one.name for one in dataclasses.fields(config)}
     values = {one.name: getattr(config, one.name) for one in dataclasses.fields(GPTConfig) if one.name in names}
     try:
-        return GPTConfig(**values, mode=kind_of(config).mode, vocab_size=vocabulary.size,
+        kind = kind_of(config)
+        return GPTConfig(**values, mode=kind.mode, num_token_classes=kind.classes, vocab_size=vocabulary.size,
                          mask_token_id=vocabulary.mask_token_id, wrong_token_id=vocabulary.wrong_token_id,
                          pad_token_id=vocabulary.pad_token_id, cls_token_id=vocabulary.cls_token_id)
     except ValueError as error:

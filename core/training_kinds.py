@@ -18,7 +18,7 @@ from core.checkpoints.helpers import load_generator, one_shot_fill, require_bloc
 from core.checkpoints.kinds import CheckpointKind
 from core.common.runtime import Runtime
 from core.data.vocabulary import Vocabulary
-from core.noise import SCHEDULES, BlockNoise, Corruption, Masking, seen_neighbours
+from core.noise import SCHEDULES, SOURCES, BlockNoise, Corruption, Masking, seen_neighbours
 from core.objective import Objective, WholeLoss, judge_loss, position_metrics, remasking_loss
 from core.options import TrainConfig
 from core.reinforcement import GroupObjective, Reinforcement, prompt_batches, reinforcement_metrics, validate_rewards
@@ -73,8 +73,14 @@ def _no_noise(config: TrainConfig, vocabulary: Vocabulary, runtime: Runtime) -> 
 
 
 def _wrong_tokens(config: TrainConfig, vocabulary: Vocabulary, runtime: Runtime) -> Corruption:
-    wanted = config.corruption_checkpoint if config.remasking_corruption == 'model' else None
-    return _corruption(config, wanted, config.block_size, vocabulary, runtime)
+    sources = _sources(config)
+    wanted = config.corruption_checkpoint if 'model' in sources else None
+    return _corruption(config, wanted, config.block_size, vocabulary, runtime)._replace(sources=sources)
+
+
+def _sources(config: TrainConfig) -> tuple[str, ...]:
+    """What writes the wrong tokens that a remasking model reads."""
+    return tuple(SOURCES) if config.remasking_corruption == 'mixed' else (config.remasking_corruption,)
 
 
 def _texts_of_each_quality(config: TrainConfig, vocabulary: Vocabulary, runtime: Runtime) -> Corruption:
@@ -145,8 +151,9 @@ def _reader_problems(config: TrainConfig) -> list[str]:
 
 
 def _unnamed_generator(config: TrainConfig) -> list[str]:
-    return ['remasking_corruption is model, but no model is named; add --corruption_checkpoint=... of a trained '
-            'generator'] if config.remasking_corruption == 'model' and not config.corruption_checkpoint else []
+    return [f'remasking_corruption is {config.remasking_corruption}, but no model is named; add '
+            f'--corruption_checkpoint=... of a trained generator'] \
+        if 'model' in _sources(config) and not config.corruption_checkpoint else []
 
 
 def _remasking_problems(config: TrainConfig) -> list[str]:
@@ -154,9 +161,16 @@ def _remasking_problems(config: TrainConfig) -> list[str]:
 
 
 def _classifier_problems(config: TrainConfig) -> list[str]:
-    one_class = ['remasking_loss_type is corrupted_only, but then a binary remasking model would see one class alone; '
-                 'take balanced or all_positions'] if config.remasking_loss_type == 'corrupted_only' else []
-    return _reader_problems(config) + one_class + _unnamed_generator(config)
+    never_right = [f'remasking_loss_type is corrupted_only, but then a {config.remasking_kind} remasking model would '
+                   f'never see a right token; take balanced or all_positions'] \
+        if config.remasking_loss_type == 'corrupted_only' else []
+    return _reader_problems(config) + never_right + _unnamed_generator(config)
+
+
+def _multiclass_problems(config: TrainConfig) -> list[str]:
+    one_source = [f'remasking_kind is multiclass, but with remasking_corruption={config.remasking_corruption} all wrong '
+                  f'tokens have one source; take --remasking_corruption=mixed'] if len(_sources(config)) == 1 else []
+    return one_source + _classifier_problems(config)
 
 
 def _judge_problems(config: TrainConfig) -> list[str]:
@@ -170,7 +184,7 @@ def _judge_problems(config: TrainConfig) -> list[str]:
 
 
 def _reads_generator(config: TrainConfig) -> list[str]:
-    wanted = config.training_type == 'judge' or config.remasking_corruption == 'model'
+    wanted = config.training_type == 'judge' or 'model' in _sources(config)
     return ['corruption_checkpoint'] if wanted and config.corruption_checkpoint else []
 
 
@@ -221,8 +235,12 @@ TRAINING: dict[str, TrainingKind] = {
         reads=_reads_generator),
     CheckpointKind.CLASSIFIER: TrainingKind(
         {'training_type': 'remasking', 'remasking_kind': 'binary'}, _wrong_tokens, remasking_batches,
-        _whole(remasking_loss), validate_remasking, _classifier_problems, metrics=partial(position_metrics, binary=True),
+        _whole(remasking_loss), validate_remasking, _classifier_problems, metrics=partial(position_metrics, named=None),
         names_loss_type=True, reads=_reads_generator),
+    CheckpointKind.MULTICLASS: TrainingKind(
+        {'training_type': 'remasking', 'remasking_kind': 'multiclass'}, _wrong_tokens, remasking_batches,
+        _whole(remasking_loss), validate_remasking, _multiclass_problems,
+        metrics=partial(position_metrics, named='source'), names_loss_type=True, reads=_reads_generator),
     CheckpointKind.JUDGE: TrainingKind(
         {'training_type': 'judge'}, _texts_of_each_quality, judge_batches, _whole(judge_loss),
         validate_judge, _judge_problems, unit='squared error', reads=_reads_generator),

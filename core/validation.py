@@ -21,10 +21,10 @@ from core.common.printing import counted
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.runtime import Runtime
 from core.data.corpus import Corpus, gather_windows
-from core.noise import (Corruption, Masking, Shown, apply_mask, behind_cls, corrupt, draw_exact_mask, judged_text,
-                        replace_tokens, seen_neighbours, stratified_mask_counts, what_is_shown)
-from core.objective import PositionSums, position_metrics, position_sums, remasking_terms, wrong_shares
-from model import GPT, ModelMode
+from core.noise import (SOURCES, Corruption, Masking, Shown, apply_mask, behind_cls, corrupt, draw_exact_mask,
+                        judged_text, replace_tokens, seen_neighbours, stratified_mask_counts, what_is_shown)
+from core.objective import PositionSums, names, position_metrics, position_sums, remasking_terms, wrong_shares
+from model import GPT
 from sample_utils import shown_logits
 
 VALIDATION_SEED = 20_240_607  # one for all runs, so that their figures compare
@@ -260,21 +260,22 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def validate_remasking(model: GPT, held_out: HeldOut, allowed: Tensor, corruption: Corruption) -> Validation:
     """The training loss of a remasking model with 1 .. T positions of each window chosen for corruption; loss and
-    accuracy apart for clean and corrupted positions; AUROC of P(wrong)."""
+    accuracy apart for clean and corrupted positions, of several sources for each; AUROC of P(wrong)."""
     start, T, runtime = time.perf_counter(), model.config.block_size, held_out.runtime
-    sums, wrong, scores = held_out.zeros(2, 4), held_out.zeros(T), held_out.zeros(T)
+    kinds = 2 + (len(SOURCES) if len(corruption.sources) > 1 else 0)
+    sums, wrong, scores = held_out.zeros(kinds, 4), held_out.zeros(T), held_out.zeros(T)
     for place, rows in held_out.batches(T):
         generator = keyed(VALIDATION_SEED, 0, place.start, len(rows))
         with runtime.autocast():
             mask = draw_exact_mask(generator, stratified_mask_counts(generator, held_out.windows, T), T)
-            inputs = corrupt(corruption, generator, rows, mask).to(runtime.device)
-            terms = remasking_terms(model, inputs, rows.to(runtime.device), allowed)
-        sums[place] = to_exact(position_sums(terms)).double()
+            inputs, sources = (one.to(runtime.device) for one in corrupt(corruption, generator, rows, mask))
+            terms = remasking_terms(model, inputs, rows.to(runtime.device), allowed, sources)
+        sums[place] = to_exact(position_sums(terms, sources)).double()
         wrong[place], scores[place] = to_exact(terms.wrong), terms.probability
     sums, wrong, scores = runtime.total(sums), runtime.total(wrong), runtime.total(scores)
-    value, error = _weighted_mean(sums, corruption.loss_type)
-    binary = model.config.mode is ModelMode.TOKEN_CLASSIFIER
-    further = {'auroc': auroc(scores.flatten(), wrong.flatten() > 0), **position_metrics(sums.sum(0), binary)}
+    value, error = _weighted_mean(sums[:, :2], corruption.loss_type)
+    further = {'auroc': auroc(scores.flatten(), wrong.flatten() > 0),
+               **position_metrics(sums.sum(0), names(model.config))}
     return Validation(value, error, further, held_out.windows, time.perf_counter() - start)
 
 

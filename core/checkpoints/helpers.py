@@ -23,11 +23,11 @@ from core.noise import apply_mask
 from model import GPT
 from sample_utils import predict_and_sample_tokens
 
-REMASKING_KINDS = (CheckpointKind.REMASKING, CheckpointKind.CLASSIFIER)
+REMASKING_KINDS = (CheckpointKind.REMASKING, CheckpointKind.CLASSIFIER, CheckpointKind.MULTICLASS)
 
 
 def load_remasking_model(name: str, out_dir: Path | str, vocabulary: Vocabulary, device: torch.device) -> GPT:
-    """The remasking model of either kind in the checkpoint `name`, a file in out_dir or a path of its own."""
+    """The remasking model of any kind in the checkpoint `name`, a file in out_dir or a path of its own."""
     return _load(name, 'remasking_checkpoint_name', out_dir, REMASKING_KINDS, 'tells no wrong tokens', vocabulary,
                  device)[0]
 

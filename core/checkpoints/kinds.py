@@ -11,13 +11,14 @@ class CheckpointKind(StrEnum):
     """What a model was trained for, one row a kind.
 
     mode: what its last layer predicts; writes_text: whether it is a generator; command: trains one; use: the option of
-    sample.py that takes one.
+    sample.py that takes one; classes: of a classifier's output.
     """
 
     mode: ModelMode
     writes_text: bool
     command: str
     use: str
+    classes: int
 
     # a diffusion model that reveals masked tokens
     UNMASKING = ('unmasking', ModelMode.LANGUAGE_MODEL, True, 'python train.py config/train_char_diffusion_sampler.py',
@@ -31,15 +32,20 @@ class CheckpointKind(StrEnum):
     CLASSIFIER = ('classifier', ModelMode.TOKEN_CLASSIFIER, False,
                   'python train.py config/train_char_remasking.py --remasking_kind=binary',
                   '--remasking_checkpoint_name')
+    # right, or which source wrote a wrong token
+    MULTICLASS = ('multiclass', ModelMode.TOKEN_CLASSIFIER, False,
+                  'python train.py config/train_char_remasking.py --remasking_kind=multiclass '
+                  '--remasking_corruption=mixed', '--remasking_checkpoint_name', 4)
     # one number per sequence
     JUDGE = ('judge', ModelMode.SEQUENCE_SCORER, False, 'python train.py config/train_char_judge.py',
              '--judge_checkpoint_name')
     # left to right
     CAUSAL = ('causal', ModelMode.LANGUAGE_MODEL, True, 'python train.py config/train_char_ar.py', '--checkpoint_name')
 
-    def __new__(cls, name: str, mode: ModelMode, writes_text: bool, command: str, use: str) -> Self:
+    def __new__(cls, name: str, mode: ModelMode, writes_text: bool, command: str, use: str, classes: int = 2) -> Self:
         kind = str.__new__(cls, name)
         kind._value_, kind.mode, kind.writes_text, kind.command, kind.use = name, mode, writes_text, command, use
+        kind.classes = classes
         return kind
 
     @property

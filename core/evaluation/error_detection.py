@@ -289,8 +289,8 @@ class ErrorStudy:
         return self._scores[name, share]
 
     def correction_accuracy(self, share: float) -> float | None:
-        """How often a remasking model's most probable base token is the truth where a fill is wrong; None of a binary
-        model, which has no tokens, and where nothing is wrong."""
+        """How often a remasking model's most probable base token is the truth where a fill is wrong; None of a
+        classifier, which has no tokens, and where nothing is wrong."""
         texts, runtime, model = self.filled(share), self.evaluation.runtime, self.remasking_model
         if model.config.mode is ModelMode.TOKEN_CLASSIFIER or not texts.wrong.any():
             return None

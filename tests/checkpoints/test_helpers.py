@@ -19,7 +19,8 @@ from sample_utils import intelligent_remask, judge_scores, wrong_probabilities
 
 VOCABULARY = Vocabulary(kind='characters', tokens=tuple('\n abcdefgh'))
 WRONG = 'aceg'
-KINDS = {'remasking': {}, 'classifier': {'mode': 'token_classifier'}}
+KINDS = {'remasking': {}, 'classifier': {'mode': 'token_classifier'},
+         'multiclass': {'mode': 'token_classifier', 'num_token_classes': 4}}
 
 
 @pytest.fixture(scope='module')
@@ -52,15 +53,16 @@ def remaskings(folder, tmp_path, *arguments):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_p_wrong_is_the_softmax_over_base_vocabulary_and_wrong_id_or_class_one(kind):
+def test_p_wrong_is_the_share_of_the_wrong_id_beside_the_base_vocabulary_or_of_all_classes_but_the_first(kind):
     model = model_over(VOCABULARY, **KINDS[kind])
     tokens = torch.randint(0, VOCABULARY.base_size, (3, 16), generator=torch.Generator().manual_seed(1))
     found = wrong_probabilities(model, tokens)
     with torch.no_grad():
         for row, place in itertools.product(range(3), range(16)):
             weights = [math.exp(logit) for logit in model(tokens).logits[row, place].tolist()]
-            ids = range(2) if kind == 'classifier' else [*range(VOCABULARY.base_size), VOCABULARY.wrong_token_id]
-            share = weights[1 if kind == 'classifier' else VOCABULARY.wrong_token_id] / sum(weights[i] for i in ids)
+            right, wrong = (range(VOCABULARY.base_size), [VOCABULARY.wrong_token_id]) if kind == 'remasking' else \
+                ([0], range(1, len(weights)))
+            share = sum(weights[i] for i in wrong) / sum(weights[i] for i in [*right, *wrong])
             assert found[row, place].item() == pytest.approx(share, rel=1e-5)
 
 

@@ -97,8 +97,8 @@ def model_that_knows(vocabulary, wrong: str, **changes) -> GPT:
         weight.copy_(torch.eye(*weight.shape))
         if model.classifier is not None:
             model.classifier.weight.zero_()
-            model.classifier.bias.copy_(torch.tensor([0.0, -8.0]))
-            model.classifier.weight[1, ids] = 4.0
+            model.classifier.bias[0], model.classifier.bias[1:] = 0.0, -8.0
+            model.classifier.weight[-1, ids] = 4.0
         else:
             weight[vocabulary.wrong_token_id] = weight[ids].sum(0) * 3
     return model

@@ -82,7 +82,7 @@ def test_random_batches_corrupt_what_diffusion_would_mask():
 
 def test_model_batches_hold_one_shot_fills_and_a_fill_that_hits_the_truth_is_clean():
     model, fill = generator_fill()
-    plan = toy_plan(batch_size=32, corruption=RANDOM._replace(fill=fill))
+    plan = toy_plan(batch_size=32, corruption=RANDOM._replace(fill=fill, sources=('model',)))
     batch, = remasking_batches(plan, 2, one)
     generator = keyed(1, 2, 0, 32)
     mask = draw_mask(generator, low_discrepancy_times(generator, 32), 4)
@@ -111,7 +111,7 @@ def test_weights_add_up_as_each_loss_type_says_over_micro_steps(loss_type):
 @pytest.mark.parametrize('maker', [remasking_batches, judge_batches])
 def test_rows_are_the_same_whoever_holds_them(maker):
     _, fill = generator_fill()
-    plan = toy_plan(batch_size=8, corruption=RANDOM._replace(fill=fill))
+    plan = toy_plan(batch_size=8, corruption=RANDOM._replace(fill=fill, sources=('model',)))
     whole, = maker(plan, 4, one)
     parts = [maker(plan._replace(rows=RowShare(2, 2, rank, 2)), 4, one) for rank in (0, 1)]
     parts = [parts[0][0], parts[1][0], parts[0][1], parts[1][1]]
@@ -272,7 +272,7 @@ def test_remasking_validation_is_the_loss_and_the_auroc_of_its_windows_whatever_
     monkeypatch.setattr(module, 'corrupt', lambda *given: seen.append((given[2], inner(*given))) or seen[-1][1])
     corruption = random_corruption(small_corpus, loss_type)
     found = validate_remasking(model, HeldOut(small_corpus, RUNTIME, 30, 30), allowed, corruption)
-    (truth, inputs), = seen
+    (truth, (inputs, _)), = seen
     wrong = inputs != truth
     assert set(wrong.sum(1).tolist()) == {*range(1, 13)}  # every number of wrong tokens occurs
     probability = wrong_probabilities(model, inputs)
@@ -415,6 +415,8 @@ def test_judge_runs_with_and_without_a_generator(generator):
      'remasking_all_positions', 'mine_remasking_all_positions'),
     (['--training_type=remasking', '--remasking_kind=binary', '--remasking_loss_type=balanced'], 'classifier_balanced',
      'run_classifier_balanced'),
+    (['--training_type=remasking', '--remasking_kind=multiclass', '--remasking_loss_type=balanced'],
+     'multiclass_balanced', 'run_multiclass_balanced'),
     (['--training_type=judge'], 'judge', 'run_judge'),
 ])
 def test_snapshots_and_runs_are_named_after_what_is_trained(arguments, label, name):
@@ -427,7 +429,13 @@ def test_snapshots_and_runs_are_named_after_what_is_trained(arguments, label, na
     (['--training_type=remasking', '--remasking_corruption=model', '--corruption_checkpoint=gone.pt'],
      'corruption_checkpoint is gone.pt, but there is no such file; train one with: python train.py'),
     (['--training_type=remasking', '--remasking_kind=binary', '--remasking_loss_type=corrupted_only'],
-     'one class alone'),
+     'a binary remasking model would never see a right token'),
+    (['--training_type=remasking', '--remasking_kind=multiclass', '--remasking_loss_type=balanced'],
+     'with remasking_corruption=random all wrong tokens have one source; take --remasking_corruption=mixed'),
+    (['--training_type=remasking', '--remasking_kind=multiclass', '--remasking_corruption=mixed',
+      '--corruption_checkpoint=x.pt'], 'a multiclass remasking model would never see a right token'),
+    (['--training_type=remasking', '--remasking_corruption=mixed'],
+     'remasking_corruption is mixed, but no model is named; add --corruption_checkpoint'),
     (['--training_type=remasking', '--add_sampler_head=True'], 'add_sampler_head is True, but training_type=remasking'),
     (['--training_type=judge', '--attention_type=causal'], 'reads a text from both sides'),
     (['--training_type=judge', '--init_from_checkpoint=gone.pt'],
