@@ -21,6 +21,7 @@ from core.sampling.options import SampleConfig
 from core.sampling.run import run_sampling
 from core.stages import Stage
 from core.trainer import train
+from core.training_kinds import TRAINING, training_of
 from core.training_step import TrainingState, training_step
 from core.validation import HeldOut, auroc, validate_remasking
 from helpers.toys import CPU, SPECIAL, V0, awake, model_over, toy_config, toy_plan, toy_settings
@@ -95,8 +96,8 @@ def test_the_three_sources_are_equally_likely_whatever_was_masked():
     the token after it."""
     tokens, generator = torch.zeros(6000, 6).long(), keyed(1, 0, 0, 6000)
     mask = draw_mask(generator, torch.full((6000,), 0.3), 6)
-    fill = lambda tokens, mask, generator: torch.where(mask, 17, tokens)
-    text, sources = corrupt(MIXED._replace(base_size=1000, fill=fill), generator, tokens, mask)
+    text, sources = corrupt(MIXED._replace(base_size=1000, fill=lambda tokens, mask, generator: tokens + 17 * mask),
+                            generator, tokens, mask)
     shares = torch.bincount(sources[mask], minlength=4) / mask.sum()
     assert ((shares - torch.tensor([1 / 3, 1 / 3, 0, 1 / 3])).abs() < 0.02).all()  # a nearby token is the right one
     assert (text[sources == 3] == 17).all() and (text[sources == 1] > 0).all()
@@ -220,6 +221,14 @@ def test_a_run_from_a_generator_is_logged_by_source_goes_on_exactly_and_guides_s
                                              '--iterations=4', '--num_samples=2'])
     result = run_sampling(configuration.config, configuration.explicit, lambda line: None)
     assert (result.trunk_calls, result.network_calls) == (4, 7)
+
+
+@pytest.mark.parametrize('corruption, read', [('random', []), ('shuffled', []), ('model', ['corruption_checkpoint']),
+                                              ('mixed', ['corruption_checkpoint'])])
+def test_a_run_must_find_the_same_generator_again_where_it_reads_one(corruption, read):
+    config = configure(script.TrainConfig, ['--training_type=remasking', f'--remasking_corruption={corruption}',
+                                            '--corruption_checkpoint=g.pt']).config
+    assert TRAINING[training_of(config)].reads(config) == read
 
 
 def test_nearby_tokens_need_no_generator(small_corpus):
