@@ -53,7 +53,7 @@ def remaskings(folder, tmp_path, *arguments):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_p_wrong_is_the_share_of_the_wrong_id_beside_the_base_vocabulary_or_of_all_classes_but_the_first(kind):
+def test_p_wrong_is_the_share_of_the_wrong_id_in_the_softmax_or_of_all_classes_but_the_first(kind):
     model = model_over(VOCABULARY, **KINDS[kind])
     tokens = torch.randint(0, VOCABULARY.base_size, (3, 16), generator=torch.Generator().manual_seed(1))
     found = wrong_probabilities(model, tokens)
