@@ -9,6 +9,7 @@
     python bench.py --scaling                          memory and step time of other sizes
     python bench.py --scaling --sizes=small,large      of some of them
     python bench.py --gpu_checks --json=gpu.json       what must hold on a CUDA GPU
+    python bench.py --time_to_nelbo                    seconds of training until a validation loss, and a plain GPT's
     python bench.py --help                             every option
 
 docs/performance.md says what each figure means.
@@ -34,6 +35,10 @@ def main(arguments: list[str]) -> None:
         from core.bench.gpu_checks import run_gpu_checks
 
         return run_gpu_checks(configuration.config, say)
+    if configuration.config.time_to_nelbo is not None:
+        from core.bench.time_to_loss import run_time_to_nelbo
+
+        return run_time_to_nelbo(configuration.config, configuration.explicit, say)
     run = run_scaling if configuration.config.scaling else run_benchmark
     run(configuration.config, configuration.explicit, say)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from configurator import option
 
+TIME_TO_NELBO = '2.5,2.2,2,1.8,1.6,1.5'  # nats per token
 FILES = ('json', 'report', 'from_json')  # options of both measurements
 
 
@@ -28,14 +29,21 @@ class BenchConfig:
     sizes: str | None = option(None, 'with --scaling: which of them, with a comma between; None: all')
     gpu_checks: str | None = option(None, 'check on a CUDA GPU what must hold there instead: all, or names with a comma '
                                     'between', bare='all')
+    time_to_nelbo: str | None = option(None, 'train on a corpus and say after how many seconds the validation loss falls '
+                                       'to these nats per token', bare=TIME_TO_NELBO)
+    dataset: str = option('shakespeare_char', 'with --time_to_nelbo: the corpus')
+    iterations: int | None = option(None, "with --time_to_nelbo: of each training; the recipe's own by default",
+                                    minimum=2, maximum=10**7)
     json: str | None = option(None, 'write every measured number to this file', path=True)
     report: str | None = option(None, 'write the tables into this file, between its two marker lines', path=True)
     from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier', path=True)
 
 
 def measurement_problems(explicit: Mapping[str, str], scaling: bool) -> list[str]:
-    """Options given that belong to the other of the two measurements."""
-    if not scaling:
-        return ['sizes is of --scaling, which was not given; leave it out or give both'] if 'sizes' in explicit else []
-    return [f'{name} does not apply to --scaling; leave one of them out' for name in explicit
-            if name not in ('scaling', 'sizes', *FILES)]
+    """Options given that belong to another measurement than the one that was asked for."""
+    if scaling:
+        return [f'{name} does not apply to --scaling; leave one of them out' for name in explicit
+                if name not in ('scaling', 'sizes', *FILES)]
+    owners = {'sizes': 'scaling', 'dataset': 'time_to_nelbo', 'iterations': 'time_to_nelbo'}
+    return [f'{name} is of --{owner}, which was not given; leave it out or give both'
+            for name, owner in owners.items() if name in explicit]

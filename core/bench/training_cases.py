@@ -59,19 +59,23 @@ def _training_run(config: GPTConfig, shape: Shape, runtime: Runtime) -> Callable
 
 def baseline_cases(shape: Shape, runtime: Runtime) -> dict[str, Case]:
     """A training step of the yardstick (core/bench/yardstick.py) of the same shape in each of its forms, of which the
-    fastest counts: in float32, but not on a GPU with fast bfloat16; in bfloat16 where that is fast; each eager, and
-    compiled where this program's steps are."""
-    fast = has_fast_bfloat16(runtime.device)
-    dtypes = ([torch.float32] if runtime.device.type == 'cpu' or not fast else []) + ([torch.bfloat16] if fast else [])
-    forms = [Form(dtype, compile) for dtype in dtypes for compile in ([False, True] if runtime.compile else [False])]
+    fastest counts."""
     operations = step_operations(model_config(shape, attention_type='causal'), shape)
     found = {}
-    for form in forms:
+    for form in baseline_forms(runtime):
         model = Baseline(shape.block_size, shape.vocabulary_size, shape.n_layer, shape.n_head, shape.n_embd)
         training = BaselineTraining(model.to(runtime.device), made_up_tokens(shape.base_size), shape.batch_size,
                                     shape.block_size, form)
         found[form.name] = Case(_numbered(training), operations, shape.tokens, form.dtype, baseline_bytes(model, shape))
     return found
+
+
+def baseline_forms(runtime: Runtime) -> list[Form]:
+    """The forms of the yardstick: in float32, but not on a GPU with fast bfloat16; in bfloat16 where that is fast; each
+    eager, and compiled where this program's steps are."""
+    fast = has_fast_bfloat16(runtime.device)
+    dtypes = ([torch.float32] if runtime.device.type == 'cpu' or not fast else []) + ([torch.bfloat16] if fast else [])
+    return [Form(dtype, compile) for dtype in dtypes for compile in ([False, True] if runtime.compile else [False])]
 
 
 def _numbered(training: BaselineTraining) -> Callable[[int], object]:

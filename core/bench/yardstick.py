@@ -47,13 +47,13 @@ class Baseline(nn.Module):
     """The model. bias: of linear layers and norms; nanoGPT's default is without."""
 
     def __init__(self, block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int,
-                 bias: bool = False) -> None:
+                 bias: bool = False, seed: int = 1337) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(BaselineBlock(n_embd, n_head, bias) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, bias=bias)
-        self._initialise(torch.Generator().manual_seed(1337))
+        self._initialise(torch.Generator().manual_seed(seed))
 
     def _initialise(self, generator: torch.Generator) -> None:
         """Normal with deviation 0.02; smaller by the root of the number of parts for what each adds to the residual."""
@@ -90,25 +90,40 @@ class BaselineTraining:
     """`model` in training on random windows of a corpus, tokens of any integer type [N]."""
 
     def __init__(self, model: Baseline, tokens: np.ndarray, batch_size: int, block_size: int,
-                 form: Form = Form(torch.float32, False)) -> None:
+                 form: Form = Form(torch.float32, False), seed: int = 1) -> None:
         self.model, self.tokens, self.batch_size, self.block_size = model, tokens, batch_size, block_size
         self.form, self.network = form, torch.compile(model, dynamic=False) if form.compile else model
         self.device = model.tokens.weight.device
-        self.generator = torch.Generator().manual_seed(1)
+        self.generator = torch.Generator().manual_seed(seed)
         matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
         others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
         self.optimizer = torch.optim.AdamW([{'params': matrices, 'weight_decay': WEIGHT_DECAY},
                                             {'params': others, 'weight_decay': 0.0}],
                                            lr=LEARNING_RATE, betas=BETAS, fused=True)
 
-    def step(self) -> Tensor:
+    def step(self, learning_rate: float = LEARNING_RATE) -> Tensor:
         """Draw a batch and train on it; the loss before, a scalar on the device."""
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate
         starts = torch.randint(len(self.tokens) - self.block_size, (self.batch_size,), generator=self.generator)
         windows = moved(gather_windows(self.tokens, starts, self.block_size + 1), self.device)  # [B, T + 1]
-        with torch.autocast(self.device.type, self.form.dtype, enabled=self.form.dtype is not torch.float32):
+        with self._precision():
             _, loss = self.network(windows[:, :-1], windows[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    @torch.no_grad()
+    def validate(self, windows: Tensor) -> float:
+        """Mean negative log-likelihood of windows int64 [W, T + 1], W a multiple of the batch, in nats per token."""
+        total = 0.0
+        for rows in windows.split(self.batch_size):
+            rows = rows.to(self.device)  # [B, T + 1]
+            with self._precision():
+                total += self.model(rows[:, :-1], rows[:, 1:])[1].item() * len(rows)
+        return total / len(windows)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.form.dtype, enabled=self.form.dtype is not torch.float32)
