@@ -69,7 +69,7 @@ class GPTConfig:
     sampler_context: int = 1  # neighbours on each side
     sampler_context_left: int | None = None  # None: sampler_context
     sampler_context_right: int | None = None
-    sampler_order: Literal['wave', 'left_to_right'] = 'wave'  # of a fill, and of what the head is shown in training
+    sampler_order: Literal['wave', 'left_to_right'] = 'wave'  # of a fill, and of the tokens shown in training
     sampler_gate: bool = False  # a learned share of the trunk's logits in place of all of them
     sampler_gradient: Literal['head', 'trunk'] = 'head'  # where the head's own loss stops
     sampler_output: Literal['own', 'shared_detached'] = 'own'
@@ -133,7 +133,7 @@ class GPTConfig:
 
     @property
     def reads_row(self) -> bool:
-        """Whether there is a sampler head that reads whole rows, and so needs hidden states of visible tokens too."""
+        """Whether the sampler head reads whole rows, so that it needs hidden states of visible tokens too."""
         return self.add_sampler_head and SAMPLER_KINDS[self.sampler_kind].reads_row
 
     def _block_problems(self) -> list[str]:
@@ -236,8 +236,8 @@ class GPTOutput(NamedTuple):
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the tokens read so far by a causal or block model, one [B, H, block_size, D / H] tensor a
-    layer."""
+    """Keys and values of the tokens that a causal or block model has read: a tensor [B, H, block_size, D / H] for
+    each layer."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -245,9 +245,12 @@ class KeyValueCache:
 
 
 class Reading(NamedTuple):
-    """What all layers of one trunk call share. rotary: cosine and sine of the positions, [T, 1, D / 2H] each, None for
-    absolute ones; attention_mask: bool, broadcast to [B, H, S, K], True where a query sees a key, None for all (or for
-    causal order); cache: None without one."""
+    """What all layers of one trunk call share.
+
+    rotary: cosine and sine of the positions, [T, 1, D / 2H] each; None with absolute positions. attention_mask: bool,
+    broadcast to [B, H, S, K], True where a query sees a key; None: every query sees every key, or all up to its own in
+    causal order. cache: None without one.
+    """
 
     rotary: tuple[Tensor, Tensor] | None
     attention_mask: Tensor | None
@@ -255,9 +258,11 @@ class Reading(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Which hidden states the last layer computes: of the first `length` tokens of each row, at `positions` int64 [N],
-    flat indices into [B, length], or at all of them where that is None. all: all of them come out too, without a
-    gradient; those at `positions` are the same numbers as if it were False."""
+    """Which hidden states the last layer computes, of the first `length` tokens of each row.
+
+    positions: int64 [N], flat indices into [B, length]; None: all of them. all: the call also returns the hidden states
+    of all these tokens, without a gradient. This does not change the numbers at `positions`.
+    """
 
     length: int
     positions: Tensor | None
@@ -278,8 +283,8 @@ def block_attention_mask(block_length: Tensor | int, length: int, device: torch.
     """bool [B, 1, 2T, 2T]: who sees whom in the two streams [x_t ; x_0] of T tokens each (Arriola et al. 2025, BD3-LM,
     section 3.1, figure 1).
 
-    A token of x_t sees its own block of x_t and the blocks of x_0 before it; a token of x_0 its own block of x_0 and
-    those before it. block_length: int64 [B], a length for each row, or one number for all (then B is 1).
+    A token of x_t sees its own block of x_t and the earlier blocks of x_0. A token of x_0 sees its own block of x_0 and
+    the earlier ones. block_length: int64 [B], a length for each row, or one number for all (then B is 1).
     """
     lengths = block_length[:, None] if isinstance(block_length, Tensor) else block_length  # [B, 1]
     block = torch.arange(length, device=device)[None] // lengths  # [B, T]
@@ -315,7 +320,7 @@ class Attention(nn.Module):
             cache.values[layer][:, :, cache.length:cache.length + T] = value
             key = cache.keys[layer][:, :, :cache.length + T]
             value = cache.values[layer][:, :, :cache.length + T]
-            causal = causal and cache.length == 0  # later tokens come with a mask of their own, or alone
+            causal = causal and cache.length == 0  # later calls bring a mask of their own, or one token
         if asked is not None and asked.length < T:
             query = query[:, :, :asked.length]
             mask = mask if mask is None or mask.size(2) == 1 else mask[:, :, :asked.length]
@@ -343,8 +348,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer layer.
 
-    Where `recompute` is True, a pass with gradients keeps the layer's input only and computes the rest again on the way
-    back (Chen et al. 2016, arXiv 1604.06174), with the same dropout.
+    Where `recompute` is True, a pass with gradients keeps only the layer's input. The backward pass computes the rest
+    again, with the same dropout (Chen et al. 2016, arXiv 1604.06174).
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -356,7 +361,7 @@ class Block(nn.Module):
         self.recompute = False
 
     def forward(self, x: Tensor, reading: Reading, layer: int, asked: Asked | None) -> Tensor:
-        """x [B, T, D] one layer further; only what is `asked`, if that is not None."""
+        """What the layer makes of x [B, T, D]; only the `asked` hidden states, if that is not None."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._compute, x, reading, layer, asked, use_reentrant=False,
                               preserve_rng_state=self.mlp.dropout > 0)
@@ -373,11 +378,13 @@ GENERATORS = {'trunk': 0, 'sampler_head': 1, 'critic_head': 2, 'classifier': 3, 
 class HeadRow(NamedTuple):
     """What training, logging and loading must know of a head.
 
-    name: of its loss ('loss_<name>' in the log); module: its attribute of `GPT`, which begins its parameters' names;
-    title, curve: in the picture, of its stage and of its loss. added_by, starts_at: the fields of `GPTConfig` that add
-    it and hold its first iteration. weight, grows_until: those that hold the weight of its loss and the iteration at
-    which that is reached; None: the weight is 1 at once. clipped_apart: its loss reaches no other parameter, so its
-    gradient is clipped by itself; matrices: its parameters that Muon takes.
+    name: of its loss ('loss_<name>' in the log). module: its attribute of `GPT`; the names of its parameters begin with
+    it. title, curve: the names of its stage and of its loss in the picture.
+    added_by, starts_at: fields of `GPTConfig`; the first adds the head, the second holds its first iteration.
+    weight, grows_until: fields of `GPTConfig`; the first holds the weight of its loss, the second the iteration at
+    which that weight is reached. None: the weight is 1 from the start.
+    clipped_apart: its loss reaches no other parameter, so its gradient is clipped by itself. matrices: its parameters
+    that Muon takes.
     """
 
     name: str
@@ -436,7 +443,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Normal with deviation 0.02 as in GPT-2, zero for what writes into the residual stream and for the critic."""
+        """Weights are normal with deviation 0.02, as in GPT-2. Those that write into the residual stream are zero, and
+        the critic's too."""
         generators = {name: torch.Generator().manual_seed(seed + offset) for name, offset in GENERATORS.items()}
         for name, module in self.named_modules():
             part = name.split('.')[0]
@@ -454,10 +462,10 @@ class GPT(nn.Module):
         """Hidden states [B, T, D] after the final norm, of tokens [B, T]: one trunk call.
 
         attention_mask: bool [B, T], True where a token may be attended to (False for padding).
-        positions: int64 [N], flat indices into tokens; hidden states of these alone come out, [N, D], and the last
-        layer computes no others after its attention.
-        cache: of a causal model; tokens are then those that follow what was read, and the cache grows by T.
-        A block model reads all of the tokens as one block here; `encode_streams` and `encode_blocks` read several.
+        positions: int64 [N], flat indices into tokens. Then the result is [N, D], the hidden states of these alone, and
+        the last layer computes no others after its attention.
+        cache: of a causal model. Then `tokens` follow those that it holds, and it grows by T.
+        A block model reads all tokens as one block here; `encode_streams` and `encode_blocks` read several.
         """
         tokens, T = self._here(tokens), tokens.size(1)
         start = 0 if cache is None else cache.length
@@ -465,7 +473,7 @@ class GPT(nn.Module):
             attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, T]
             if self.config.attention_type == 'causal':
                 attention_mask = attention_mask & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
-        if start > 0 and T > 1:  # tokens that follow what is cached: all of that, and what precedes them here
+        if start > 0 and T > 1:  # each token sees all that is cached, and the tokens before it
             assert attention_mask is None, 'a cache takes no padding'
             attention_mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
         hidden_states, _ = self._read(tokens, self._places(start, T), attention_mask, cache,
@@ -476,20 +484,22 @@ class GPT(nn.Module):
 
     def encode_streams(self, noisy: Tensor, clean: Tensor, block_length: Tensor | int,
                        positions: Tensor | None = None) -> Tensor:
-        """Hidden states of a block model's tokens noisy int64 [B, T], each block given the clean text before it: one
-        trunk call of 2T tokens, [B, T, D], or [N, D] at positions int64 [N], flat indices into noisy.
+        """Hidden states [B, T, D] of a block model's tokens noisy int64 [B, T]: one trunk call of 2T tokens.
 
-        clean: int64 [B, T], the same text without masks; block_length: int64 [B], or one number for all rows. With one
-        block alone there is no text before it, and noisy is read like a bidirectional model's.
+        Each block sees itself and the clean text before it. clean: int64 [B, T], the same text without masks.
+        block_length: int64 [B], or one number for all rows. A single block has no text before it, so it is read as a
+        bidirectional model reads. positions: int64 [N], flat indices into noisy; then the result is [N, D].
         """
         T, positions = noisy.size(1), None if positions is None else self._here(positions)
         return self._read_streams(noisy, clean, block_length, Asked(T, positions))[0]
 
     def encode_all(self, tokens: Tensor, positions: Tensor, clean: Tensor | None = None,
                    block_length: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states [N, D] of tokens int64 [B, T] at positions int64 [N], the same numbers as `encode` gives, and
-        those of every position [B, T, D], without a gradient: one trunk call. With clean and block_length, which are
-        those of `encode_streams`, of a block model."""
+        """Hidden states twice, from one trunk call on tokens int64 [B, T].
+
+        First [N, D], those at positions int64 [N], the same numbers as `encode` gives. Then [B, T, D], those of every
+        position, without a gradient. clean and block_length: of a block model, as in `encode_streams`.
+        """
         asked = Asked(tokens.size(1), self._here(positions), all=True)
         if clean is not None:
             return self._read_streams(tokens, clean, block_length, asked)
@@ -507,11 +517,11 @@ class GPT(nn.Module):
                           block_attention_mask(block_length, T, noisy.device), None, asked)
 
     def encode_blocks(self, tokens: Tensor, block_length: int, cache: KeyValueCache, kept: int) -> Tensor:
-        """Hidden states [B, T, D] of tokens int64 [B, T] that follow what a block model's cache holds, each given its
-        own block of `block_length` positions and all that lies before it: one trunk call.
+        """Hidden states [B, T, D] of tokens int64 [B, T] that follow those in a block model's cache: one trunk call.
 
-        The first `kept` of the tokens, whole blocks without masks, join the cache; the others are the block in work and
-        are read again by the next call. The cache holds whole blocks.
+        Each token sees its own block of `block_length` positions and everything before it. The first `kept` tokens are
+        whole blocks without masks, and join the cache. The others are the unfinished block, which the next call reads
+        again. The cache holds whole blocks.
         """
         tokens, T, start = self._here(tokens), tokens.size(1), cache.length
         block = torch.arange(start + T, device=tokens.device) // block_length  # [K]
@@ -522,9 +532,12 @@ class GPT(nn.Module):
         return hidden_states
 
     def encode_next(self, tokens: Tensor, cache: KeyValueCache, kept: int) -> Tensor:
-        """Hidden states [B, n, D] of a mask in the place of each of the last n of tokens int64 [B, kept + n], which
-        follow what the cache holds, given all tokens before that place and nothing else: a block model at blocks of one,
-        one trunk call of kept + 2n tokens. The first `kept` tokens join the cache."""
+        """What a block model at blocks of one predicts for each of the last n of tokens int64 [B, kept + n].
+
+        Returns hidden states [B, n, D]: at each of these places of a mask, which sees all tokens before it and nothing
+        else. The tokens follow those in the cache; the first `kept` of them join it. One trunk call of kept + 2n
+        tokens.
+        """
         tokens, T, start = self._here(tokens), tokens.size(1), cache.length
         every = torch.arange(start + T, device=tokens.device)  # [start + T]
         keys = torch.cat((every, every[start + kept:]))  # [K]
@@ -539,11 +552,11 @@ class GPT(nn.Module):
         return hidden_states[:, T:]
 
     def _here(self, indices: Tensor) -> Tensor:
-        """`indices` where the weights are: tokens of sampling and scoring are where float64 exists."""
+        """`indices` on the device of the weights; sampling and scoring hold tokens on a device that has float64."""
         return indices.to(self.transformer['wte'].weight.device)
 
     def _places(self, start: int, length: int) -> tuple[Tensor, Tensor] | Tensor:
-        """What positions start .. start + length - 1 bring in: rotary tables, or position embeddings [length, D]."""
+        """Of positions start .. start + length - 1: the rotary tables, or the position embeddings [length, D]."""
         stop = start + length
         assert stop <= self.config.block_size, f'{stop} tokens in a block of {self.config.block_size}'
         if self.config.position_encoding == 'absolute':
@@ -552,8 +565,11 @@ class GPT(nn.Module):
 
     def _read(self, tokens: Tensor, places: tuple[Tensor, Tensor] | Tensor, attention_mask: Tensor | None,
               cache: KeyValueCache | None, asked: Asked | None) -> tuple[Tensor, Tensor | None]:
-        """The layers on tokens [B, T] at `places`, then the final norm: [B, T, D], or what is asked; and all of it
-        without a gradient, None where nobody asks."""
+        """The layers on tokens [B, T] at `places`, then the final norm.
+
+        Returns hidden states [B, T, D], or those that are asked for; and all of them without a gradient, if
+        `asked.all`, else None.
+        """
         x = self.transformer['wte'](tokens)  # [B, T, D]
         absolute = isinstance(places, Tensor)
         if absolute:
@@ -566,7 +582,7 @@ class GPT(nn.Module):
         x = self.transformer['ln_f'](x)  # [B, T, D] or [N, D]
         if asked is None or not asked.all:
             return x, None
-        with torch.no_grad():  # after the other, whose dropout it is not to change
+        with torch.no_grad():  # second, so that it does not change the dropout of the first
             return x, self.transformer['ln_f'](block(before, reading, last, Asked(asked.length, None)))
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> GPTOutput:
@@ -592,17 +608,17 @@ class GPT(nn.Module):
         return self.critic_head(hidden_states).squeeze(-1)
 
     def critic_scores(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Probability float64 [B, T] that each of `tokens` [B, T] is wrong: one network call. In float32 all that are
-        surely wrong would be alike."""
+        """Probability float64 [B, T] that each of `tokens` [B, T] is wrong: one network call. It is float64,
+        because in float32 all nearly certain ones would be equal."""
         return torch.sigmoid(to_exact(self.critic_logits(self.encode(tokens, attention_mask))).double())
 
     def sequence_scores(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """A scorer's evaluation [B] in 0..1 of tokens [B, T] that begin with the CLS token; 0 stands for real text."""
+        """A scorer's evaluation [B] in 0..1 of tokens [B, T] that begin with the CLS token; 0 means real text."""
         return torch.sigmoid(self.forward(tokens, attention_mask).logits.float())
 
     def new_cache(self, batch: int, spare: int = 0) -> KeyValueCache:
         """An empty cache for `batch` rows of a causal or block model, in the weights' device and dtype; spare: places
-        beyond the block size, for masks that a call reads and nobody keeps."""
+        beyond the block size, for masks that one call reads and the cache does not keep."""
         config, weight = self.config, self.transformer['wte'].weight
         shape = (batch, config.n_head, config.block_size + spare, config.n_embd // config.n_head)
         dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) \
@@ -623,6 +639,6 @@ class GPT(nn.Module):
         return 2 * (matrices + attention)
 
     def sampler_operations_per_token(self) -> int:
-        """Floating-point operations of the sampler head per token, where one trunk call fills all of a text."""
+        """Floating-point operations of the sampler head per token, if one trunk call fills the whole text."""
         shape = self.config.sampler_shape
         return shape.operations_per_token() + shape.operations_per_read_token()

@@ -54,8 +54,8 @@ def neighbour_tokens(tokens: Tensor, flat_positions: Tensor, window: SamplerWind
 
 
 class SamplerInputs(NamedTuple):
-    """sampler_input [N, (C + 1) D]: what the sampler head reads; sampler_targets int64 [N]: the true tokens, None where
-    nobody knows or asks; num_positions: N."""
+    """sampler_input [N, (C + 1) D]: what the sampler head reads. sampler_targets int64 [N]: the true tokens, or None.
+    num_positions: N."""
 
     sampler_input: Tensor
     sampler_targets: Tensor | None
@@ -64,12 +64,11 @@ class SamplerInputs(NamedTuple):
 
 def prepare_sampler_inputs(hidden: Tensor, neighbour_tokens: Tensor, embedding_weight: Tensor, left: int | None = None,
                            targets: Tensor | None = None) -> SamplerInputs:
-    """What the sampler head reads and is to predict, of hidden [N, D], neighbour_tokens int64 [N, C] and targets int64
-    [N].
+    """The sampler head's inputs, from hidden [N, D] and neighbour_tokens int64 [N, C], with targets int64 [N].
 
-    A neighbour of -1 is a zero vector; the others are rows of embedding_weight [V, D]. The first `left` of the
-    neighbours, half of them where that is None, come before the hidden state and the others after it. Nothing is
-    detached here: whoever trains the head alone hands over detached parts.
+    A neighbour of -1 is a zero vector; the others are rows of embedding_weight [V, D]. The first `left` neighbours
+    (None: half of them) come before the hidden state, the others after it. Nothing is detached here: a caller that
+    trains the head alone passes detached parts.
     """
     left = neighbour_tokens.size(1) // 2 if left is None else left
     embedded = embedding_weight[neighbour_tokens.clamp(min=0)].to(hidden.dtype)  # [N, C, D]
@@ -80,10 +79,10 @@ def prepare_sampler_inputs(hidden: Tensor, neighbour_tokens: Tensor, embedding_w
 
 def shown_logits(model: GPT, hidden_states: Tensor, text: Tensor, masked: Tensor, shown: Shown,
                  block: Tensor | None = None) -> Tensor:
-    """Logits [N, V] of the sampler head at the positions of masked bool [B, T], each given what it is `shown` of text
-    int64 [B, T], which holds true or placed tokens.
+    """Logits [N, V] of the sampler head at the positions of masked bool [B, T].
 
-    hidden_states [B, T, D], of the text with masks; block int64 [B, T]: of a block model.
+    Each position sees the tokens that `shown` names of text int64 [B, T], which holds true or placed tokens.
+    hidden_states [B, T, D]: of the text with masks. block int64 [B, T]: the block of each position, for a block model.
     """
     read = None
     if model.sampler_head.attention is not None:
@@ -94,11 +93,11 @@ def shown_logits(model: GPT, hidden_states: Tensor, text: Tensor, masked: Tensor
 
 def rows_read(model: GPT, hidden_states: Tensor, text: tuple[Tensor, Tensor], masked: Tensor, turns: Turns,
               block: Tensor | None = None) -> Tensor:
-    """[B, T, W]: what a head that reads rows gives each position, in the order of `turns`.
+    """[B, T, W]: what the attention of a head that reads rows gives each position, in the order of `turns`.
 
-    hidden_states [B, T, D], of tokens that are masked where masked bool [B, T] says; text: the true or placed tokens
-    int64 [B, T] and the embeddings [V, D] that they have for the head; block int64 [B, T]: of a block model, whose head
-    looks at its own block alone.
+    hidden_states [B, T, D]: of the text with masks, which are where masked bool [B, T] is True. text: the true or
+    placed tokens int64 [B, T], and the head's token embeddings [V, D]. block int64 [B, T]: of a block model, whose head
+    looks at its own block only.
     """
     (tokens, embedding), within = text, None if block is None else block[:, None] == block[..., None]
     return model.sampler_head.attention(hidden_states, embedding[tokens], embedding[model.config.mask_token_id],
@@ -118,11 +117,11 @@ def _head_logits(model: GPT, hidden: Tensor, neighbours: Tensor, new: Tensor, re
 class FillTask:
     """Positions to fill from one trunk call, and how to draw.
 
-    tokens int64 [B, T]; hidden_states [B, T, D] of these tokens, read at the positions alone, wherever they come from
-    (a whole call, its open positions, a call with a cache); positions bool [B, T], None for every masked one; count:
-    how many these are, where it is known (see `flat_positions`); truth int64 [B, T]: these tokens are placed in place
-    of drawn ones, so that log_probabilities are their exact likelihood; left_context int64 [B, L]: the tokens before
-    the first position that the sampler head may see, None for none.
+    tokens int64 [B, T]. hidden_states [B, T, D]: of these tokens; only those at the positions are read. positions bool
+    [B, T]; None: every masked one. count: the number of positions, if known (see
+    `flat_positions`). truth int64 [B, T]: these tokens are placed instead of drawn ones, so that log_probabilities are
+    their exact likelihood. left_context int64 [B, L]: the tokens before the first position that the sampler head may
+    see; None: none.
     """
 
     tokens: Tensor
@@ -136,7 +135,8 @@ class FillTask:
     left_context: Tensor | None = None
 
     def padded(self, window: SamplerWindow, mask_token_id: int) -> Tensor:
-        """int64 [B, L + T + R]: the tokens with what the window sees beyond them; a mask is no neighbour."""
+        """int64 [B, L + T + R]: the tokens, and what the window sees to the left and right of them; a mask is no
+        neighbour."""
         if self.left_context is None:
             return F.pad(self.tokens, window, value=mask_token_id)
         return torch.cat((self.left_context, F.pad(self.tokens, (0, window.right), value=mask_token_id)), dim=1)
@@ -148,7 +148,7 @@ class FillTask:
         return place_tokens, self.truth.flatten()
 
     def seen(self, config: GPTConfig) -> Tensor | None:
-        """bool [B, V]: the ids revealed in each row, None where the rule does not ask."""
+        """bool [B, V]: the ids revealed in each row; None if the rule needs none."""
         if self.rule.repetition_penalty == 1:
             return None
         return revealed_ids(self.tokens, config.vocab_size, config.mask_token_id)
@@ -179,8 +179,8 @@ def _bootstrap_fill_by_confidence(confidence: Tensor, key: Tensor, count: int, t
     """bool [B, T]: `count` (at most (T + 1) // 2) positions of each row, by highest confidence, never adjacent.
 
     confidence float [B, T]: the highest allowed log-probability of each position. Values within `tolerance` of the
-    highest count as equal (core/common/choosing.py) and the highest key [B, T] wins. A choice that would leave too
-    little room for the rest is passed over.
+    highest count as equal (core/common/choosing.py) and the highest key [B, T] wins. A choice that would
+    leave too little room for the rest is skipped.
     """
     T = confidence.size(1)
     free = torch.ones_like(confidence, dtype=torch.bool)
@@ -216,8 +216,8 @@ def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: T
                  order: Order) -> tuple[Tensor, list[int]]:
     """`stage_schedule` int64 [B, T] and how many positions each stage has, [T + 3].
 
-    The host must know these counts to end the waves, so here it waits for the device: once, and once more where rows
-    hold no revealed token.
+    The host needs these counts to end the waves, so it waits for the device here: once, and a second time if there are
+    rows without a revealed token.
     """
     if model.config.reads_row:
         stage = _one_by_one(positions, model.config.sampler_order)
@@ -250,10 +250,10 @@ def _counted(stage: Tensor) -> Tensor:
 
 
 class SamplerTables(NamedTuple):
-    """neighbours [C V, W]: what a token in each neighbour slot adds to the head's first product, zero for a mask;
-    contents [V, 2 A]: what a token adds to keys and values of a head that reads the row, None of another one.
+    """neighbours [C V, W]: what a token in each neighbour slot adds to the head's first product; zero for a mask.
+    contents [V, 2 A]: what a token adds to keys and values of a head that reads the row; None for other heads.
 
-    They follow from the weights alone, so whoever fills again and again with the same weights makes them once.
+    They depend on the weights only, so many fills with the same weights can share them.
     """
 
     neighbours: Tensor
@@ -270,11 +270,13 @@ def sampler_tables(model: GPT) -> SamplerTables:
 
 
 class Wave(NamedTuple):
-    """The n positions of one wave. bags int64 [C n]: rows of the tables, those of position i from starts [n] on;
-    projected [n, W]: what the hidden state and the rest of the row add to the head's first product; logits [n, V]: the
-    trunk's; new int64 [n]:
-    how many neighbours were filled since the trunk call, None where the head does not ask; choice [n]: what draws, or
-    the tokens to place; seen bool [n, V]: revealed ids, None where the rule does not ask."""
+    """The n positions of one wave.
+
+    bags int64 [C n]: rows of the tables; those of position i begin at starts[i]. projected [n, W]: what the hidden
+    state and the rest of the row add to the head's first product. logits [n, V]: the trunk's. new int64 [n]: how many
+    neighbours were filled since the trunk call; None if the head does not use it. choice [n]: uniform numbers to draw
+    with, or the tokens to place. seen bool [n, V]: revealed ids; None if the rule needs none.
+    """
 
     bags: Tensor
     starts: Tensor
@@ -298,10 +300,12 @@ def draw_wave(choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: D
 
 
 class Waves(NamedTuple):
-    """N positions to fill wave by wave, `sizes` of them in turn, and what their waves read. padded int64: the flat tokens
-    with what a window sees beyond each row, where unread is True for what the trunk call read as masks; positions int64
-    [N] and neighbours int64 [N, C]: indices into these; logits [N, V], projected [N, W], choices [N]: see `Wave`; room:
-    the most positions that a fill of this shape may have."""
+    """N positions to fill wave by wave, and what their waves read. sizes: the number of positions of each wave.
+
+    padded int64: the flat tokens, with what a window sees beyond each row. unread bool: where the trunk call read a
+    mask. positions int64 [N], neighbours int64 [N, C]: indices into these two. logits [N, V], projected [N, W],
+    choices [N]: see `Wave`. room: the most positions that a fill of this shape may have.
+    """
 
     padded: Tensor
     unread: Tensor
@@ -319,7 +323,7 @@ class WaveRecorder(Protocol):
 
     def run(self, choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule,
             waves: Waves) -> Chosen | None:
-        """The tokens of all positions, or None where it has no such way."""
+        """The tokens of all positions, or None if it cannot draw these waves."""
 
 
 def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', tables: SamplerTables | None = None,
@@ -331,8 +335,8 @@ def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', ta
     the log-probabilities keep the graph of head and trunk. tables: `sampler_tables` of the model, made here if None;
     wave: `draw_wave`, or the same compiled; recorder: draws all waves where it can.
 
-    A head that reads the row draws one token of a row at a time, given all before, in the order it was trained in
-    (`fill_turns`). Tokens that are placed and not drawn are all known, so then one pass serves.
+    A head that reads the row draws one token of a row at a time, given all before it, in the order of its training
+    (`fill_turns`). If tokens are placed instead of drawn, all of them are known, and one pass is enough.
     """
     masked = task.tokens == model.config.mask_token_id
     positions = masked if task.positions is None else task.positions & masked
@@ -349,8 +353,11 @@ def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', ta
 
 
 def logits_in_turn(model: GPT, task: FillTask, text: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(flat positions [n], logits [n, V]) of the task's `positions` bool [B, T] by a head that reads rows, each given
-    the tokens of text int64 [B, T] at the positions that its fill draws before: one pass for all, in parts."""
+    """Logits of a head that reads rows at `positions` bool [B, T]: one pass for all of them, in parts.
+
+    Each position sees the tokens of text int64 [B, T] at the positions that a fill draws before it. Yields pairs of
+    flat positions [n] and their logits [n, V].
+    """
     config, hidden_states = model.config, task.hidden_states
     mask_token_id, window, T = config.mask_token_id, config.sampler_window, positions.size(1)
     turns = fill_turns(positions.long() - 1, config.sampler_order)
@@ -380,17 +387,18 @@ def _fill_with_truth(model: GPT, task: FillTask, positions: Tensor) -> Fill:
 
 @torch.no_grad()
 def verified_fill(model: GPT, task: FillTask) -> Fill:
-    """The task's positions by a head that reads rows, drafted all at once and verified (speculative sampling, Leviathan
-    et al. 2023, Chen et al. 2023): the same distribution as one draw after another, in fewer calls of the head.
+    """Fill the task's positions by a head that reads rows: all tokens are drafted at once, then verified (speculative
+    sampling, Leviathan et al. 2023, Chen et al. 2023). This gives the distribution of one draw after another, in fewer
+    calls of the head.
 
     A draft x_i comes from the trunk's marginal q_i. Let p_i be the head's conditional given the tokens before it. The
-    draft is kept with probability min(1, p_i(x_i) / q_i(x_i)), else the token is drawn again so that its law is p_i
-    (`kept_or_drawn`). With the random numbers of a position fixed, that is a function of the tokens before it. One call
-    of the head gives it for all positions, from the tokens as they are guessed so far, and the calls go on until none
-    changes: then every token is the function of the true tokens before it. The first k positions are right after k
-    calls, whatever is guessed, and mostly many more.
+    draft is kept with probability min(1, p_i(x_i) / q_i(x_i)); otherwise the token is drawn again, so that its
+    distribution is p_i (`kept_or_drawn`). Once the random numbers of a position are fixed, its token is a function of
+    the tokens before it. One call of the head evaluates this function at all positions, on the tokens guessed so far.
+    Calls repeat until no token changes. Then each token is the function's value at the final tokens before it. After k
+    calls at least the first k positions are final, mostly many more.
 
-    statistics.waves are the calls of the head. No gradient comes out.
+    statistics.waves counts the calls of the head. The result has no gradient.
     """
     assert task.rule.repetition_penalty == 1, 'a penalty would depend on the order of the draws'
     masked, rule = task.tokens == model.config.mask_token_id, task.rule
@@ -416,8 +424,8 @@ def verified_fill(model: GPT, task: FillTask) -> Fill:
 
 def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int], tables: SamplerTables,
                wave: Callable[..., Chosen], recorder: WaveRecorder | None) -> Iterator[Chosen]:
-    """The tokens of the flat positions picked int64 [N], wave by wave: first counts[0] that come from `lm_head`, then
-    counts[1], counts[2], ... through the head, each given what was found before."""
+    """The tokens of the flat positions picked int64 [N], wave by wave: the first counts[0] come from `lm_head`, the
+    next counts[1], counts[2], ... from the head, each given the tokens of the waves before."""
     head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, task.hidden_states.shape
     window, device, sizes = head.window, picked.device, [size for size in counts if size]
     slot = torch.arange(window.size, device=device) * model.config.vocab_size  # [C]
@@ -463,7 +471,7 @@ def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int]
 
 
 def _in_parts(found: Iterable[Chosen]) -> list[Draws]:
-    """`completed` of all that was found, a part whenever `_CHUNK` scores have come together."""
+    """`completed` for all of `found`, in parts of about `_CHUNK` scores."""
     draws, waiting, held = [], [], 0
     for one in found:
         waiting.append(one)
@@ -475,8 +483,8 @@ def _in_parts(found: Iterable[Chosen]) -> list[Draws]:
 
 
 def _trunk_logits(model: GPT, hidden: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
-    """Logits [n, V] of each part of hidden [N, D], `sizes` positions long: one product for as many as `_CHUNK` holds,
-    since the trunk's logits do not wait for the wave before."""
+    """Logits [n, V] of each part of hidden [N, D]; `sizes` are the lengths of the parts. The trunk's logits do not
+    depend on the waves, so one product serves as many parts as `_CHUNK` holds."""
     most = _CHUNK // model.config.vocab_size
     first = 0
     while first < len(sizes):
@@ -502,23 +510,23 @@ def _scatter_draws(tokens: Tensor, picked: Tensor, draws: Sequence[Draws], drawn
 
 
 def flat_positions(flags: Tensor, count: int | None) -> Tensor:
-    """int64 [N]: where flags bool [B, T] are True, as indices into flat flags. With count None the host waits for the
-    device to count them; a caller who knows how many there are says so and nobody waits."""
+    """int64 [N]: where flags bool [B, T] are True, as indices into flat flags. count: how many there are; with None the
+    host waits for the device to count them."""
     if count is None:
         return flags.flatten().nonzero().squeeze(1)
     return flags.flatten().nonzero_static(size=count).squeeze(1)
 
 
 def logits_in_parts(model: GPT, hidden_states: Tensor, picked: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(part of picked int64 [n], its `lm_head` logits [n, V]) until all flat positions `picked` [N] of hidden_states
-    [B, T, D] are through: at most `_CHUNK` logits at once."""
+    """`lm_head` logits at the flat positions picked int64 [N] of hidden_states [B, T, D], at most `_CHUNK` at once.
+    Yields pairs: a part of `picked` [n], and its logits [n, V]."""
     hidden = hidden_states.flatten(0, 1)
     for part in picked.split(max(1, _CHUNK // model.config.vocab_size)) if len(picked) else ():
         yield part, model.lm_head(hidden[part])
 
 
 def independent_fill(model: GPT, task: FillTask) -> Fill:
-    """Draw the task's positions from `lm_head` alone, each without the others.
+    """Draw the task's positions from `lm_head` alone, independently of each other.
 
     Visible positions among them are redrawn. Logits are computed for these positions only.
     """
@@ -534,9 +542,12 @@ def independent_fill(model: GPT, task: FillTask) -> Fill:
 # The one way from hidden states to tokens -----------------------------------------------------------------------------
 
 class Filler:
-    """How a model turns hidden states into tokens, whoever asks. head: a row of `FILLS`; wave: `draw_wave`, or the same
-    compiled; recorder: draws all waves of a fill where it can; verified: a head that reads rows drafts and verifies.
-    The weights stay as they are while it serves, so what follows from them alone is made once."""
+    """How a model turns hidden states into tokens, in sampling, training and evaluation.
+
+    head: a row of `FILLS`. wave: `draw_wave`, or the same compiled. recorder: draws all waves of a fill where it can.
+    verified: a head that reads rows verifies drafts of the trunk. The weights must not change while a filler is in use,
+    because it computes tables from them once.
+    """
 
     def __init__(self, model: GPT, head: Head, wave: Callable[..., Chosen] = draw_wave,
                  recorder: WaveRecorder | None = None, verified: bool = False) -> None:
@@ -570,9 +581,10 @@ def predict_and_sample_tokens(model: GPT, tokens: Tensor, rule: DrawRule | None 
                               positions: Tensor | None = None, order: Order = 'wave', no_grad: bool = True) -> Fill:
     """One trunk call on tokens int64 [B, T], then a `Fill` of its masked positions.
 
-    rule: None draws from the base vocabulary at temperature 1; generator: None seeds the rows by torch's own generator,
-    so every call draws other tokens and `torch.manual_seed` repeats them; use_sampler_head: None for wherever the model
-    has one. no_grad=False keeps the graph of the drawn tokens' log-probabilities, as policy gradients (GRPO) need.
+    rule: None draws from the base vocabulary at temperature 1. generator: None takes a seed from torch's own generator,
+    so each call draws other tokens, and `torch.manual_seed` repeats them. use_sampler_head: None uses the head if the
+    model has one. no_grad=False keeps the graph of the drawn tokens' log-probabilities, which policy gradients (GRPO)
+    need.
     """
     config = model.config
     if rule is None:
@@ -608,8 +620,8 @@ def build_critic_artifacts_from_logits(model: GPT, tokens: Tensor, targets: Tens
     tokens int64 [B, T] with masks, targets int64 [B, T] the true tokens or ignore_index where the truth is unknown,
     hidden_states [B, T, D] of tokens. The masks are filled as inference fills them, under `rule`. critic_target_scope
     'masked_only' labels the filled positions, 'masked_and_ignore' also the visible ones. Padding and unknown truth
-    never carry a label. With critic_fill 'revised' the text is one that the critic has had revised. recorder: of a
-    `Filler`, for the first fill.
+    never carry a label. With critic_fill 'revised' the filled text is then revised under the critic's guidance
+    (`revised_text`). recorder: of a `Filler`, for the first fill.
     """
     config, tokens, targets = model.config, to_exact(tokens), to_exact(targets)
     head: Head = 'wave' if use_sampler_head else 'none'
@@ -630,9 +642,11 @@ REVISED_BY_CHANCE = 0.4  # share of the positions taken back that chance chooses
 
 
 def revised_text(filler: Filler, fill: Fill, rule: DrawRule, generator: RowRandom) -> Tensor:
-    """The filled text int64 [B, T] after `REVISIONS` revisions: what the critic finds wrong is masked and filled again,
-    as the policy remask does it. The share of the filled positions that is taken back falls in equal steps from one
-    that each row draws, so that rows of few revisions are among them."""
+    """The filled text int64 [B, T] after `REVISIONS` revisions under the critic's guidance.
+
+    Each revision masks what the critic finds wrong and fills it again, as the policy remask does. The share of filled
+    positions that is masked falls in equal steps. Each row draws the first share, so some rows change little.
+    """
     model, text, first = filler.model, fill.tokens, generator.uniform(Purpose.REMASK, 1)  # [B, T], [B, 1]
     for revision in range(REVISIONS):
         numbers = generator.apart(1 + revision)
@@ -667,11 +681,13 @@ def apply_remasking_step(protected: Tensor, wrongness: Tensor | None, level: flo
                          tolerance: float = tie_tolerance(torch.float32)) -> Tensor:
     """bool [B, T]: the positions to remask now; never one of protected bool [B, T].
 
-    wrongness float [B, T]: higher is remasked first (None: no guidance, all positions alike). mode 'ratio': the share
-    `level` (one for all, or [B, 1]) of each row's unprotected positions (rounded to the nearest count); of these the
-    share randomness_strength is drawn uniformly from the positions that guidance left, the others are the most wrong.
-    mode 'threshold': every unprotected position whose wrongness exceeds `level`; nothing is drawn at random. Values of
-    wrongness no further apart than `tolerance` count as equal, to each other and to `level` (core/common/choosing.py).
+    wrongness float [B, T]: higher is remasked first (None: no guidance, all positions alike).
+    mode 'ratio': `level` (one number, or [B, 1]) is the share of each row's unprotected positions to remask, rounded to
+    the nearest count. Most of them are the most wrong positions; the share randomness_strength of them is drawn
+    uniformly from the remaining positions.
+    mode 'threshold': every unprotected position whose wrongness exceeds `level`; nothing is random.
+    Values of wrongness that differ by at most `tolerance` count as equal, to each other and to `level`
+    (core/common/choosing.py).
     """
     free = ~protected  # [B, T]
     if mode == 'threshold':
@@ -703,9 +719,9 @@ def wrong_probabilities(remasking_model: GPT, tokens: Tensor) -> Tensor:
 def wrong_from_logits(logits: Tensor, config: GPTConfig) -> Tensor:
     """P(wrong) float64 [...] from a remasking model's logits [..., V], or [..., classes] of a classifier.
 
-    A language model's is the share of wrong_token_id in the softmax over the base vocabulary (the ids below
-    mask_token_id) and that id; a classifier's is that of all classes but 0, *right*. In float64, so that even a model
-    that finds nearly everything wrong still orders the positions.
+    For a language model it is the share of wrong_token_id in the softmax over that id and the base vocabulary (the ids
+    below mask_token_id). For a classifier it is the probability of all classes but 0, which means *right*. It is
+    float64, so that a model that finds nearly everything wrong still orders the positions.
     """
     logits = to_exact(logits)
     if config.mode is ModelMode.TOKEN_CLASSIFIER:
@@ -716,8 +732,9 @@ def wrong_from_logits(logits: Tensor, config: GPTConfig) -> Tensor:
 
 def intelligent_remask(tokens: Tensor, remasking_model: GPT, num_to_remask: int,
                        protected: Tensor | None = None) -> Tensor:
-    """bool [B, T]: the `num_to_remask` positions of each row of tokens int64 [B, T] that a remasking model most
-    believes wrong; never a masked one, nor one of protected bool [B, T]. Of equal ones the first."""
+    """bool [B, T]: in each row of tokens int64 [B, T], the `num_to_remask` positions that a remasking model most
+    believes wrong. Masked positions and those of protected bool [B, T] are never among them. Of equal ones the first
+    counts."""
     eligible = tokens != remasking_model.config.mask_token_id
     if protected is not None:
         eligible = eligible & ~protected
@@ -731,7 +748,7 @@ def intelligent_remask(tokens: Tensor, remasking_model: GPT, num_to_remask: int,
 
 @torch.no_grad()
 def judge_scores(judge: GPT, tokens: Tensor) -> Tensor:
-    """float32 [B]: 1 - evaluation by a judge of texts, tokens int64 [B, L]; 1 stands for real text: one network call.
+    """float32 [B]: 1 - evaluation by a judge of texts, tokens int64 [B, L]; 1 means real text: one network call.
 
     The CLS token is put before each text, so the judge's block must hold L + 1 tokens.
     """
