@@ -5,7 +5,7 @@
     python bench.py --groups=policies                  one table only
     python bench.py --baseline                         with the yardsticks' rows in training and sampling
     python bench.py --json=docs/results/performance.json --report=docs/results/performance.md
-    python bench.py --compare before.json after.json   what --json wrote twice: how many times as fast each row became
+    python bench.py --compare before.json after.json   two files of --json: how many times as fast each row became
     python bench.py --scaling                          memory and step time of other sizes
     python bench.py --scaling --sizes=small,large      of some of them
     python bench.py --gpu_checks --json=gpu.json       what must hold on a CUDA GPU

@@ -56,11 +56,11 @@ class Configuration(Generic[Options]):
 
 def option(default: Any, help: str, *, alias: str | None = None, bare: str | None = None, path: bool = False,
            minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A field of an options class: its default, one line that says its unit or when to change it, a second name, and
-    the text that `--key` alone stands for, where it may be given without a value.
+    """A field of an options class.
 
-    path: it names a file or folder, so that `~` is the home folder; minimum, maximum: the bounds of a number,
-    inclusive.
+    help: one line with its unit, or when to change it. alias: a second name. bare: the value of `--key` without `=`;
+    None: that is an error. path: it names a file or folder, so that `~` is the home folder. minimum, maximum: the
+    bounds of a number, inclusive.
     """
     given = {'help': help, 'alias': alias, 'bare': bare, 'path': path, 'minimum': minimum, 'maximum': maximum}
     metadata = {key: value for key, value in given.items() if value is not None and value is not False}
@@ -75,10 +75,10 @@ def configure(options: type[Options], arguments: Sequence[str],
               defaults: Mapping[str, object] = types.MappingProxyType({}), source: str = '') -> Configuration[Options]:
     """Read config files and `--key=value` arguments into one `options` object.
 
-    `offered` are further names that config files may read. Where there is an option `device`, config files read
-    `resolve_device(device)` in its place, so that they see 'cpu' or 'cuda' for 'auto'; `config.device` stays as asked
-    for. `--help` prints every option below `usage` and exits with code 0. `defaults`, read from the file `source`, take
-    the place of the options' own defaults. Raises `UserError` that lists all problems.
+    `offered` are further names that config files may read. If there is an option `device`, config files read
+    `resolve_device(device)` instead, so that they see 'cpu' or 'cuda' for 'auto'; `config.device` keeps the value that
+    was given. `--help` prints `usage` and every option, and exits with code 0. `defaults`, read from the file `source`,
+    replace the options' own defaults. Raises `UserError` that lists all problems.
     """
     if any(argument in ('--help', '-h') for argument in arguments):
         say(help_text(options, usage if isinstance(usage, str) else usage()))
@@ -118,13 +118,13 @@ def configure(options: type[Options], arguments: Sequence[str],
 
 
 def bound_problems(config: object) -> list[str]:
-    """What is wrong with the options of `config` by the bounds that each states, a sentence for each."""
+    """A sentence for each option of `config` that lies outside its own bounds."""
     return [problem for entry in dataclasses.fields(config)
             for problem in _bound_problems(entry.name, entry, getattr(config, entry.name))]
 
 
 def _bound_problems(key: str, entry: dataclasses.Field, value: Any) -> list[str]:
-    """What is wrong with a value of the right type by the bounds that its option states."""
+    """A sentence if a value of the right type lies outside the bounds of its option."""
     if entry.metadata.get('path') and value is not None:
         return path_problems(key, value)
     low, high = entry.metadata.get('minimum'), entry.metadata.get('maximum')
@@ -136,14 +136,14 @@ def _bound_problems(key: str, entry: dataclasses.Field, value: Any) -> list[str]
 
 
 def path_argument(key: str, text: str) -> Path:
-    """`text`, the argument `key` of a command without an options class, as a path; UserError where it can be none."""
+    """`text`, the argument `key` of a command without an options class, as a path; UserError if it cannot be one."""
     raise_problems(path_problems(key, text) if text.strip() else
                    [f'{key} is empty; is a variable of the shell unset? Name one'])
     return Path(os.path.expanduser(text))
 
 
 def path_problems(key: str, path: str) -> list[str]:
-    """What is wrong with the name of a file or folder before the disk is asked."""
+    """What is wrong with the name of a file or folder, without a look at the disk."""
     parts = re.split(r'[/\\]' if os.name == 'nt' else '/', path)
     longest = max(len(os.fsencode(part)) for part in parts)
     if longest > LONGEST_NAME:
@@ -223,7 +223,7 @@ class _Keys:
     fields: dict[str, dataclasses.Field]
     types: dict[str, _Type]
     aliases: dict[str, str]  # alias -> key
-    bare: dict[str, str]  # key -> what it stands for without a value
+    bare: dict[str, str]  # key -> its value where `--key` has none
 
     @classmethod
     def of(cls, options: type) -> '_Keys':
@@ -306,7 +306,7 @@ def _from_text(text: str, kind: _Type) -> Any:
 
 
 def _literal(text: str, kind: _Type) -> Any:
-    """A list written as in Python, read like a config file's right-hand side in which no name is known."""
+    """A list written as in Python, read like the right-hand side of a config file, without names."""
     try:
         tree = parse(text.strip(), 'eval')
         check_expression(tree.body, ())
@@ -405,7 +405,7 @@ class _FileReader:
         self.conditions: dict[str, Any] = {}  # names that the present `if` has read -> value
 
     def see_device(self, where: str) -> None:
-        """Let config files read the device that the option stands for."""
+        """Let config files read the device that the option means."""
         if self.resolve_device is None or 'device' not in self.values:
             return
         try:
@@ -432,7 +432,7 @@ class _FileReader:
             self.problems.append(f'{shown_path}: statements are nested too deeply')
 
     def block(self, statements: list[ast.stmt], taken: bool, depth: int) -> None:
-        """Run statements; where `taken` is False they are checked as far as possible and change nothing."""
+        """Run statements. If `taken` is False, they are only checked, as far as possible, and change nothing."""
         for statement in statements:
             try:
                 if isinstance(statement, ast.Assign):
@@ -483,7 +483,7 @@ class _FileReader:
         while True:
             holds = self.test(branch, undecided)
             self.block(branch.body, undecided and holds is True, depth + 1)
-            undecided = undecided and holds is False  # a condition in error decides for no branch at all
+            undecided = undecided and holds is False  # a wrong condition takes no branch
             if len(branch.orelse) == 1 and isinstance(branch.orelse[0], ast.If):
                 branch = branch.orelse[0]
                 continue

@@ -20,7 +20,7 @@ MEMORY = ('batch_size', 'num_samples', 'windows', 'sequence_length')  # take les
 
 
 def usage() -> str:
-    """The head of this file and the measures, which only --help tells."""
+    """The head of this file, and the list of measures that --help shows."""
     from core.evaluation.run import measure_help
 
     return f'{__doc__}\n{measure_help()}'

@@ -19,7 +19,7 @@ MEMORY = ('batch_size', 'num_samples', 'sequence_length')  # take less of it whe
 
 
 def usage() -> str:
-    """The policies, which only --help tells."""
+    """The list of policies that --help shows."""
     from core.sampling.policy_options import policy_help
 
     return policy_help()

@@ -18,7 +18,7 @@ MEMORY = ('batch_size', 'block_size', 'n_embd', 'n_layer')  # take less of it wh
 
 
 def resolve_device(name: str) -> str:
-    """The device that the option stands for; torch is imported only now, so that a typo is answered at once."""
+    """The device that the option means. Torch is imported only here, so that a typo is answered at once."""
     from core.common.runtime import resolve_device
 
     return resolve_device(name)
