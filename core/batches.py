@@ -21,9 +21,9 @@ from core.data.corpus import gather_windows
 from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, draw_mask, judged_text,
                         low_discrepancy_times, what_is_shown)
 
-# N is padded to one of these shares of B * T, so that compiled steps see the same shape again and again: the number of
-# masked positions of a batch with low-discrepancy times stays within a few per cent of the schedule's mean (one half of
-# the linear one).
+# N is padded to one of these shares of B * T, so that compiled steps see few shapes. The times of a batch are of low
+# discrepancy, so the number of its masked positions is within a few per cent of the schedule's mean, which for the
+# linear schedule is one half.
 CAPACITIES = (0.5625, 0.75, 1.0)
 
 
@@ -63,8 +63,8 @@ class RowShare(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """What batches are made of. noise: of the kind that is trained, `Masking` of a diffusion model, `Corruption` of a
-    remasking model and a judge, None of a causal model; stride: windows begin at its multiples."""
+    """What batches are made of. noise: `Masking` for a diffusion model, `Corruption` for a remasking model or a judge,
+    None for a causal model. stride: windows begin at its multiples."""
 
     tokens: np.ndarray  # the training split
     seed: int
@@ -91,8 +91,8 @@ def draw_windows(plan: BatchPlan, generator: RowRandom, length: int) -> Tensor:
 def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
     """The micro-steps of one iteration of masked diffusion.
 
-    `total` adds a count over all ranks. Weights for 'elbo': the schedule's over G * T (Sahoo et al. 2024, eq. 11);
-    for 'masked_mean': 1 / number of masked positions of the global batch.
+    `total` adds a count over all ranks. Weights for 'elbo': those of the schedule, divided by G * T (Sahoo et al. 2024,
+    eq. 11). For 'masked_mean': 1 / number of masked positions of the global batch.
     """
     T, masking = plan.block_size, plan.noise
     drawn = [(generator, draw_windows(plan, generator, T), draw_masked(plan, iteration, generator))
@@ -155,8 +155,8 @@ def causal_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int])
 def position_weights(loss_type: str, clean: int, corrupted: int) -> Tensor:
     """float32 [2]: the weight of a clean and of a corrupted position in the loss, given their numbers.
 
-    'corrupted_only' is the mean over the corrupted positions, 'all_positions' that over all; 'balanced' gives the two
-    kinds half of the weight each.
+    'corrupted_only' is the mean over the corrupted positions, 'all_positions' the mean over all. 'balanced' gives each
+    of the two kinds half of the weight.
     """
     clean, corrupted = max(1, clean), max(1, corrupted)
     return torch.tensor({'corrupted_only': (0.0, 1 / corrupted), 'all_positions': (1 / (clean + corrupted),) * 2,
@@ -164,7 +164,7 @@ def position_weights(loss_type: str, clean: int, corrupted: int) -> Tensor:
 
 
 def remasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
-    """The micro-steps of one iteration of a remasking model: inputs differ from targets, the truth, where wrong.
+    """The micro-steps of one iteration of a remasking model: wrong inputs differ from targets, the truth.
 
     As many positions are chosen as masked diffusion masks: each with probability t, t uniform (`corrupt`).
     """
@@ -180,7 +180,8 @@ def remasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
 
 
 def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
-    """The micro-steps of one iteration of a judge: CLS, then text of which a share differs from targets, the truth."""
+    """The micro-steps of one iteration of a judge: CLS, then text. A share of its tokens differs from the targets, the
+    truth."""
     batches = []
     for generator in micro_steps(plan, iteration):
         text = draw_windows(plan, generator, plan.block_size - 1)

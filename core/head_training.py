@@ -1,7 +1,7 @@
 """Training of heads on a pretrained model's frozen trunk, from a text file: train.py with --model.
 
-The trunk is called once a batch, without gradients; losses, batches and optimizers are those of the other runs. The
-heads with the lowest validation loss are kept, in a file of their own (core/pretrained/head_file.py).
+The trunk is called once a batch, without gradients. Losses, batches and optimizers are those of other runs. The heads
+with the lowest validation loss are kept in a file of their own (core/pretrained/head_file.py).
 """
 
 import math
@@ -191,8 +191,8 @@ class HeadRun:
 
 
 def _value(found: Validation, iteration: int) -> float:
-    """What decides which heads are kept: the sampler head's loss; of a critic alone nothing is measured here, so the
-    last one is kept."""
+    """What decides which heads are kept: the sampler head's loss. A critic alone is not validated here, so its last
+    state is kept."""
     return found.further.get('loss_sampler', -float(iteration))
 
 

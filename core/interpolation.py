@@ -28,9 +28,9 @@ def merge_checkpoints(first: Path, second: Path, weight: float, output: Path, sa
                       data_dir: str | None = None) -> Checkpoint:
     """Write (1 - weight) * first + weight * second to `output`, a checkpoint of the first one's kind; returns it.
 
-    Averaged weights are taken where there are any. A head that one of them lacks, or has in another shape, is dropped,
-    and `say` is told. It is also told the validation loss of the result and of both, as every kind of the two asks for,
-    on the corpora in `data_dir`. UserError where trunk or vocabulary differ.
+    Averaged weights are used if there are any. A head that one of the two lacks, or has in another shape, is dropped,
+    with a line to `say`. `say` also gets the validation losses of both and of the result, one for each kind of the two,
+    on the corpora in `data_dir`. UserError if trunk or vocabulary differ.
     """
     if not 0 <= weight <= 1:
         raise UserError(f'weight is {weight}, but must lie in [0, 1]: it is the share of {second}')
@@ -76,20 +76,20 @@ def _require_equal_shape(one: Checkpoint, other: Checkpoint, first: Path, second
 
 
 def _fields_of(head: Head) -> list[str]:
-    """The fields of `GPTConfig` that describe a head; those that say when it trains are none of its shape."""
+    """The fields of `GPTConfig` that describe the shape of a head, without those that say when it trains."""
     return [head.added_by, *(one.name for one in fields(GPTConfig)
                              if one.name.startswith(f'{head.name}_') and one.name not in TRAINING_FIELDS)]
 
 
 def _unlike_heads(one: Checkpoint, other: Checkpoint) -> list[Head]:
-    """The heads that one of them lacks, or that have another shape there."""
+    """The heads that one of the two lacks, or has in another shape."""
     configs = [model_config_from_dict(checkpoint.model_config, 'the checkpoint') for checkpoint in (one, other)]
     return [head for head in HEADS if any(head.is_in(config) for config in configs)
             and len({tuple(vars(config)[name] for name in _fields_of(head)) for config in configs}) > 1]
 
 
 def _without(checkpoint: Checkpoint, heads: Sequence[Head]) -> Checkpoint:
-    """The same model without some heads, its averaged weights alone where there are any."""
+    """The same model without some heads; only its averaged weights, if there are any."""
     usual = {one.name: one.default for one in fields(GPTConfig)}
     described = {name: usual[name] for head in heads for name in _fields_of(head)}
     return replace(checkpoint, ema=None, model_config={**checkpoint.model_config, **described},
@@ -99,7 +99,7 @@ def _without(checkpoint: Checkpoint, heads: Sequence[Head]) -> Checkpoint:
 
 
 def _between(one: Checkpoint, other: Checkpoint, weight: float) -> Checkpoint:
-    """The interpolated model as a checkpoint to sample and to start from; it has no state to be resumed from."""
+    """The interpolated model as a checkpoint to sample or to start from; it cannot be resumed."""
     others, model, made = other.weights(), {}, {}
     for name, tensor in one.weights().items():
         if tensor.data_ptr() not in made:  # tied weights stay one tensor
@@ -113,7 +113,7 @@ def _between(one: Checkpoint, other: Checkpoint, weight: float) -> Checkpoint:
 
 def _validate_as(source: Checkpoint, checkpoint: Checkpoint, name: str, device: torch.device,
                  data_dir: str | None, say: Callable[[str], None]) -> tuple[float, str]:
-    """The validation loss of a checkpoint's weights as `source`'s kind and options ask for, and the line saying it."""
+    """The validation loss of a checkpoint's weights, by the kind and options of `source`, and a line about it."""
     shape = model_config_from_dict(checkpoint.model_config, name)
     own = {field: vars(shape)[field] for head in HEADS if source.config.get(head.added_by) for field in _fields_of(head)}
     config, runtime = TrainConfig.of_checkpoint({**source.config, **own}), Runtime(device, torch.float32, False)

@@ -1,7 +1,7 @@
-"""What a training run says: console lines, `metrics.jsonl`, Weights & Biases and the progress bar.
+"""What a training run reports: console lines, `metrics.jsonl`, Weights & Biases and the progress bar.
 
-`metrics.jsonl` is always written and reads as one run whatever was stopped and resumed. Weights & Biases is optional
-and can never stop a run. Only rank 0 says anything.
+`metrics.jsonl` is always written, and reads as one run however often the run was stopped and resumed. Weights & Biases
+is optional and can never stop a run. Only rank 0 reports.
 """
 
 import json
@@ -17,7 +17,7 @@ from core.common.printing import optional, say_if_heard
 from core.common.progress import ProgressBar
 
 METRICS_NAME = 'metrics.jsonl'
-WANDB_FAILURES_BORNE = 5  # consecutive log calls that may fail before W&B is left for the rest of the run
+WANDB_FAILURES_BORNE = 5  # consecutive log calls that may fail; then the rest of the run goes without W&B
 WANDB_SECONDS = 60  # the longest wait for W&B to begin or to finish
 
 
@@ -59,10 +59,10 @@ class IterationRecord:
 
 
 class RunLogger:
-    """Says and records everything of one training run, in `metrics` (`folder`/metrics.jsonl by default).
+    """Prints and records everything of one training run, in `metrics` (`folder`/metrics.jsonl by default).
 
-    wandb_id: of the W&B run that this one goes on with, None for a new one; the attribute of that name is the id to keep.
-    With `enabled=False` (ranks above 0) it does nothing.
+    wandb_id: of the W&B run to continue, None for a new one; the attribute of that name is the id to keep. With
+    `enabled=False` (ranks above 0) nothing happens.
     """
 
     def __init__(self, folder: Path, *, wandb_log: bool, project: str, run_name: str, config: dict[str, Any],
@@ -86,7 +86,7 @@ class RunLogger:
                                 smoothing=0.05, desc='training', tell=self.message)
 
     def iteration(self, record: IterationRecord) -> None:
-        """Print and record one training iteration; the caller chooses every how many."""
+        """Print and record one training iteration; the caller decides which."""
         self.message(record.line())
         if self._bar is not None:
             self._bar.note(record.rate())
@@ -140,12 +140,12 @@ class RunLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl` in their order, without half-written lines; none where there is no file."""
+    """The records of a `metrics.jsonl` in their order, without half-written lines; empty if there is no file."""
     return [record for _, record in _whole_lines(path)]
 
 
 def rewind_metrics(path: Path, start_iteration: int) -> None:
-    """Drop what a run that now starts at `start_iteration` will write again, and any half-written line; atomic."""
+    """Drop the records from `start_iteration` on, which the run will write again, and half-written lines; atomic."""
     if not path.exists():
         return
     kept = b''.join(line + b'\n' for line, record in _whole_lines(path) if record['iteration'] < start_iteration)
@@ -181,7 +181,7 @@ class _MetricsFile:
         line = json.dumps(plain, allow_nan=False).encode() + b'\n'
         try:
             with self.path.open('ab') as file:
-                file.write(b'\n' + line if self._failed else line)  # what failed may have left half a line
+                file.write(b'\n' + line if self._failed else line)  # the failed write may have left half a line
             self._failed = False
         except OSError as error:
             if not self._failed:
@@ -206,7 +206,7 @@ class _WandbRun:
             lambda: self._start(folder, project, run_name, config, run_id), say)
 
     def _start(self, folder: Path, project: str, run_name: str, config: dict[str, Any], run_id: str) -> Any:
-        """A run of this id, or one to go on with where there is such a run."""
+        """A new run of this id, or the earlier one of this id."""
         settings = self._wandb.Settings(init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS,
                                         finish_timeout=WANDB_SECONDS)
         run = self._wandb.init(project=project, name=run_name, config=config, dir=str(folder), settings=settings,

@@ -65,7 +65,7 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray,
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over 1/25 of the points; at the ends over those there are."""
+    """Centred moving mean over 1/25 of the points, over fewer at the ends."""
     half = len(values) // 50
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
@@ -104,7 +104,7 @@ def _draw_validation(axes: 'Axes', records: Sequence[Mapping[str, Any]], key: st
 
 
 def _limit(axes: 'Axes', curves: Sequence[np.ndarray]) -> None:
-    """Let the vertical range follow the curves, not one wild point."""
+    """Choose the vertical range by the curves, so that one outlier does not set it."""
     low = min(float(np.min(values)) for values in curves)
     high = max(float(np.percentile(values, 99)) for values in curves)
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0

@@ -62,10 +62,13 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, all
 
 
 class RemaskingTerms(NamedTuple):
-    """Per position [B, T]: wrong bool, whether the input differs from the truth; loss float32, cross-entropy in nats;
-    right bool, whether the most probable class is the target (of a multiclass model: whether right or wrong is, of all
-    sources together); named bool, whether the most probable base token is the truth, or the most probable source the
-    true one (never, for a binary model); probability float64, P(wrong)."""
+    """Per position [B, T].
+
+    wrong bool: whether the input differs from the truth. loss float32: cross-entropy in nats. right bool: whether the
+    most probable class is the target; a multiclass model's sources count as one class, *wrong*. named bool: whether the
+    most probable base token is the truth, or the most probable source the true one; always False for a binary model.
+    probability float64: P(wrong).
+    """
 
     wrong: Tensor
     loss: Tensor
@@ -78,9 +81,9 @@ def remasking_terms(model: GPT, inputs: Tensor, truth: Tensor, allowed: Tensor, 
     """What a remasking model of any kind says about inputs int64 [B, T], one call; truth int64 [B, T]; sources: see
     `Corrupted`.
 
-    A language model's target is wrong_token_id where the input is wrong and the token itself elsewhere, the softmax
-    taken over `allowed` bool [V], the base vocabulary, and wrong_token_id; a binary model's is class 1 where wrong; a
-    multiclass model's are the `sources`.
+    A language model's target is wrong_token_id where the input is wrong, and the token itself elsewhere. Its softmax is
+    over wrong_token_id and `allowed` bool [V], the base vocabulary. A binary model's target is class 1 where the input
+    is wrong. A multiclass model's targets are the `sources`.
     """
     config, logits = model.config, model(inputs).logits.float()  # [B, T, V or classes]
     wrong = inputs != truth
@@ -101,8 +104,8 @@ def remasking_terms(model: GPT, inputs: Tensor, truth: Tensor, allowed: Tensor, 
 
 
 def names(config: GPTConfig) -> Literal['correction', 'source'] | None:
-    """What a remasking model of this shape says of a wrong token beyond that it is wrong: the right one, or where it
-    came from."""
+    """What a remasking model of this shape tells about a wrong token besides *wrong*: the right token, or the source of
+    the wrong one."""
     if config.mode is not ModelMode.TOKEN_CLASSIFIER:
         return 'correction'
     return 'source' if config.num_token_classes > 2 else None
@@ -118,8 +121,8 @@ class PositionSums(NamedTuple):
 
 
 def position_sums(terms: RemaskingTerms, sources: Tensor) -> Tensor:
-    """float32 [B, 2 or 5, 4]: `PositionSums` of the clean and of the corrupted positions of each row, and where there
-    are several sources (`Corrupted`) of the positions that each has corrupted."""
+    """float32 [B, 2 or 5, 4]: `PositionSums` of each row's clean and corrupted positions. If there are several sources
+    (`Corrupted`), then also of the positions that each source has corrupted."""
     columns = PositionSums(torch.ones_like(terms.loss), terms.loss, terms.right, terms.named)
     values = torch.stack([column.detach().float() for column in columns], dim=-1)  # [B, T, 4]
     kinds = [~terms.wrong, terms.wrong] + [sources == 1 + place for place in range(len(SOURCES) * (sources.dim() > 1))]
@@ -127,9 +130,11 @@ def position_sums(terms: RemaskingTerms, sources: Tensor) -> Tensor:
 
 
 def position_metrics(sums: Tensor, named: Literal['correction', 'source'] | None = 'correction') -> dict[str, float]:
-    """Mean loss and accuracy at clean and at corrupted positions, accuracy at those that each source corrupted, and at
-    corrupted ones how often a model that names something beyond *wrong* (`names`) is right in this, by the names under
-    which they are logged; sums [2 or 5, 4]: see `position_sums`."""
+    """Numbers for the log, by their names there; sums [2 or 5, 4]: see `position_sums`.
+
+    Mean loss and accuracy at clean and at corrupted positions, and accuracy at the positions of each source. If a model
+    tells more than *wrong* (`names`), also how often that is right at corrupted positions.
+    """
     metrics = {}
     for name, row in zip(('clean', 'corrupted', *SOURCES), sums.tolist()):
         found = PositionSums(*row)
@@ -187,7 +192,7 @@ class Objective(nn.Module):
         self.waves: WaveRecorder | None = None  # of the text that the critic judges
 
     def compile_parts(self) -> None:
-        """Replace the two network passes by compiled ones; what lies between them (drawing tokens) stays eager."""
+        """Replace the two network passes by compiled ones. The code between them, which draws tokens, stays eager."""
         self.trunk_and_sampler_losses = torch.compile(self._trunk_and_sampler_losses, dynamic=False)
         self.critic_loss = torch.compile(self._critic_loss, dynamic=False)
         if self.whole_loss is not None:
@@ -251,8 +256,8 @@ class Objective(nn.Module):
         return Hidden(self.model.encode(batch.inputs, positions=batch.positions), None)
 
     def _read_rows(self, batch: Batch, hidden_states: Tensor, embedding: Tensor) -> Tensor:
-        """[N, W]: what a sampler head that reads whole rows gives the predicted positions, with the true tokens of what
-        is known to them; hidden_states [B, T, D], embedding [V, D]."""
+        """[N, W]: what a sampler head that reads whole rows gives the predicted positions. It reads the true tokens at
+        the positions that each of them may see. hidden_states [B, T, D], embedding [V, D]."""
         config, block = self.model.config, None
         if config.attention_type == 'block':
             block = torch.arange(batch.inputs.size(1), device=batch.inputs.device) // batch.block_length[:, None]
@@ -265,9 +270,9 @@ class Objective(nn.Module):
                          embedding: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(main loss, sampler loss) of N positions; the latter None without embedding [V, D], the neighbours'.
 
-        hidden [N, D]; read [N, W], or [N, 0] where the head reads no rows; the others are fields of `Batch` at these
-        positions. The head's own loss stops before the trunk unless sampler_gradient is 'trunk'; the matrix that it may
-        share, and the embeddings, it never moves.
+        hidden [N, D]; read [N, W], or [N, 0] if the head reads no rows; the others are fields of `Batch` at these
+        positions. The head's loss moves the trunk only if sampler_gradient is 'trunk'. It never moves the embeddings or
+        a shared output matrix.
         """
         logits = self.model.lm_head(hidden)  # [N, V]
         main = weighted_cross_entropy(logits, targets, main_weights, self.allowed)

@@ -1,8 +1,8 @@
 """The optimizers: Muon for the matrices inside the network, fused AdamW for everything else.
 
-`torch.optim.Muon` casts every gradient to bfloat16 and works matrix by matrix; on a processor without bfloat16
-arithmetic that costs more than the training step itself (docs/LOG.md). This one orthogonalises all matrices of one
-shape as a batch, in the dtype that the machine is fast in.
+`torch.optim.Muon` casts every gradient to bfloat16 and works matrix by matrix. On a processor without bfloat16
+arithmetic that costs more than the training step itself (docs/LOG.md). The Muon of this file orthogonalises all
+matrices of one shape as a batch, in a dtype that is fast on the machine.
 """
 
 import math
@@ -35,16 +35,19 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def iterates_squares(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `orthogonalise` iterates the square products of wide matrices with themselves in their place, which
-    takes fewer operations from three columns for two rows on. Squares hold the squares of singular values, so bfloat16
-    would lose the small ones, and so would TF32, in which a GPU multiplies float32 (docs/LOG.md, 16)."""
+    """Whether `orthogonalise` iterates the square matrices x @ x.mT instead of the wide matrices x.
+
+    That takes fewer operations if there are at least three columns for two rows. But x @ x.mT holds the squares of the
+    singular values. bfloat16 would lose the small ones, and so would TF32, which a GPU uses for float32 (docs/LOG.md,
+    16).
+    """
     exact = device.type != 'cuda' or torch.get_float32_matmul_precision() == 'highest'
     return dtype != torch.bfloat16 and exact and columns >= 2 * rows
 
 
 def _polynomial_of(gram: Tensor) -> Tensor:
-    """[K, b, b]: what the whole iteration multiplies x [K, b, a] with, as a polynomial of gram = x @ x.mT. Polynomials
-    of one matrix commute, so the next x @ x.mT is step @ gram @ step."""
+    """[K, b, b]: the matrix that the whole iteration multiplies x [K, b, a] with, a polynomial of gram = x @ x.mT.
+    Polynomials of one matrix commute, so the next x @ x.mT is step @ gram @ step."""
     linear, cubic, quintic = _COEFFICIENTS
     found = None
     for number in range(_ITERATIONS):
@@ -59,8 +62,8 @@ def _polynomial_of(gram: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), scaled to the size of an AdamW update (Liu et al. 2025).
 
-    Takes matrices only. One learning rate serves both optimizers: an update has root mean square 0.2 * lr. Where
-    `found_inf` (float32 scalar on the device; torch's name for it) is 1, a step changes nothing.
+    Takes matrices only. One learning rate serves both optimizers: an update has root mean square 0.2 * lr. If
+    `found_inf` (float32 scalar on the device; the name is torch's) is 1, a step changes nothing.
     """
 
     def __init__(self, parameters: Iterable, lr: float, momentum: float, weight_decay: float,
@@ -135,7 +138,7 @@ def make_capturable(optimizers: Sequence[torch.optim.Optimizer], device: torch.d
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = torch.tensor(group['lr'], device=device)
-            group['capturable'] = True  # what torch's own optimizers ask for
+            group['capturable'] = True  # torch's own optimizers require it
 
 
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], learning_rate: float,

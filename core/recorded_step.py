@@ -5,8 +5,8 @@ graph starts all of them at once. The numbers stay the same: a replay runs the o
 order. What changes from step to step lies in tensors on the device: the batch, the learning rates, the weight of the
 average (`TrainingState.set_rates`), and the seed of dropout, which torch hands to a graph itself.
 
-Recorded are steps of one micro-step on one rank that never wait for the device. A step that draws text (critic,
-rewards) waits; it runs as ever.
+Only steps of one micro-step on one rank are recorded, and only if they never wait for the device. A step that draws
+text (critic, rewards) waits, so it runs without a recording.
 """
 
 from collections import Counter
@@ -20,18 +20,18 @@ from core.batches import Batch
 from core.common.printing import complain
 from core.objective import Losses
 
-STEPS_BEFORE = 3  # of one kind that run as ever: they compile, choose kernels and make the optimizers' state
+STEPS_BEFORE = 3  # of one kind that run unrecorded: they compile, choose kernels and make the optimizers' state
 
 
 class Taken(NamedTuple):
-    """What a step leaves: its losses, and the norms of its gradients before clipping by whose they are, all scalars on
-    the device."""
+    """What a step returns: its losses, and the norms of its gradients before clipping, by name; scalars on the device.
+    """
 
     losses: Losses
     norms: dict[str, Tensor]
 
     def copied(self) -> 'Taken':
-        """The same, in tensors that the next replay does not write over."""
+        """The same, in tensors that the next replay does not overwrite."""
         total, main, heads, sums = self.losses
         return Taken(Losses(total.clone(), main.clone(), {name: loss.clone() for name, loss in heads.items()},
                             None if sums is None else sums.clone()),
@@ -64,7 +64,7 @@ class StepRecorder:
         return len(self._recordings)
 
     def step(self, kind: Hashable, batch: Batch, body: Body, device: torch.device) -> Taken:
-        """`body` on the batch of the host: as it is for the first steps of this kind, then recorded, then replayed."""
+        """Run `body` on the host's batch: unrecorded for the first steps of this kind, then recorded, then replayed."""
         key = kind, tuple((tensor.shape, tensor.dtype) for tensor in batch)
         self._seen[key] += 1
         if self._seen[key] <= STEPS_BEFORE or not self.works:
@@ -81,7 +81,7 @@ class StepRecorder:
         return taken.copied()
 
     def _record(self, place: Batch, body: Body) -> Recording | None:
-        """The recording of one step, which is not computed yet; None where it cannot be recorded."""
+        """The recording of one step, which does not compute it; None if it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:

@@ -9,10 +9,10 @@ and the loss is the mean over texts of
 
     - A / n * sum of log p  +  beta / n * sum of (q - 1 - log q),   q = p_start / p
 
-over the n tokens drawn, where p is a token's probability when the path reveals it (core/sampling/path_likelihood.py)
-and p_start that of the same token on the same path under the model that training began with. The second part is
-Schulman's estimate k3 of the divergence KL(p || p_start). Each group serves one step, so the ratio of p to the
-probability that a text was drawn with is 1, and there is nothing to clip.
+over the n drawn tokens. p is a token's probability when the path reveals it (core/sampling/path_likelihood.py), and
+p_start is the probability of the same token on the same path under the model that training began with. The second part
+is Schulman's estimate k3 of the divergence KL(p || p_start). Each group serves one step only. So p equals the
+probability with which the text was drawn, their ratio is 1, and there is nothing to clip.
 
 Letters: B rows of a micro-step, T tokens of a row, G rows of a group.
 """
@@ -48,9 +48,12 @@ MEASURES = ('reward', 'kl', 'entropy', 'repetition')  # means over texts: of a v
 
 
 class Reinforcement(NamedTuple):
-    """How texts are drawn and rewarded. prompt_length: tokens of the corpus that a text begins with; policy: of a
-    deterministic row of POLICIES whose choice of positions does not depend on the weights; head: who fills; kl_weight:
-    beta; start: the model that training began with; autocast: a lower precision for the network, or None."""
+    """How texts are drawn and rewarded.
+
+    prompt_length: tokens of the corpus that a text begins with. policy: of a row of POLICIES that is deterministic and
+    chooses positions without the weights. head: what fills. kl_weight: beta. start: the model that training began with.
+    autocast: a lower precision for the network, or None.
+    """
 
     mask_token_id: int
     group_size: int
@@ -87,15 +90,15 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def divergences(log_probabilities: Tensor, start: Tensor) -> Tensor:
-    """k3 = q - 1 - log q of each token, both [B, T]: never negative, 0 where they are equal, and its mean over draws
-    from p is KL(p || p_start) (Schulman 2020, "Approximating KL divergence")."""
+    """k3 = q - 1 - log q of each token, from log-probabilities [B, T]. It is never negative, and 0 if p = p_start. Its
+    mean over draws from p is KL(p || p_start) (Schulman 2020, "Approximating KL divergence")."""
     ratio = start - log_probabilities
     return ratio.expm1() - ratio
 
 
 class Written(NamedTuple):
-    """text [B, T]; rewards float64 [B]; log_probabilities, start: of the drawn tokens under the model, with its graph
-    where gradients are enabled, and under the start, float64 [B, T], 0 in the prompt."""
+    """text [B, T]; rewards float64 [B]. log_probabilities, start float64 [B, T]: of the drawn tokens under the model,
+    with its graph if gradients are enabled, and under the start; 0 in the prompt."""
 
     text: Layout
     rewards: Tensor
@@ -107,7 +110,8 @@ class Written(NamedTuple):
         return values.sum(1) / (~self.text.protected).sum(1)
 
     def measures(self) -> Tensor:
-        """float64 [B, 4]: `MEASURES` of each text. entropy: -log p per drawn token, whose mean over draws it is."""
+        """float64 [B, 4]: `MEASURES` of each text. entropy: -log p per drawn token; its mean over draws is the entropy.
+        """
         return torch.stack((self.rewards, self.per_token(divergences(self.log_probabilities, self.start)),
                             -self.per_token(self.log_probabilities), repeated_share(self.text.tokens)), dim=1).detach()
 
@@ -128,8 +132,8 @@ def write(model: GPT, prompts: Tensor, allowed: Tensor, asked: Reinforcement, ge
 
 
 class GroupObjective(nn.Module):
-    """The loss above, in place of `Objective`. Its value is shown as beta * KL - reward, of which it is the gradient
-    that counts: main is minus the mean reward."""
+    """The loss above, used instead of `Objective`. Its printed value is beta * KL - reward, which has the same expected
+    gradient: main is minus the mean reward."""
 
     def __init__(self, model: GPT, allowed: Tensor, asked: Reinforcement) -> None:
         super().__init__()
@@ -145,7 +149,7 @@ class GroupObjective(nn.Module):
         surrogate = -(weights * advantages * written.per_token(written.log_probabilities)).sum()
         kl = (weights * written.per_token(divergences(written.log_probabilities, written.start))).sum()
         main = -(weights * written.rewards).sum()
-        # A head that drew nothing has gradient 0 and not none, since ranks wait for the same gradients.
+        # A head that drew nothing gets gradient 0 instead of none, since ranks wait for the same gradients.
         idle = sum(parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad) * 0.0
         total = main + (surrogate - surrogate.detach()) + self.asked.kl_weight * kl
         total, main, kl = (value.to(batch.inputs.device, torch.float32) for value in (total, main, kl))
@@ -159,8 +163,8 @@ def reinforcement_metrics(sums: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def validate_rewards(model: GPT, held_out: HeldOut, allowed: Tensor, asked: Reinforcement) -> Validation:
-    """beta * KL - reward of texts that `model` writes after held-out prompts, with the same noise at every validation;
-    `MEASURES` of them, and the NELBO, which shows what the model forgets of its corpus."""
+    """beta * KL - reward of texts that `model` writes after held-out prompts, with the same noise at every validation.
+    `further`: their `MEASURES`, and the NELBO, which shows whether the model forgets its corpus."""
     begin, found = time.perf_counter(), held_out.zeros(len(MEASURES))
     for place, rows in held_out.batches(model.config.block_size):
         device = held_out.runtime.device

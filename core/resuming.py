@@ -1,5 +1,5 @@
-"""Options that a run takes from what it goes on with, where no others are given: from its own start when it is resumed,
-from the trained generator when it is a policy gradient."""
+"""Options that a run takes over unless others are given: a resumed run from its own start, training by policy gradient
+from its generator."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +18,8 @@ OF_THIS_START = ('out_dir', 'init_from', 'eval_only', 'force_resume', 'overwrite
 
 
 def inherited_options(config: TrainConfig, explicit: Mapping[str, str]) -> tuple[dict[str, object], str]:
-    """The options that take the place of the defaults, and the file that has them; none for most runs. `explicit` names
-    the options given now. UserError where the file is missing or not what the run can go on with."""
+    """The options that replace the defaults, and the file that holds them; none for most runs. `explicit` names the
+    options given now. UserError if the file is missing or the run cannot continue from it."""
     if config.init_from == 'resume':
         return saved_options(config, explicit)
     if training_of(config) == GRPO and config.init_from_checkpoint:
@@ -28,7 +28,7 @@ def inherited_options(config: TrainConfig, explicit: Mapping[str, str]) -> tuple
 
 
 def start_options(path: str) -> tuple[dict[str, object], str]:
-    """Shape, corpus and noise schedule of the generator at `path`. Its critic is left out, and a sampler head whose
+    """Shape, corpus and noise schedule of the generator at `path`, without its critic, and without a sampler head whose
     stage had not begun."""
     checkpoint = read_generator(path, 'init_from_checkpoint')
     schedule = TRAINING_FIELDS - {'sampler_min_neighbors_ratio'}
@@ -42,11 +42,11 @@ def start_options(path: str) -> tuple[dict[str, object], str]:
 def saved_options(config: TrainConfig, explicit: Mapping[str, str]) -> tuple[dict[str, object], str]:
     """The options that the run in `config.out_dir` was last started with, and the file that has them.
 
-    That is its config.json, or the checkpoint where it was moved without one. A device that is not here is left out.
-    `explicit` names the options given now. UserError where the folder has neither.
+    That file is config.json, or the checkpoint if it was moved without one. A device that this machine lacks is left
+    out. `explicit` names the options given now. UserError if the folder has neither file.
     """
     if not config.out_dir.strip():
-        return {}, ''  # which is refused with whatever else is wrong
+        return {}, ''  # refused later, together with other problems
     source = described_by(Path(config.out_dir))
     options = read_json(source)
     if options is None:

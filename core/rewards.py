@@ -1,6 +1,6 @@
-"""What a text is rewarded for when a model is trained by policy gradient: one row a reward in `REWARDS`.
+"""The rewards of texts in training by policy gradient, a row each in `REWARDS`.
 
-Every reward is a score in 0 .. 1, less `repetition_weight` times the share of the text that repeats itself.
+Every reward is a score in 0 .. 1 minus `repetition_weight` times the share of the text that repeats itself.
 
 Letters: B rows, T tokens of a text.
 """
@@ -32,8 +32,8 @@ class RewardRow(NamedTuple):
 
 
 def repeated_share(tokens: Tensor) -> Tensor:
-    """float64 [B]: the share of the n-grams (n = 4 tokens) of texts int64 [B, T] that their own text had before; 0 for
-    texts of fewer tokens. A share, so a long text pays no more than a short one."""
+    """float64 [B]: the share of n-grams (n = 4 tokens) of each of texts int64 [B, T] that occurred earlier in it; 0 for
+    texts of fewer tokens. It is a share, so that a long text pays no more than a short one."""
     if tokens.size(1) < REPEATED:
         return torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     kinds = tokens.unfold(1, REPEATED, 1).flatten(0, 1).unique(dim=0, return_inverse=True)[1]  # a number for each n-gram

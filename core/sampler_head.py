@@ -14,7 +14,7 @@ from core.common.layers import Norm, draw_weights, rotary_tables, rotate
 
 SamplerKind = Literal['neighbours', 'layer', 'layer_neighbours', 'rerun']
 
-GATE_AFTER_A_DRAW = 0.3  # share of the trunk's logits that a gate begins with where a neighbour is new; else all
+GATE_AFTER_A_DRAW = 0.3  # share of the trunk's logits that a gate begins with if a neighbour is new; else all
 
 
 class SamplerWindow(NamedTuple):
@@ -25,7 +25,7 @@ class SamplerWindow(NamedTuple):
 
     @classmethod
     def of(cls, context: int, left: int | None, right: int | None) -> 'SamplerWindow':
-        """`context` neighbours on each side where left or right say nothing else."""
+        """`context` neighbours on each side, unless left or right give another number."""
         return cls(context if left is None else left, context if right is None else right)
 
     @property
@@ -40,8 +40,8 @@ class SamplerWindow(NamedTuple):
 
 
 class KindRow(NamedTuple):
-    """window: it sees the tokens next to a position; reads_row: it reads everything that is known of the row, the
-    tokens that were filled before a position among them; sees_masks: and the positions that are masked still."""
+    """window: it sees the tokens next to a position. reads_row: it reads all known positions of the row, also those
+    filled before this one. sees_masks: it also reads the positions that are still masked."""
 
     window: bool
     reads_row: bool = False
@@ -78,8 +78,8 @@ class SamplerShape(NamedTuple):
     gate: bool
 
     def operations_per_token(self) -> int:
-        """Floating-point operations for each token drawn (two per multiply-add); what tokens add to the first product
-        and to keys and values comes from tables. The attention counts as if every row were full."""
+        """Floating-point operations for each token drawn (two per multiply-add). What tokens add to the first product,
+        keys and values comes from tables and costs nothing. The attention counts as if every row were full."""
         hidden = 0 if self.zero_hidden else self.n_embd
         matrices = self.width * (hidden + self.width + self.vocab_size)
         if self.kind.reads_row:
@@ -92,8 +92,8 @@ class SamplerShape(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What queries may look at. keys, values [B, H, S, A / H]; the first of the S says nothing and is always there,
-    so that a row of which nothing is known can be read."""
+    """What queries may look at: keys, values [B, H, S, A / H]. The first of the S is empty and always there, so that a
+    row without known positions can be read."""
 
     keys: Tensor
     values: Tensor
@@ -103,10 +103,10 @@ class FillAttention(nn.Module):
     """One attention layer of two streams, in the order of a fill (XLNet, Yang et al. 2019; SSMD, arXiv 2510.03929).
 
     The query of a masked position comes from its hidden state and knows nothing of its token. Keys and values come from
-    hidden state and token of positions that are known: visible to the trunk, or filled earlier. With sees_masks those
-    that are still masked are read too, with the mask's embedding in place of a token: that is what a layer sees that is
-    run again over the whole row after each draw (ADJUST, arXiv 2509.22738). Since the layer is the only one, all of
-    this but the token just placed stays the same from draw to draw and is kept. Positions are rotary.
+    the hidden states and tokens of known positions: those visible to the trunk, and those filled earlier. With
+    sees_masks the layer also reads positions that are still masked, with the mask's embedding as their token. Then it
+    sees what a layer sees that runs again over the whole row after each draw (ADJUST, arXiv 2509.22738). There is only
+    one layer, so a draw changes nothing but the token just placed, and everything else is kept. Positions are rotary.
     """
 
     def __init__(self, shape: SamplerShape) -> None:
@@ -114,7 +114,7 @@ class FillAttention(nn.Module):
         D, A, self.n_head, self.sees_masks = shape.n_embd, shape.attention_width, shape.n_head, shape.kind.sees_masks
         self.zero_hidden = shape.zero_hidden
         self.query = nn.Linear(D, A, bias=False)
-        self.query_start = nn.Parameter(torch.ones(A))  # what a head that is blind to hidden states asks with
+        self.query_start = nn.Parameter(torch.ones(A))  # the query of a head that does not see hidden states
         self.content = nn.Linear(D, 2 * A, bias=False)
         self.token = nn.Linear(D, 2 * A, bias=False)
         self.query_norm, self.key_norm = Norm(A // shape.n_head), Norm(A // shape.n_head)
@@ -125,11 +125,12 @@ class FillAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, embedded: Tensor, mask_embedding: Tensor, sees: Tensor,
                 within: Tensor | None = None) -> Tensor:
-        """What every position of a row reads, [B, T, W], all at once, each given other tokens (teacher forcing).
+        """What every position of a row reads, [B, T, W], all in one pass, each with its own known tokens (teacher
+        forcing).
 
         hidden_states [B, T, D]; embedded [B, T, D]: the embedding of each position's token, true or placed;
-        mask_embedding [D]; sees bool [B, T, T]: True where a position (second index) knows the token of another one;
-        within bool [B, T, T]: True where it may look at another one at all, None for everywhere.
+        mask_embedding [D]; sees bool [B, T, T]: True where a position (second index) knows the token of another one
+        (third index). within bool [B, T, T]: True where it may look at the other one at all; None: everywhere.
         """
         content = self.contents(hidden_states)  # [B, T, 2 A]
         keys, values = self.remembered(content + self.token(embedded))
@@ -176,13 +177,13 @@ class FillAttention(nn.Module):
 
 
 class RowMemory:
-    """What a head that reads rows remembers of the rows of one fill: keys and values of all that is known, to which
-    each draw adds its token. So a draw costs one query, and one key and value."""
+    """What a head that reads rows remembers during one fill: the keys and values of all known positions. Each draw adds
+    its token, so a draw costs one query, one key and one value."""
 
     def __init__(self, attention: FillAttention, tokens: Tensor, hidden_states: Tensor,
                  table: tuple[Tensor, int]) -> None:
-        """tokens int64 [B, T] and their hidden_states [B, T, D]; table: what a token adds to keys and values,
-        [V, 2 A], and which of them is the mask."""
+        """tokens int64 [B, T] and their hidden_states [B, T, D]. table: what each token adds to keys and values,
+        [V, 2 A], and the id of the mask."""
         (contents, mask_token_id), tokens = table, tokens.to(hidden_states.device)
         self._attention, self._contents = attention, contents
         self._of_hidden = attention.contents(hidden_states)  # [B, T, 2 A]
@@ -190,8 +191,8 @@ class RowMemory:
         self._known = F.pad((tokens != mask_token_id) | attention.sees_masks, (1, 0), value=True)  # [B, 1 + T]
 
     def read(self, hidden: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """[n, W]: what the head gives the positions `places` int64 [n] of `rows` int64 [n], none of which comes twice;
-        hidden [n, D]."""
+        """[n, W]: what the attention gives positions `places` int64 [n] of `rows` int64 [n]; hidden [n, D]. No row may
+        occur twice."""
         rows, places = rows.to(hidden.device), places.to(hidden.device)
         memory, known = self._memory, self._known
         if len(rows) < len(known):
@@ -199,11 +200,11 @@ class RowMemory:
         return self._attention.read(self._attention.queries(hidden, places), memory, known)
 
     def add(self, rows: Tensor, places: Tensor, tokens: Tensor) -> None:
-        """Know the tokens int64 [n] at these positions from now on."""
+        """Add the tokens int64 [n] at these positions to what is known."""
         rows, places, tokens = (one.to(self._contents.device) for one in (rows, places, tokens))
         made = self._attention.keys_values(self._of_hidden[rows, places] + self._contents[tokens], places)
         at = rows, places + 1
-        if torch.is_grad_enabled():  # what was read before is needed on the way back
+        if torch.is_grad_enabled():  # the backward pass needs the old tensors
             self._memory = Memory(*(old.transpose(1, 2).index_put(at, new).transpose(1, 2)
                                     for old, new in zip(self._memory, made)))
         else:
@@ -215,18 +216,18 @@ class RowMemory:
 class SamplerHead(nn.Module):
     """Predicts a masked token from its hidden state and from tokens that were placed since (docs/sampler.md).
 
-    What it sees of these is its kind's: the tokens next to the position, what `attention` reads of the row, or both.
-    The two add up in the product of the first matrix, and the rest is the same for all kinds.
+    Its kind decides what it sees of them: the tokens next to the position, what `attention` reads of the row, or both.
+    The two add up in the product of the first matrix; everything after that is the same for all kinds.
 
-    Input slots, each D wide: neighbours left_L .. left_1, the hidden state, neighbours right_1 .. right_R; a neighbour
-    that is missing (sequence boundary, or still masked) is a zero vector. The first matrix acts on each slot alone, so
-    its product with every token's embedding can be kept in a table: `neighbour_tables`, `hidden_projection` and
-    `from_projection` together give what `forward` gives, up to rounding. With sampler_zero_hidden the hidden state
-    counts as a zero vector and the trunk's logits are not added: what neighbours alone are worth.
+    Input slots, each D wide: neighbours left_L .. left_1, the hidden state, neighbours right_1 .. right_R. A missing
+    neighbour (sequence boundary, or still masked) is a zero vector. The first matrix acts on each slot separately, so
+    its product with every token's embedding can be kept in a table. `neighbour_tables`, `hidden_projection` and
+    `from_projection` together give what `forward` gives, up to rounding. With sampler_zero_hidden the hidden state is a
+    zero vector and the trunk's logits are not added, which measures what neighbours alone are worth.
 
-    A residual head adds the trunk's logits. They know nothing of the neighbours filled since the trunk call, so with
-    more of these they mislead. With sampler_gate the head adds a share of them that it chooses itself from what it sees
-    and from the number of new neighbours.
+    A residual head adds the trunk's logits. These know nothing of the neighbours filled since the trunk call, so they
+    mislead where there are many. With sampler_gate the head adds only a share of them, which it computes from what it
+    sees and from the number of new neighbours.
     """
 
     def __init__(self, shape: SamplerShape) -> None:
@@ -249,9 +250,9 @@ class SamplerHead(nn.Module):
                 new: Tensor | None = None, read: Tensor | None = None) -> Tensor:
         """Logits [..., V] from sampler_input [..., (C + 1) D].
 
-        trunk_logits [..., V] are added when the head is residual; output_weight [V, D] is the trunk's `lm_head`, read
-        when sampler_output is 'shared_detached'; new int64 [...]: how many of the neighbours were masked when the trunk
-        was called, read by a gate; read [..., W]: what the attention gives, None without one.
+        trunk_logits [..., V]: added if the head is residual. output_weight [V, D]: the trunk's `lm_head`, used if
+        sampler_output is 'shared_detached'. new int64 [...]: how many of the neighbours were masked in the trunk call,
+        used by a gate. read [..., W]: what the attention gives, None without one.
         """
         if self.zero_hidden:
             slots = sampler_input.unflatten(-1, (self.window.size + 1, -1))  # [..., C + 1, D]
@@ -262,7 +263,8 @@ class SamplerHead(nn.Module):
 
     def from_projection(self, projection: Tensor, trunk_logits: Tensor, output_weight: Tensor,
                         new: Tensor | None = None) -> Tensor:
-        """Logits [..., V] from the first matrix's product and what was read, projection [..., W]; the rest as in `forward`."""
+        """Logits [..., V] from projection [..., W], the sum of the first matrix's product and what was read; the rest as
+        in `forward`."""
         if self.new_neighbours is not None:
             projection = projection + self.new_neighbours(new)
         x = self.norm_1(F.silu(projection))
@@ -290,7 +292,7 @@ class SamplerHead(nn.Module):
 
 @torch.no_grad()
 def initialise_sampler_head(head: SamplerHead, generator: torch.Generator) -> None:
-    """The initial weights that `generator` gives a head, whatever trunk it is on."""
+    """Give a head its initial weights, which depend on `generator` only and not on the trunk."""
     for module in head.modules():
         draw_weights(module, generator)
     if head.residual and head.output_head is not None:

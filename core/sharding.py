@@ -20,7 +20,7 @@ from model import GPT
 def shard(objective: nn.Module, averaged: GPT, runtime: Runtime) -> DeviceMesh:
     """Cut `objective`, which holds the model, and the averaged model over all ranks, in place; returns the ranks.
 
-    Each layer is gathered by itself. All else is gathered for a whole pass: the heads and the loss read it directly.
+    Each layer is gathered by itself. All else is gathered for a whole pass, since heads and loss read it directly.
     """
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     for model in (objective.model, averaged):
@@ -35,8 +35,8 @@ def shard(objective: nn.Module, averaged: GPT, runtime: Runtime) -> DeviceMesh:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """`model` whole on every rank, so that each may call it as often as it likes; no rank may be missing. Does nothing
-    for a model that is not cut."""
+    """`model` whole on every rank, so that each may call it any number of times. All ranks must enter. Does nothing for
+    a model that is not cut."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()
@@ -48,8 +48,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def whole(value: object, keep: bool = True) -> object:
-    """`value` (a tensor, or lists and dicts of such) with every tensor that is cut put together in the host's memory;
-    all ranks call this. A rank that does not `keep` them gets None in their places."""
+    """`value` (a tensor, or lists and dicts of tensors) with every cut tensor joined in the host's memory. All ranks
+    must call this. A rank without `keep` gets None for these tensors."""
     if isinstance(value, dict):
         return {key: whole(one, keep) for key, one in value.items()}
     if isinstance(value, list):

@@ -31,6 +31,6 @@ def trains(stage: Stage, module: str) -> bool:
 
 
 def all_heads_trained_from(config: GPTConfig) -> int:
-    """The smallest number of steps done at which every head of the model has had its schedule: each a first step, and
-    one with the full weight of its loss. The best checkpoint is chosen from here on."""
+    """The number of steps after which every head has trained for a step, and for one with the full weight of its loss.
+    The best checkpoint is chosen from here on."""
     return max((head.trained_from(config) for head in heads_of(config)), default=0)

@@ -1,6 +1,6 @@
 """Which training steps are taken: those whose loss and gradients are finite and, where asked for, no spike.
 
-The verdict is reached on the device and obeyed there by the optimizers, so a step never waits for it; the host reads
+The verdict is computed on the device, and the optimizers obey it there, so a step never waits for it. The host reads
 the counts when it waits for other reasons. All ranks see the same total loss and the same averaged gradients, so they
 agree.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.common.precision import exact_device, to_exact
 
-WINDOW = 128  # iterations that a spike is compared with; half of them must be there (as in OLMo-core's SkipStepAdamW)
+WINDOW = 128  # earlier iterations to compare with; half of them must exist (as in OLMo-core's SkipStepAdamW)
 MOST_IN_A_ROW = 30  # more than the 16 halvings that float16's loss scale may need when a run begins
 
 
@@ -50,7 +50,7 @@ class StepGuard:
         return refused.float().to(self.device)
 
     def _is_spike(self, latest: Tensor) -> Tensor:
-        """bool scalar: whether either of `latest` [2] stands out from the recent values, spikes among them included."""
+        """bool scalar: whether either of `latest` [2] is far above the recent values, which include earlier spikes."""
         enough = self.recent.isfinite().sum(1) >= WINDOW // 2
         mean = self.recent.nanmean(1)
         deviation = (self.recent - mean[:, None]).square().nanmean(1).sqrt()
@@ -61,7 +61,7 @@ class StepGuard:
         return Skipped(*self.counts.tolist())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs to judge alike."""
+        """What a resumed run needs to judge in the same way."""
         return {'counts': self.counts.clone(), 'recent': self.recent.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

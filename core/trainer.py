@@ -56,8 +56,8 @@ STOPPING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'S
 def train(config: TrainConfig, notes: list[str]) -> None:
     """Train as `config` (the options of train.py) says; `notes` are lines to print first.
 
-    Raises UserError for what cannot be done, and SystemExit with 128 + its number when a signal stopped the run after
-    it was saved.
+    Raises UserError for wrong options or files. When a signal stops the run, the run is saved first, and SystemExit
+    with 128 + the signal's number follows.
     """
     problems = option_problems(config)
     try:
@@ -190,7 +190,7 @@ class Run:
                 self.folder.close()
 
     def open_folder(self, say: Callable[[str], None]) -> bool:
-        """Take up the run that the folder holds, or begin one, as init_from says; whether there is something to do."""
+        """Resume the run in the folder, or begin one, as init_from says. Returns whether there is something to do."""
         config, options = self.config, dataclasses.asdict(self.config)
         if config.init_from == 'resume':
             path = self.folder.latest(say) if self.folder is not None else None
@@ -215,7 +215,7 @@ class Run:
         return self.runtime.total_count(int(finished)) > 0
 
     def loop(self) -> None:
-        """Evaluate at every eval_interval and at the end; take a step in between; stop when asked to, once saved."""
+        """Evaluate at every eval_interval and at the end, and take steps in between. When asked to stop, save first."""
         config = self.config
         while True:
             if self.iteration % config.eval_interval == 0 or self.iteration == config.max_iters:
@@ -232,7 +232,7 @@ class Run:
                 self.stop()
 
     def stop(self) -> NoReturn:
-        """Save what the last whole step has left, and end as the signal asks."""
+        """Save the state after the last whole step, and end as the signal asks."""
         if self.iteration > 0:
             self.save()
             self.logger.message(f'stopped after iteration {self.iteration}; go on with --init_from=resume')
@@ -264,7 +264,7 @@ class Run:
         self.logger.advance(self.iteration)
 
     def announce(self, stage: Stage) -> None:
-        """Say what trains from here on where that changes, and that it is compiled first."""
+        """If other parts train from here on, say which, and that the stage is compiled first."""
         parts = frozenset(stage.heads), stage.trunk
         if parts == self.parts:
             return
@@ -278,7 +278,7 @@ class Run:
             self.logger.message('; '.join(told))
 
     def record(self, losses: Losses, stage: Stage, learning_rate: float) -> IterationRecord:
-        """What is told of the step just made: its losses, and means over the iterations since the last line."""
+        """The record of the step just made: its losses, and means over the iterations since the last line."""
         rows = self.state.plan.rows
         parts = {name: loss.item() for name, loss in (('main', losses.main), *losses.heads.items())}
         weights = {head.name: stage.heads[head.name] for head in HEADS
@@ -295,7 +295,7 @@ class Run:
                                weights, {f'train/{name}': value for name, value in further.items()})
 
     def report_skipped(self) -> None:
-        """Say how many steps were not taken since this was last said; UserError where none has been for long."""
+        """Say how many steps were skipped since the last such line. UserError if too many were skipped in a row."""
         config, skipped = self.config, self.state.guard.skipped()
         if skipped.total > self.skips_told:
             self.logger.message(f'iter {self.iteration}: {skipped.total - self.skips_told} more skipped '
@@ -348,8 +348,8 @@ class Run:
             self.drawn = time.monotonic()
 
     def improves(self, found: Validation) -> bool:
-        """Whether this is to be the best checkpoint, chosen among those in which every configured head has had its
-        schedule as soon as there is one. A value whose checkpoint is missing counts for nothing."""
+        """Whether this becomes the best checkpoint: the lowest value is best. Once there are checkpoints from after the
+        schedules of all heads, only these count. A value whose checkpoint file is missing does not count."""
         is_final = self.iteration >= all_heads_trained_from(self.model_config)
         missing = self.runtime.total_count(int(self.folder is not None and not self.folder.has_best())) > 0
         better = missing or self.best_value is None or found.value < self.best_value
@@ -359,7 +359,7 @@ class Run:
         return self.config.always_save_checkpoint
 
     def save(self, is_best: bool = False) -> None:
-        """Save the latest state, the best one too where it is, and a snapshot where one is due."""
+        """Save the latest state; also as the best one if it is, and as a snapshot if one is due."""
         config, due = self.config, self.iteration % self.config.eval_interval == 0
         weights = self.checkpoint(with_optimizers=False) if is_best or due else None
         latest = self.checkpoint(with_optimizers=True)
@@ -372,9 +372,9 @@ class Run:
         self.has_saved = True
 
     def checkpoint(self, with_optimizers: bool) -> Checkpoint:
-        """Everything as it is now; without optimizers it serves sampling only, and holds the averaged weights alone.
+        """The run's whole state now. Without optimizers it holds the averaged weights only, which is enough to sample.
 
-        All ranks call this, since each may hold a part; the writer's is whole.
+        All ranks must call this, since each may hold a part. Only the writing rank's result is whole.
         """
         state, corpus, keep = self.state, self.corpus, self.runtime.is_writer
         averaged = whole_weights(state.averaged, keep)

@@ -28,8 +28,8 @@ class StepSettings:
     """How a step changes the weights.
 
     optimizer: 'muon' or 'adamw'; learning_rate: the first one; grad_clip: largest gradient norm, 0 for none; ema_decay:
-    of the averaged weights; spike_deviations: of `StepGuard`; activation_checkpointing: each layer is computed again on
-    the way back; sharded: weights are cut over the ranks; cuda_graphs: steps are recorded (core/recorded_step.py).
+    of the averaged weights; spike_deviations: of `StepGuard`; activation_checkpointing: the backward pass computes
+    each layer again; sharded: weights are cut over the ranks; cuda_graphs: steps are recorded (core/recorded_step.py).
     """
 
     optimizer: str
@@ -73,7 +73,7 @@ class TrainingState:
             self.objective.waves = RecordedWaves()
 
     def enter(self, stage: Stage) -> None:
-        """Let exactly the parameters that this stage trains have gradients; ranks then wait for no others."""
+        """Let only the parameters that this stage trains have gradients, so that ranks wait for no others."""
         before, self.stage = self.stage, stage
         if before is not None and (before.heads.keys(), before.trunk) == (stage.heads.keys(), stage.trunk):
             return
@@ -83,17 +83,18 @@ class TrainingState:
             self.parallel = nn.parallel.DistributedDataParallel(self.objective)
 
     def leave_ranks(self) -> None:
-        """Let go of what talks to the other ranks, to be called before `stop_runtime`.
+        """Drop the object that talks to the other ranks; call this before `stop_runtime`.
 
-        Were it the last to hold the group of processes, its end would wait for gloo's threads without letting go of
-        Python, which such a thread may be waiting for (pytorch issue 56297): the process would never end.
+        If it were the last to hold the group of processes, its destructor would wait for gloo's threads while it holds
+        Python's lock. Such a thread may itself wait for that lock, and the process would never end (pytorch issue
+        56297).
         """
         self.parallel = self.objective
 
     def clip_gradients(self) -> dict[str, Tensor]:
-        """Clip the gradients of each head that is `clipped_apart` by themselves, so that it moves nothing else.
+        """Clip the gradients. A head that is `clipped_apart` is clipped by itself, so it does not scale the others.
 
-        Returns the norms before clipping: 'main' of all others first, then of these heads by their names.
+        Returns the norms before clipping: first 'main', of all other parameters, then those of these heads by name.
         """
         apart = {head.module: head.name for head in HEADS if head.clipped_apart}
         groups: dict[str, list[nn.Parameter]] = {'main': [], **{name: [] for name in apart.values()}}
@@ -168,7 +169,7 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
     for micro_step, batch in enumerate(batches):
         _seed_dropout(plan, iteration, batch)
         last = micro_step == len(batches) - 1
-        together = last or runtime.world_size == 1 or state.mesh is not None  # whole gradients would not be kept
+        together = last or runtime.world_size == 1 or state.mesh is not None  # shards keep no whole gradients
         with nullcontext() if together else state.parallel.no_sync():
             parts.append(losses_with_gradients(state, batch.to(runtime.device), stage, iteration))
     taken = update(state, iteration, parts)
@@ -177,7 +178,7 @@ def training_step(state: TrainingState, iteration: int, learning_rate: float) ->
 
 
 def _seed_dropout(plan: BatchPlan, iteration: int, batch: Batch) -> None:
-    """The first row differs by micro-step and rank, and so does their dropout."""
+    """Seed dropout by the first row, which differs by micro-step and rank."""
     torch.manual_seed(RowRandom(plan.seed, iteration, batch.rows).derived_seed(Purpose.DROPOUT))
 
 

@@ -27,16 +27,19 @@ from core.objective import PositionSums, names, position_metrics, position_sums,
 from model import GPT
 from sample_utils import shown_logits
 
-VALIDATION_SEED = 20_240_607  # one for all runs, so that their figures compare
-TIMES = 4096  # in which the mean over time is taken
+VALIDATION_SEED = 20_240_607  # the same for all runs, so that their figures compare
+TIMES = 4096  # over which the mean is taken
 RANDOM_SHARE, FILLED_SHARE = 0.1, 0.3  # of the texts that a judge must rank below the true ones
 
 
 @dataclass(frozen=True)
 class Validation:
-    """value: in nats per token the NELBO of a diffusion model, the exact negative log-likelihood of a causal one, the
-    loss of a remasking model; a judge's squared error. standard_error over windows; further: other numbers for the
-    log; bits_per: 'character' or 'byte' where `further` holds bits, else None."""
+    """What a validation found.
+
+    value: the NELBO of a diffusion model, the exact negative log-likelihood of a causal model, or the loss of a
+    remasking model, in nats per token; or the squared error of a judge. standard_error: over windows. further: other
+    numbers for the log. bits_per: 'character' or 'byte' if `further` holds bits, else None.
+    """
 
     value: float
     standard_error: float
@@ -58,8 +61,8 @@ class Validation:
 
 
 class HeldOut(NamedTuple):
-    """What is validated on: `windows` windows evenly over a split, `batch_size` at a time; the ranks of `runtime` share
-    the work and the result."""
+    """The text of a validation: `windows` windows spread evenly over a split, read `batch_size` at a time. The ranks of
+    `runtime` share the work and the result."""
 
     corpus: Corpus
     runtime: Runtime
@@ -88,8 +91,9 @@ def fixed_windows(tokens: np.ndarray, count: int, length: int) -> Tensor:
 def any_order_terms(model: GPT, windows: Tensor, counts: Tensor, mask: Tensor, allowed: Tensor) -> Tensor:
     """float64 [B]: mean cross-entropy over each row's masked positions, in nats.
 
-    With n = counts uniform in 1 .. T and a uniform choice of n masked positions, the expectation is the NELBO per
-    token (Uria et al. 2014; Ou et al. 2024, RADD, eq. 9): the 1 / t form with the times integrated out, and bounded.
+    If n = counts is uniform in 1 .. T and the n masked positions are chosen uniformly, the expectation is the NELBO per
+    token (Uria et al. 2014; Ou et al. 2024, RADD, eq. 9). This is the 1 / t form with the times integrated out, so the
+    weights are bounded.
     """
     return masked_sums(model, windows, mask, allowed)[0] / to_exact(counts)
 
@@ -117,7 +121,7 @@ def masked_sums(model: GPT, windows: Tensor, mask: Tensor, allowed: Tensor,
 
 def training_shares(noise: Masking, counts: Tensor, length: int) -> Tensor:
     """float64 [B]: the probability that training masks `counts` [B] of `length` positions: the mean over time of the
-    binomial distribution that the noise schedule gives. For the linear schedule all counts are equally likely."""
+    noise schedule's binomial distribution. For the linear schedule all counts are equally likely."""
     n, times = counts.double()[:, None], (torch.arange(TIMES, dtype=torch.float64) + 0.5) / TIMES  # [B, 1], [TIMES]
     probability = noise.schedule.mask_probability(times).clamp(1e-12, 1 - 1e-12)
     ways = math.lgamma(length + 1) - torch.lgamma(n + 1) - torch.lgamma(length - n + 1)
@@ -134,9 +138,9 @@ def causal_terms(model: GPT, windows: Tensor, allowed: Tensor) -> Tensor:
 def validate_generator(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Masking | None = None) -> Validation:
     """Validate a `model` that writes text, in evaluation mode; allowed bool [V]: the base vocabulary.
 
-    The any-order form depends on no noise schedule. With `noise`, the losses that training minimises are given further,
-    on the same windows and masks: 'loss_main' where all masked positions weigh alike (weighted by 1 / t it is the bound
-    itself), and 'loss_sampler' of a model with a sampler head.
+    The any-order form depends on no noise schedule. With `noise`, `further` also holds the losses that training
+    minimises, on the same windows and masks: 'loss_main', if all masked positions weigh alike (with weights 1 / t it
+    would be the bound itself), and 'loss_sampler', if there is a sampler head.
     """
     start, T, runtime = time.perf_counter(), model.config.block_size, held_out.runtime
     causal, terms, trained = model.config.attention_type == 'causal', held_out.zeros(), held_out.zeros(3)
@@ -172,9 +176,12 @@ def _as_trained(noise: Masking, sums: Tensor) -> dict[str, float]:
 
 
 def block_terms(model: GPT, windows: Tensor, block_length: int, generator: RowRandom, allowed: Tensor) -> Tensor:
-    """float64 [B]: a block model's NELBO per token of windows int64 [B, T], the any-order form inside each block: n
-    positions of it masked, n uniform in 1 .. b and stratified over a row's blocks, and the mean cross-entropy at them,
-    given the clean text before the block (Arriola et al. 2025, eq. 8, with the times integrated out)."""
+    """float64 [B]: a block model's NELBO per token of windows int64 [B, T], in the any-order form inside each block.
+
+    In each block n positions are masked, with n uniform in 1 .. b and stratified over a row's blocks. The term is the
+    mean cross-entropy at them, given the clean text before the block (Arriola et al. 2025, eq. 8, with the times
+    integrated out).
+    """
     (rows, T), b = windows.shape, block_length
     cells = generator.uniform(Purpose.VALIDATION, T // b, stream=1).argsort(1)  # [B, T / b], one for each block
     offset = generator.uniform(Purpose.VALIDATION, 1, stream=2)  # [B, 1]
@@ -193,8 +200,8 @@ def block_terms(model: GPT, windows: Tensor, block_length: int, generator: RowRa
 
 
 def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tensor) -> Tensor:
-    """float64 [B]: exact nats per token of windows int64 [B, T] where each block of a block model is written from one
-    trunk call, from left to right through a sampler head of that order."""
+    """float64 [B]: exact nats per token of windows int64 [B, T] if a block model writes each block from one
+    trunk call, from left to right through its sampler head."""
     rows, T = windows.shape
     masked = torch.ones_like(windows, dtype=torch.bool)
     hidden = model.encode_streams(torch.full_like(windows, model.config.mask_token_id), windows, block_length)
@@ -209,8 +216,8 @@ def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tens
 
 @torch.no_grad()
 def validate_block_length(model: GPT, held_out: HeldOut, allowed: Tensor, block_length: int) -> Validation:
-    """The NELBO of a block model in evaluation mode, at one of its block lengths; further the exact nats at one call a
-    block ('one_call') where it has a head that writes from left to right."""
+    """The NELBO of a block model in evaluation mode, at one of its block lengths. If a head of it writes from left to
+    right, `further` holds the exact nats at one call a block ('one_call')."""
     start, T, runtime, config = time.perf_counter(), model.config.block_size, held_out.runtime, model.config
     ordered = config.add_sampler_head and config.sampler_order == 'left_to_right'
     terms = held_out.zeros(2)
@@ -229,7 +236,7 @@ def validate_block_length(model: GPT, held_out: HeldOut, allowed: Tensor, block_
 
 
 def validate_blocks(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Masking | None = None) -> Validation:
-    """`validate_block_length` at the first of a block model's lengths, with what the others give further on
+    """`validate_block_length` at the first of a block model's lengths. `further` also holds the values at the others
     ('nelbo_of_8', 'one_call_of_8')."""
     first, *others = [validate_block_length(model, held_out, allowed, b) for b in model.config.block_length]
     further = dict(first.further)
@@ -240,7 +247,7 @@ def validate_blocks(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Maski
 
 
 def bits_of(nats: float, corpus: Corpus, split: str) -> tuple[float, str]:
-    """Nats per token as bits per unit of a split's real text: a character where each is a token, else a UTF-8 byte."""
+    """Nats per token as bits per unit of a split's real text: a character if each is a token, else a UTF-8 byte."""
     characters = corpus.vocabulary.kind == 'characters'
     units = corpus.characters[split] if characters else corpus.utf8_bytes[split]
     return nats * corpus.sizes[split] / units / math.log(2), 'character' if characters else 'byte'
@@ -253,14 +260,17 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     if positives == 0 or negatives == 0:
         return math.nan
     _, places, counts = scores.unique(return_inverse=True, return_counts=True)  # in ascending order
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[places].double()  # from 1 on, equal scores share theirs
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[places].double()  # from 1; equal scores share a rank
     return ((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives)).item()
 
 
 @torch.no_grad()
 def validate_remasking(model: GPT, held_out: HeldOut, allowed: Tensor, corruption: Corruption) -> Validation:
-    """The training loss of a remasking model with 1 .. T positions of each window chosen for corruption; loss and
-    accuracy apart for clean and corrupted positions, of several sources for each; AUROC of P(wrong)."""
+    """The training loss of a remasking model, with 1 .. T positions of each window chosen for corruption.
+
+    `further`: loss and accuracy of clean and of corrupted positions, also for each of several sources; AUROC of
+    P(wrong).
+    """
     start, T, runtime = time.perf_counter(), model.config.block_size, held_out.runtime
     kinds = 2 + (len(SOURCES) if len(corruption.sources) > 1 else 0)
     sums, wrong, scores = held_out.zeros(kinds, 4), held_out.zeros(T), held_out.zeros(T)
@@ -292,9 +302,11 @@ def _weighted_mean(sums: Tensor, loss_type: str) -> tuple[float, float]:
 
 @torch.no_grad()
 def validate_judge(model: GPT, held_out: HeldOut, allowed: Tensor, corruption: Corruption) -> Validation:
-    """Squared error of a judge on texts as in training, and how often a window is ranked above itself with a tenth of
-    its tokens replaced at random, and above itself with three tenths filled in one shot by the generator, if there is
-    one. A judge has no use for `allowed`."""
+    """Squared error of a judge on texts as in training. A judge does not use `allowed`.
+
+    `further`: how often it ranks a window above a spoiled copy. One copy has a tenth of its tokens replaced at random;
+    in the other, if there is a generator, it has filled three tenths in one call.
+    """
     start, T, runtime = time.perf_counter(), model.config.block_size - 1, held_out.runtime
     names = ['squared_error', 'above_random', *(['above_filled'] if corruption.fill is not None else [])]
     found = held_out.zeros(len(names))
@@ -309,8 +321,8 @@ def validate_judge(model: GPT, held_out: HeldOut, allowed: Tensor, corruption: C
 
 
 def _judged(model: GPT, corruption: Corruption, rows: Tensor, generator: RowRandom, windows: int) -> Tensor:
-    """float64 [B, 2 or 3]: the squared error on rows [B, T] as in training, and whether each is ranked above itself
-    made wrong at random and by the generator."""
+    """float64 [B, 2 or 3]: the squared error on rows [B, T] as in training, and whether each row is ranked above its
+    copies spoiled at random and by the generator."""
     device, T = model.scorer.weight.device, rows.size(1)
     counts = stratified_mask_counts(generator, windows, T), *(torch.full((len(rows),), math.ceil(share * T))
                                                               for share in (RANDOM_SHARE, FILLED_SHARE))
@@ -326,5 +338,5 @@ def _judged(model: GPT, corruption: Corruption, rows: Tensor, generator: RowRand
 
 
 def _above(clean: Tensor, corrupted: Tensor) -> Tensor:
-    """float64 [B]: 1 where the clean text is evaluated as less wrong, 1/2 where as equally wrong."""
+    """float64 [B]: 1 if the judge finds the clean text less wrong than the corrupted one, 1/2 if equally wrong."""
     return (clean < corrupted).double() + (clean == corrupted).double() / 2
