@@ -263,8 +263,8 @@ class SamplerHead(nn.Module):
 
     def from_projection(self, projection: Tensor, trunk_logits: Tensor, output_weight: Tensor,
                         new: Tensor | None = None) -> Tensor:
-        """Logits [..., V] from projection [..., W], the sum of the first matrix's product and what was read; the rest as
-        in `forward`."""
+        """Logits [..., V] from projection [..., W], the sum of the first matrix's product and what was read; the rest
+        as in `forward`."""
         if self.new_neighbours is not None:
             projection = projection + self.new_neighbours(new)
         x = self.norm_1(F.silu(projection))

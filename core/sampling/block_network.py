@@ -1,8 +1,8 @@
 """A block model as generation sees it: the block in work, with a cache for the text before it.
 
-A call reads the block in work alone; keys and values of the text before it are kept (Arriola et al. 2025, BD3-LM). The
-block that was finished last is read by the first call of the next one, so a block costs as many trunk calls as its
-policy makes and no more.
+A call reads the unfinished block only; keys and values of the text before it are kept (Arriola et al. 2025, BD3-LM).
+The first call of a block also reads the block finished before it. So a block costs as many trunk calls as its policy
+makes, and no more.
 
 Letters: B rows, L sequence length, b block length, W width of the block in work (b, less at the end of a sequence).
 """
@@ -17,8 +17,8 @@ from model import KeyValueCache
 
 
 class BlockNetwork(Network):
-    """`whole` on one block after another, whose calls count and take time there. Its calls are told the block in work
-    alone, int64 [B, W]."""
+    """`whole` on one block after another. Its calls are counted and timed in `whole`, and get only the block in work,
+    int64 [B, W]."""
 
     def __init__(self, whole: Network, block_length: int, rows: int, spare: int = 0) -> None:
         """spare: see `GPT.new_cache`."""
@@ -33,7 +33,7 @@ class BlockNetwork(Network):
     def begin(self, text: Tensor, start: int, stop: int) -> None:
         """Go on to positions start .. stop - 1 of text int64 [B, L], which is written before `start`.
 
-        Where the cache has no room it is begun again with the last half of its size as context, in whole blocks.
+        If the cache is full, it starts again with the last half of its size as context, in whole blocks.
         """
         most, b = self.model.config.block_size, self._block_length
         if stop - self._first > most:
@@ -63,7 +63,8 @@ class BlockNetwork(Network):
             return self.model.encode_next(torch.cat((unread, tokens), dim=1), self._cache, unread.size(1))
 
     def critic(self, tokens: Tensor) -> Tensor:
-        """Probability float64 [B, W] that each token of the block in work is wrong, by the critic head: one network call."""
+        """Probability float64 [B, W] that each token of the block in work is wrong, by the critic head: one network
+        call."""
         self._whole.network_calls += 1
         with self.timer.measure('critic'):
             return torch.sigmoid(to_exact(self.model.critic_logits(self._read(tokens))).double())

@@ -1,9 +1,10 @@
-"""Calibration: what an observed error rate belongs to a predicted one, and the map between them.
+"""Calibration: the observed error rates of predicted ones, and the map from predicted to observed.
 
-A detector gives tokens a probability of being wrong. Sorted by it and cut into bins of equal count, the tokens of a bin
-should be wrong as often as predicted (reliability table; Murphy and Winkler 1977). Where they are not, a monotone map
-corrects it: isotonic regression of the bins (Ayer et al. 1955), linear between their means. The measure `errors` of
-evaluate.py makes the critic head's and keeps it in the checkpoint's folder; threshold mode of sample.py reads it.
+A detector gives tokens a probability of being wrong. Sort the tokens by it and cut them into bins of equal count: the
+tokens of a bin should be wrong as often as predicted (reliability table; Murphy and Winkler 1977). If they are not, a
+monotone map corrects the predictions: isotonic regression of the bins (Ayer et al. 1955), linear between their means.
+The measure `errors` of evaluate.py makes this map for the critic head and keeps it in the checkpoint's folder. The
+threshold mode of sample.py reads it.
 
 Letters: N positions, K bins.
 """
@@ -45,10 +46,10 @@ class Reliability(NamedTuple):
 def reliability(predicted: Tensor, wrong: Tensor, bins: int = BINS) -> Reliability:
     """The table of predicted float64 [N] in 0 .. 1 and wrong bool [N], N at least 1, in at most `bins` bins.
 
-    Bins hold equal counts, as far as equal predictions, which share a bin, allow (Nixon et al. 2019).
+    Bins hold equal counts, except that equal predictions always share a bin (Nixon et al. 2019).
     """
     _, kind, counts = predicted.unique(return_inverse=True, return_counts=True)  # in ascending order
-    middle = counts.cumsum(0) - counts / 2  # rank of the middle one of equal predictions
+    middle = counts.cumsum(0) - counts / 2  # middle rank of equal predictions
     place = (middle * bins / len(predicted)).long()[kind]  # [N]
     zeros = torch.zeros(bins, dtype=torch.float64, device=predicted.device)
     count, total, errors = (zeros.index_add(0, place, values.double()) for values in (
@@ -60,7 +61,7 @@ def reliability(predicted: Tensor, wrong: Tensor, bins: int = BINS) -> Reliabili
 def calibration_error(table: Reliability) -> float:
     """Expected calibration error: the mean of |observed - predicted| over positions, by bins (Naeini et al. 2015).
 
-    Chance alone gives a perfect detector about sqrt(2 p (1 - p) K / (pi N)) of it, p the error rate.
+    With error rate p, a perfectly calibrated detector has an error of about sqrt(2 p (1 - p) K / (pi N)) by chance.
     """
     gap = (table.observed - table.predicted).abs() * table.count
     return (gap.sum() / table.count.sum()).item()
@@ -132,8 +133,10 @@ def _place(checkpoint: Path) -> Path:
 
 
 def write_calibration(checkpoint: Path, digest: str, fitted: Mapping[str, Any]) -> Path:
-    """Keep `fitted`, whose 'map' holds the lists 'predicted' and 'observed' and whose rest says where they come from,
-    in calibration.json in the folder of the file `checkpoint` of SHA-256 `digest`; atomic. Returns its path."""
+    """Write calibration.json to the folder of the file `checkpoint` of SHA-256 `digest`; atomic. Returns its path.
+
+    fitted: its 'map' holds the lists 'predicted' and 'observed'; the rest says where they come from.
+    """
     path = _place(checkpoint)
     write_whole(path, with_checksum({'format': CALIBRATION_FORMAT, 'checkpoint': digest, **fitted}))
     return path

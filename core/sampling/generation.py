@@ -6,9 +6,8 @@
     multinomial  every unprotected position is redrawn at each iteration from the network's own softmax
     standard     left to right; a causal model reads with a key-value cache
 
-Row i of a run with seed s gets the same random numbers whatever batch it is in. A step waits for the device only where
-chance or the network decides how many positions are drawn, which tells whether to stop or to idle too, and where the
-sampler head's waves must end.
+Row i of a run with seed s gets the same random numbers in any batch. A step waits for the device in two cases only: if
+chance or the network decides how many positions are drawn, and at the end of the sampler head's waves.
 
 Letters: B rows, L sequence length, T window length (at most block_size), V vocabulary.
 """
@@ -37,11 +36,14 @@ Method = Literal['diffusion', 'sampler', 'multinomial', 'standard']
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate. policy, and head, which says who fills: of 'diffusion' and 'sampler'; iterations: of
-    'multinomial'; start_token: what a causal model reads before an empty prompt; block_length: the policy completes
-    this many positions after one another (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025), None for all at
-    once. Of a block model it is the length of its blocks; verify_drafts: core/sampling/verified.py writes; use_critic:
-    the policy may ask how wrong tokens are, of the network's remasking model or critic head."""
+    """How to generate.
+
+    policy, head: of 'diffusion' and 'sampler'; the head says what fills. iterations: of 'multinomial'. start_token:
+    what a causal model reads before an empty prompt. block_length: the policy finishes this many positions before the
+    next ones (semi-autoregressive, Arriola et al. 2025; Nie et al. 2025); None: all at once. For a block model it is
+    the length of its blocks. verify_drafts: core/sampling/verified.py writes. use_critic: the policy may ask the
+    network's remasking model or critic head how wrong tokens are.
+    """
 
     method: Method
     rule: DrawRule
@@ -83,7 +85,7 @@ class Generation(NamedTuple):
 # Windows --------------------------------------------------------------------------------------------------------------
 
 class Window(NamedTuple):
-    """Positions start .. stop - 1 of a sequence, of which those before first_new are context already written."""
+    """Positions start .. stop - 1 of a sequence. Those before first_new are context that is already written."""
 
     start: int
     stop: int
@@ -93,7 +95,7 @@ class Window(NamedTuple):
 def windows(length: int, block_size: int) -> list[Window]:
     """The windows that write `length` positions: each after the first carries half a block of protected context.
 
-    The last one is moved left to end with the sequence, so it carries more where little is left to write.
+    The last window ends with the sequence, so it carries more context if little is left to write.
     """
     found = [Window(0, min(length, block_size), 0)]
     while found[-1].stop < length:
@@ -122,7 +124,7 @@ class WindowRun:
         return self.generator.at(self.number * steps + step)
 
     def tell(self, step: int, steps: int, event: Event, made: Generation, changed: Tensor | None = None) -> None:
-        """Show what one of `steps` steps did to whoever watches; changed bool [B, T], None for nothing."""
+        """Tell `watch` what one of `steps` steps did; changed bool [B, T], None for nothing."""
         if self.watch is None:
             return
         self.soundness.require()
@@ -157,7 +159,7 @@ def generate(network: Network, layout: Layout, settings: GenerationSettings, gen
 
 
 def follow_policy(network: Network, settings: GenerationSettings, window: WindowRun, made: Generation) -> Generation:
-    """The diffusion loop, over the whole window or over one block of it after another."""
+    """The diffusion loop, over the whole window or block by block."""
     T = made.tokens.size(1)
     width = min(T, settings.block_length or T)
     limit = settings.policy.limit(width)  # steps of a block; the same for every batch
@@ -175,8 +177,8 @@ def follow_policy(network: Network, settings: GenerationSettings, window: Window
 class Block(NamedTuple):
     """A part of a window that is completed before the next begins.
 
-    protected bool [B, T]: all other positions, and prompt and context; sizes [B]: how many positions each row has to
-    fill; first: the number of its first step among the window's `steps`.
+    protected bool [B, T]: prompt, context, and all positions outside the block. sizes [B]: how many positions each row
+    has to fill. first: the number of the block's first step among the window's `steps`.
     """
 
     protected: Tensor
@@ -187,10 +189,10 @@ class Block(NamedTuple):
 
 def run_block(network: Network, settings: GenerationSettings, window: WindowRun, block: Block,
               made: Generation) -> Generation:
-    """Trunk call, reveal, remask, as often as the policy says, or until no mask is left where it asks for that.
+    """Trunk call, reveal, remask: as often as the policy says, or until no mask is left if the policy asks for that.
 
-    `masks` is how many positions each row has masked, None where the host would have to ask; where it knows, the
-    network reads no row without any.
+    `masks`: how many masked positions each row has; None: the host does not know. If it knows, the network skips rows
+    without masks.
     """
     policy, mask_token_id = settings.policy, network.model.config.mask_token_id
     counts, masks = Counts(policy, block.sizes, made.tokens.device), block.sizes
@@ -224,23 +226,23 @@ def run_block(network: Network, settings: GenerationSettings, window: WindowRun,
 
 
 def _open(tokens: Tensor, block: Block, mask_token_id: int, masks: list[int] | None) -> Open:
-    """The block's masked positions; masks [B]: how many each row has, where the host knows."""
+    """The block's masked positions; masks [B]: how many each row has, if the host knows."""
     count = None if masks is None else sum(masks)
     return Open(tokens, (tokens == mask_token_id) & ~block.protected, count, rows_to_read(masks, tokens.device))
 
 
 def rows_to_read(masks: list[int] | None, device: torch.device) -> Tensor | None:
-    """int64 [R]: the rows of a batch that have masks, masks [B] of each; None for all of them: where none is without or
-    none has any, and where masks are not known."""
+    """int64 [R]: the rows of a batch that have masks, given the number of masks of each row. None means all rows: if
+    every row has masks, if no row has any, or if the numbers are not known."""
     rows = [] if masks is None else [row for row, count in enumerate(masks) if count]
     return torch.tensor(rows, device=device) if 0 < len(rows) < len(masks or ()) else None
 
 
 def _reveal(network: Network, settings: GenerationSettings, window: WindowRun, view: PolicyView,
             masks: list[int] | None, left: list[int] | None) -> tuple[PolicyView, list[int] | None, int]:
-    """The step's draws: what the policy sees after them, how many each row has, and the number of waves.
+    """Draw the tokens of a step. Returns what the policy sees then, how many tokens each row got, and the waves.
 
-    masks: how many positions of each row are masked, left: how many will be after the step, where the host knows.
+    masks, left: how many positions of each row are masked before and after the step, if the host knows.
     """
     with network.timer.measure('reveal'):
         positions = settings.policy.reveal(view)
@@ -253,7 +255,7 @@ def _reveal(network: Network, settings: GenerationSettings, window: WindowRun, v
     if settings.policy.idles and drawn is not None and not any(drawn):  # so no trunk call
         fill = Fill(view.tokens, view.confidence, view.confidence, positions, None)
     else:
-        view.prediction.hidden_states  # the trunk call has a time of its own
+        view.prediction.hidden_states  # so that the trunk call is timed separately
         with network.timer.measure('draw'):
             fill = view.prediction.fill(positions, None if drawn is None else sum(drawn))
         window.soundness.look_at(LOGITS, fill.log_probabilities)
@@ -276,10 +278,10 @@ def parts_of(length: int, config: GPTConfig, block_length: int | None) -> int:
 
 def write_blocks(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
                  watch: Watch | None) -> Generation:
-    """A block model from left to right: the masked positions of `layout` [B, L] by the settings' policy in each block.
+    """Write the masked positions of `layout` [B, L] with a block model, from left to right, by the policy in each
+    block.
 
-    Blocks that hold no mask are only read. A text has any length; positions before a block that a full cache dropped
-    are forgotten.
+    Blocks without masks are only read. A text may have any length: when the cache is full, it drops the oldest text.
     """
     whole, b, (rows, length) = Generation.of(layout), settings.block_length, layout.tokens.shape
     blocks, limit = BlockNetwork(network, b, rows), settings.policy.limit(b)
@@ -288,7 +290,7 @@ def write_blocks(network: Network, layout: Layout, settings: GenerationSettings,
         protected = layout.protected[:, start:stop]
         window = WindowRun(number, start, protected, generator, watch, Soundness(protected.device))
         made, sizes = whole.part(start, stop), (~protected).sum(1).tolist()
-        window.tell(0, limit, 'start', made)  # of a prompt too, which whoever watches learns from it
+        window.tell(0, limit, 'start', made)  # also for a prompt, which `watch` learns from it
         if not any(sizes):
             continue
         blocks.begin(whole.tokens, start, stop)
@@ -348,7 +350,7 @@ def _read_on(network: Network, layout: Layout, settings: GenerationSettings, gen
              watch: Watch | None) -> Generation:
     """A causal model left to right with a key-value cache; the prompt is a prefix of the same length in every row.
 
-    A full cache is begun again with the last half block as context. An empty prompt is read as `start_token`, which is
+    A full cache starts again with the last half block as context. An empty prompt is read as `start_token`, which is
     not part of the text.
     """
     model, rule, block_size = network.model, settings.rule, network.model.config.block_size
@@ -390,8 +392,8 @@ def score_confidence(network: Network, tokens: Tensor, protected: Tensor, allowe
                      groups: int, block_length: int | None = None) -> SelfConfidence:
     """Self-confidence of the generated tokens of whole sequences [B, L], window by window, each token scored once.
 
-    A bidirectional model scores by masked pseudo-likelihood in `groups` groups, a block model inside its blocks of
-    `block_length`, a causal one by its own likelihood.
+    A bidirectional model scores by masked pseudo-likelihood in `groups` groups. A block model does the same inside its
+    blocks of `block_length`. A causal model scores by its own likelihood.
     """
     model, tokens, protected = network.model, to_exact(tokens), to_exact(protected)
     length = block_length if reads_blocks(model.config, block_length) else None

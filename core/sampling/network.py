@@ -21,11 +21,11 @@ LOGITS, CRITIC_SCORES, REMASKING_SCORES = "the network's logits", "the critic's 
 class Network:
     """A model whose calls are counted and timed.
 
-    trunk_calls: evaluations of the generator's trunk for predictions; network_calls: these and every helper's, the
-    critic's among them. One call serves a whole batch. autocast: a lower precision for the calls, or None; encode and
-    wave: the trunk call and `draw_wave` where they are not the plain ones but compiled; recorder: draws all waves of a
-    fill where it can; remasking_model: judges tokens in place of the model's own critic head; verified: see `Filler`.
-    The weights stay as they are while it serves.
+    trunk_calls: evaluations of the generator's trunk for predictions. network_calls: these, and the calls of every
+    helper and of the critic. One call serves a whole batch. autocast: a lower precision for the calls, or None. encode,
+    wave: the trunk call and `draw_wave`, if compiled. recorder: draws all waves of a fill where it can.
+    remasking_model: judges tokens instead of the model's own critic head. verified: see `Filler`. The weights must not
+    change while it is in use.
     """
 
     def __init__(self, model: GPT, timer: TimingAccumulator, autocast: torch.dtype | None = None,
@@ -47,8 +47,8 @@ class Network:
             yield
 
     def encode(self, tokens: Tensor, cache: KeyValueCache | None = None, positions: Tensor | None = None) -> Tensor:
-        """Hidden states [B, T, D], or [N, D] of positions: one trunk call, as `GPT.encode` describes it. A cache and
-        positions take the uncompiled way, since their lengths change."""
+        """Hidden states [B, T, D], or [N, D] of positions: one trunk call, see `GPT.encode`. Calls with a cache
+        or positions are not compiled, since their lengths change."""
         self.trunk_calls += 1
         self.network_calls += 1
         with self.timer.measure('trunk'):
@@ -64,12 +64,12 @@ class Network:
 
     @property
     def judging(self) -> str:
-        """What says how wrong tokens are."""
+        """The name of what judges how wrong tokens are."""
         return CRITIC_SCORES if self.remasking_model is None else REMASKING_SCORES
 
     def critic(self, tokens: Tensor) -> Tensor:
-        """Probability [B, T] that each token is wrong, by the remasking model or else the critic head: one network
-        call, and none of the trunk."""
+        """Probability [B, T] that each token is wrong, by the remasking model if there is one, else by the critic
+        head: one network call, and no trunk call."""
         self.network_calls += 1
         if self.remasking_model is not None:
             with self.timer.measure('remasking model'):
@@ -79,10 +79,10 @@ class Network:
 
 
 class Soundness:
-    """Whether all that was read was a number: a network without numbers must not print letters.
+    """Whether all values that were read are finite: a network that gives NaN must not print letters.
 
-    Each step adds what it saw, a bool on the device for each kind of value; the host asks once a window, or when
-    somebody watches.
+    Each step adds a bool on the device for each kind of value. The host reads them once a window, or at each step that
+    is watched.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,5 +1,5 @@
-"""The files that a sampling run writes: checked before the work, written as texts are finished, saved before anything
-is printed."""
+"""The files that a sampling run writes. They are checked before the work, written as texts are finished, and saved
+before anything is printed."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def records(config: SampleConfig) -> bool:
 
 
 def output_problems(config: SampleConfig) -> list[str]:
-    """Output files that could not be written, each a sentence; touches nothing that is there."""
+    """A sentence for each output file that could not be written. Changes no file."""
     asked = {option: getattr(config, option) for option in OUTPUTS if getattr(config, option) is not None}
     problems = [f'{option} is {path!r}, but {reason}' for option, path in asked.items()
                 if (reason := why_unwritable(path)) is not None]
@@ -47,7 +47,7 @@ def output_problems(config: SampleConfig) -> list[str]:
 
 
 def _shared_places(paths: Mapping[str, Path]) -> list[str]:
-    """Options that lead to one file; a device takes several."""
+    """A sentence for each file that two options name; a device may take several."""
     taken: dict[str, str] = {}
     problems = []
     for option, path in paths.items():
@@ -83,8 +83,8 @@ class Outputs:
             raise unwritable(Path(path), error) from error
 
     def save(self, result: SamplingResult) -> list[str]:
-        """Bring all to the disk; the lines that say so. One file that fails does not keep the others from being
-        written; UserError then names those that failed."""
+        """Write all files, and return the lines that say so. If some fail, the others are still written, and UserError
+        names those that failed."""
         config, said, problems = self._config, [], []
         for path, words, write in ((config.output_file, 'texts written to {}', self._finish_texts),
                                    (config.save_json, 'run written to {}', self._write_json),

@@ -1,16 +1,16 @@
 """Exact likelihood of text under deterministic reveal policies (DUEL, arXiv 2603.01367).
 
-A policy that chooses positions from revealed tokens and probabilities only makes a fixed path through every text: run
-it on the text itself, put down the true tokens where it reveals them, and add up their log-probabilities given what
-stood there before:
+If a policy chooses positions from revealed tokens and probabilities only, its path through a text is fixed. Run it on
+the text itself, place the true tokens where it reveals them, and add up their log-probabilities given the tokens placed
+before:
 
     log p(x) = sum over steps k of log q(x at the positions of step k | x at the positions of steps 0 .. k - 1)
 
-Each factor is a distribution that sums to 1 over the tokens of its step, so p does over all texts of a length, and
--log p is the negative log-likelihood of the very sampler that draws by that policy at temperature 1. Without the
-sampler head a factor is a product of the trunk's marginals; with it, of the head's conditionals wave by wave. The path
-is the sampler's own: its policies, its random keys and its fill, with tokens placed instead of drawn. The likelihood of
-a block model is the product over its blocks, each given the text before it.
+Each factor is a distribution over the tokens of its step, so p is a distribution over all texts of a length. -log p is
+the exact negative log-likelihood of the sampler that draws by this policy at temperature 1. Without the sampler head a
+factor is a product of the trunk's marginals; with it, a product of the head's conditionals, wave by wave. The path uses
+the sampler's own policies, random keys and fill, with tokens placed instead of drawn. The likelihood of a block model
+is the product over its blocks, each given the text before it.
 
 Letters: B rows of a batch, T window length, V vocabulary.
 """
@@ -30,8 +30,8 @@ from sample_utils import Head
 
 
 class Scorer(NamedTuple):
-    """How text is scored. policy: of a deterministic row of POLICIES; head: who fills; allowed bool [V]: what the
-    softmax is over; block_length: of a block model that writes in blocks, None for whole windows."""
+    """How text is scored. policy: of a deterministic row of POLICIES; head: what fills; allowed bool [V]: the ids of
+    the softmax; block_length: of a block model that writes in blocks, None for whole windows."""
 
     policy: Policy
     head: Head
@@ -42,8 +42,8 @@ class Scorer(NamedTuple):
 def log_likelihood(network: Network, tokens: Tensor, scorer: Scorer, generator: RowRandom) -> Tensor:
     """float64 [B]: log p in nats of the texts tokens int64 [B, T] of base tokens.
 
-    Random orders follow from `generator`, one row of it per text, as they do in generation, so a text's number does not
-    depend on its batch. The trunk calls count on `network`.
+    Random orders follow from `generator`, one row of it for each text, as in generation, so a text's number does not
+    depend on its batch. The trunk calls are counted in `network`.
     """
     assert scorer.policy.remask is None, 'a text has no likelihood under a policy that masks again'
     with network.precision():
@@ -65,11 +65,11 @@ def _unprotected(tokens: Tensor) -> Layout:
 
 def path_log_probabilities(network: Network, text: Layout, scorer: Scorer, generator: RowRandom,
                            first: int = 0) -> Tensor:
-    """float64 [B, T]: the log-probability of each token of a window [B, T] when it is revealed, or of a block given
-    what `network` holds before it; 0 at protected positions.
+    """float64 [B, T]: the log-probability of each token of a window [B, T] when it is revealed; 0 at protected
+    positions. Of a block too, given the text that `network` holds before it.
 
-    With gradients enabled it keeps the graph of every trunk call and of the sampler head. The numbers of the steps
-    count from `first` on.
+    With gradients enabled, the result keeps the graph of every trunk call and of the sampler head. Steps are numbered
+    from `first`.
     """
     policy, mask_token_id, rule = scorer.policy, network.model.config.mask_token_id, DrawRule(scorer.allowed)
     tokens, protected = text

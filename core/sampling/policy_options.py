@@ -35,12 +35,12 @@ METHODS_OF = {  # options that not every method has
 # Checks -------------------------------------------------------------------------------------------------------------
 
 def judged_policies() -> tuple[str, ...]:
-    """The policies that ask what is wrong."""
+    """The policies that use a guide or a critic."""
     return ('remask', *(name for name, row in POLICIES.items() if row.needs_critic))
 
 
 def option_problems(config: SampleConfig, explicit: Mapping[str, str]) -> list[str]:
-    """What is wrong with the options before any file is read, each a sentence with value, limit and cure."""
+    """Problems of the options, before any file is read: a sentence each, with value, limit and cure."""
     unknown = [problem for name, choices in (
         ('sampling_policy', POLICIES), ('schedule_type', (*REMASKING_SCHEDULES, 'custom')),
         ('guidance', ('auto', *GUIDES)))
@@ -90,7 +90,7 @@ def _policy_range_problems(config: SampleConfig) -> list[str]:
 
 
 def _policy_problems(config: SampleConfig, explicit: Mapping[str, str]) -> list[str]:
-    """Options given although the chosen policy has no use for them."""
+    """Options that were given although the chosen policy does not use them."""
     if config.sampling_method not in DIFFUSION:
         return []
     problems = []
@@ -195,8 +195,8 @@ def model_problems(config: SampleConfig, explicit: Mapping[str, str], model_conf
 
 
 def _block_problems(config: SampleConfig, model_config: GPTConfig) -> list[str]:
-    """Options that do not suit a block model. One that was trained on whole windows too serves as a plain diffusion
-    model at that length."""
+    """Options that do not suit a block model. A block model that was also trained on whole windows works as a plain
+    diffusion model at that length."""
     lengths, window = model_config.block_length, model_config.block_size
     if config.block_length is not None and config.block_length not in lengths:
         return [f'block_length is {config.block_length}, but the checkpoint was trained with {_listed(lengths)}; take '
@@ -248,8 +248,8 @@ def _listed(lengths: Sequence[int]) -> str:
 
 
 def block_length_of(config: SampleConfig, model_config: GPTConfig) -> int | None:
-    """How many positions are finished before the next ones: what is asked for, else a block model's shortest length of
-    more than one, or the whole window where text on both sides is to be read."""
+    """How many positions are finished before the next ones: the given number; else a block model's shortest length
+    above 1, or its whole window if the text on both sides must be read."""
     if config.block_length is not None or model_config.attention_type != 'block':
         return config.block_length
     lengths, both_sides = model_config.block_length, bool(config.infill_text) or config.seed_placement == 'random'
@@ -260,8 +260,8 @@ def block_length_of(config: SampleConfig, model_config: GPTConfig) -> int | None
 
 def block_defaults(config: SampleConfig, explicit: Mapping[str, str], model_config: GPTConfig,
                    ordered_head: bool) -> tuple[SampleConfig, list[str]]:
-    """The options of a block model where nobody gave others, and what is to be said of them: one trunk call a block
-    through a sampler head that writes from left to right, else one for every two positions."""
+    """A block model's defaults of options that were not given, and lines about them. A sampler head that writes from
+    left to right takes one trunk call a block; otherwise there is one for every two positions."""
     length = block_length_of(config, model_config)
     if model_config.attention_type != 'block' or length == model_config.block_size:
         return replace(config, block_length=length), []
@@ -328,8 +328,8 @@ def guidance_problems(config: SampleConfig, critic: bool, why: str) -> list[str]
 
 
 def choose_guide(config: SampleConfig) -> tuple[str, str]:
-    """(who guides the policy remask, the line that says so). The critic does so only where it is asked for: it guides
-    worse than the drawn tokens' own probabilities, which cost nothing (docs/remasking.md)."""
+    """The guide of the policy remask, and a line that names it. The critic guides only if it is asked for, because it
+    guides worse than the drawn tokens' own probabilities, which cost nothing (docs/remasking.md)."""
     if config.guidance != 'auto':
         guide, reason = config.guidance, 'as asked for'
     elif not config.intelligent_remasking:
@@ -346,7 +346,7 @@ def choose_guide(config: SampleConfig) -> tuple[str, str]:
 # From options to what generation takes -------------------------------------------------------------------------------
 
 def remasking_levels(config: SampleConfig) -> list[float]:
-    """One level per remasking: `iterations` predictions have a remasking between each two."""
+    """One level for each remasking. There is a remasking between any two of the `iterations` predictions."""
     if config.schedule_type == 'custom':
         return list(config.masking_ratios)
     first, last = (config.start_ratio, config.end_ratio) if config.schedule_mode == 'ratio' else _thresholds(config)
@@ -356,13 +356,13 @@ def remasking_levels(config: SampleConfig) -> list[float]:
 def _thresholds(config: SampleConfig) -> tuple[float, float]:
     """The first and the last threshold: those that were given, else those of the guide."""
     guide = choose_guide(config)[0] if config.guidance == 'auto' else config.guidance
-    start, end = GUIDES[guide].thresholds  # chance is refused elsewhere
+    start, end = GUIDES[guide].thresholds  # `option_problems` refuses chance
     return (start if config.start_threshold is None else config.start_threshold,
             end if config.end_threshold is None else config.end_threshold)
 
 
 def reads_thresholds(config: SampleConfig) -> bool:
-    """Whether the policy compares wrongness with thresholds; schedule_mode is the policy remask's alone."""
+    """Whether the policy compares wrongness with thresholds. Only the policy remask has a schedule_mode."""
     return config.sampling_policy == 'remask' and config.schedule_mode == 'threshold'
 
 
@@ -388,16 +388,16 @@ USUAL_NELBO = 1.9  # nats a token, of the main recipe
 def four_at_once(nelbo: float) -> dict[str, float]:
     """Options of adaptive policies by which a call reveals about four tokens, for a model of this NELBO in nats a token.
 
-    Measured on the main recipe at temperature 0.8 (docs/LOG.md). A group of four holds three tokens beyond the largest
-    entropy, and these entropies lie above the NELBO, which is their mean over all mask shares, while much is masked; a
-    drawn token has about the probability exp(-NELBO).
+    Measured on the main recipe at temperature 0.8 (docs/LOG.md). The bound counts all entropies of a group but the
+    largest, three in a group of four. While much is masked, they lie above the NELBO, which is their mean over all mask
+    shares. A drawn token has a probability of about exp(-NELBO).
     """
     return {'entropy_bound': 4.3 * nelbo, 'confidence_threshold': min(1.0, 1.07 * math.exp(-nelbo))}
 
 
 def adaptive_defaults(config: SampleConfig, nelbo: float | None) -> tuple[SampleConfig, list[str]]:
-    """The options of an adaptive policy that nobody gave, from the checkpoint's NELBO (None where it does not say), and
-    the line that names them."""
+    """Values for the options of an adaptive policy that were not given, from the checkpoint's NELBO (None: not known),
+    and a line that names them."""
     if config.sampling_method not in DIFFUSION or nelbo is None:
         return config, []
     found = {name: float(f'{value:.3g}') for name, value in four_at_once(nelbo).items()
@@ -407,7 +407,7 @@ def adaptive_defaults(config: SampleConfig, nelbo: float | None) -> tuple[Sample
 
 
 def make_policy(name: str, schedule: NoiseSchedule = LINEAR, **options: Any) -> Policy:
-    """A policy with the defaults of sample.py, `SampleConfig`, but for `options`; schedule: of the checkpoint."""
+    """A policy with `options`, and for the rest the defaults of sample.py; schedule: of the checkpoint."""
     return build_policy(SampleConfig(sampling_policy=name, **options), schedule=schedule)
 
 

@@ -13,7 +13,7 @@ from core.sampling.options import SampleConfig
 
 
 class Preset(NamedTuple):
-    """summary: what it is for; options: of `SampleConfig`, where nobody gave others."""
+    """summary: what it is for; options: of `SampleConfig`, used unless others are given."""
 
     summary: str
     options: Mapping[str, Any]
@@ -32,8 +32,8 @@ PRESETS = {
 
 
 def with_preset(config: SampleConfig, explicit: Mapping[str, str]) -> tuple[SampleConfig, list[str]]:
-    """`config` with the options of its preset that were not given, and the line that names them. UserError where there is no
-    such preset."""
+    """`config` with those options of its preset that were not given, and a line that names them. UserError if there is
+    no such preset."""
     if config.preset is None:
         return config, []
     raise_problems(unknown_choice('preset', config.preset, PRESETS))

@@ -56,8 +56,8 @@ def lay_out_infill(pieces: Sequence[Sequence[int] | int], length: int, mask_toke
 
 
 def start_token(vocabulary: AnyVocabulary) -> int:
-    """What a causal model reads before an empty prompt: a line break, or the first token where there is none; of other
-    models' vocabularies, which no causal model of ours has, the first."""
+    """What a causal model reads before an empty prompt: a line break, or the first token if the vocabulary has none.
+    Vocabularies of pretrained models, which no causal model here uses, give their first token."""
     if not isinstance(vocabulary, Vocabulary):
         return 0
     return vocabulary.encode('\n')[0] if vocabulary.kind == 'bpe' or '\n' in vocabulary.tokens else 0

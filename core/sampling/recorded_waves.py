@@ -1,8 +1,8 @@
 """Waves of the sampler head that are recorded once as a CUDA graph and replayed, one replay a wave.
 
-A wave is some thirty small operations on few positions, and a fill has up to a hundred waves: a host takes longer to
-start them than a GPU to compute them. A graph starts one wave at once. Its shape is fixed, so every wave has the same
-number of lanes; lanes without a position work on a place that nobody reads.
+A wave is some thirty small operations on few positions, and a fill has up to a hundred waves. The host takes longer to
+start them than the GPU to compute them. A graph starts a whole wave at once. Its shape is fixed, so every wave has the
+same number of lanes. Lanes without a position work on a spare place, which is never read.
 
 Letters: N positions of a fill, S lanes, C neighbours, V vocabulary, W width of the head.
 """
@@ -22,8 +22,8 @@ FEWEST_LANES, MOST_RECORDINGS, DEVICE = 8, 16, 'cuda'
 
 
 class Place(NamedTuple):
-    """Where a recorded wave reads and writes: of every position what `Waves` says, with a row for lanes without one.
-    first, number int64 [1]: the first position of the wave, and which wave it is; sizes int64 [waves]."""
+    """Where a recorded wave reads and writes: the fields of `Waves` for every position, and a spare row for lanes
+    without one. first, number int64 [1]: the first position of the wave, and its number; sizes int64 [waves]."""
 
     padded: Tensor
     unread: Tensor
@@ -62,7 +62,7 @@ class RecordedWaves:
 
     def run(self, choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, waves: Waves) -> \
             Chosen | None:
-        """The tokens of all positions of `waves`, drawn wave by wave; None where they cannot be drawn here."""
+        """The tokens of all positions of `waves`, drawn wave by wave; None if they cannot be drawn here."""
         if not self.works or waves.positions.device.type != DEVICE or torch.is_grad_enabled():
             return None
         lanes = max(FEWEST_LANES, 1 << (max(waves.sizes) - 1).bit_length())
@@ -84,13 +84,13 @@ class RecordedWaves:
     @torch.no_grad()
     def _record(self, choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, waves: Waves,
                 lanes: int) -> Recording | None:
-        """The recording of one wave; None, and a line that says why, where it cannot be recorded."""
+        """The recording of one wave. If it cannot be recorded, None, and a line says why."""
         place, graph = make_place(tables, waves, lanes), torch.cuda.CUDAGraph()
         fill_place(place, tables, waves)
         kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        torch.use_deterministic_algorithms(False)  # no two lanes write to one place, and the slow way sorts them
+        torch.use_deterministic_algorithms(False)  # lanes write to different places
         precision = torch.autocast('cuda', torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda'),
-                                   cache_enabled=False)  # else the graph would read a copy of the weights that is gone
+                                   cache_enabled=False)  # otherwise the graph would read a freed copy of the weights
         try:
             with precision:
                 chosen = make_room(take_wave(choose, model, rule, place, lanes, None), waves, lanes)
@@ -121,7 +121,7 @@ def make_place(tables: Tensor, waves: Waves, lanes: int) -> Place:
 
 
 def fill_place(place: Place, tables: Tensor, waves: Waves) -> None:
-    """Put a fill where the recorded wave reads it, before its first wave."""
+    """Copy a fill to where the recorded wave reads it, before its first wave."""
     for name in ('padded', 'unread', 'positions', 'neighbours', 'logits', 'projected', 'choices'):
         value = getattr(waves, name)
         getattr(place, name)[:len(value)].copy_(value)
@@ -139,8 +139,8 @@ def make_room(chosen: Chosen, waves: Waves, lanes: int) -> Chosen:
 
 def take_wave(choose: Callable[..., Chosen], model: GPT, rule: DrawRule, place: Place, lanes: int,
               into: Chosen | None) -> Chosen:
-    """One wave on fixed shapes: draw the tokens of its lanes, write them and what `choose` says of them into `into`,
-    and go on to the next wave. Nothing is written and nothing goes on where `into` is None."""
+    """One wave on fixed shapes: draw the tokens of its lanes, write them and the other results of `choose` into `into`,
+    and move to the next wave. If `into` is None, nothing is written and nothing moves."""
     room = len(place.positions) - 1
     lane = torch.arange(lanes, device=place.first.device)  # [S]
     size = place.sizes.index_select(0, place.number)  # [1]

@@ -1,4 +1,4 @@
-"""What a sampling run made, batch by batch, and what is told about it at the end."""
+"""The results of a sampling run, batch by batch, and the report at the end."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -133,8 +133,11 @@ STANDARD_ERRORS, DEVIATIONS = 3.0, 1.5  # from the corpus's mean, beyond which t
 
 
 def variety_lines(config: SampleConfig, loaded: Loaded, result: SamplingResult) -> list[str]:
-    """One line where the texts repeat themselves more than the corpus does or are wilder, with the option to try; none
-    where they do not, or nothing is known: no whole window, a checkpoint without figures, texts no longer held."""
+    """One line if the texts repeat themselves more than the corpus does, or are wilder, with the option to try.
+
+    There is no line if they do neither, or if nothing is known: texts shorter than a window, a checkpoint without
+    figures, texts no longer held.
+    """
     corpus = loaded.text_figures
     windows = [] if corpus is None or not result.batches else \
         windows_of(result.tokens.tolist(), corpus.length, loaded.vocabulary.decode)

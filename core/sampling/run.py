@@ -1,6 +1,6 @@
 """What sample.py does: check the options, load the checkpoint, generate in batches, save files, then report.
 
-What was finished is kept, whatever ends the rest: Ctrl-C, memory, a network without numbers, a terminal that fails.
+Finished texts are kept, whatever stops the run: Ctrl-C, lack of memory, a network that gives NaN, a broken terminal.
 """
 
 import time
@@ -36,9 +36,9 @@ Say = Callable[[str], None]
 
 
 def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Say = say) -> SamplingResult:
-    """Sample as `config` says, write the asked files, tell it through `say`; `explicit` names the options given.
+    """Sample as `config` says, write the files, and report through `say`; `explicit` names the options given.
 
-    Whatever ends the run early is raised in the end, after what was finished is saved and told.
+    If something stops the run early, the finished texts are saved and reported first; then it is raised.
     """
     config, preset = with_preset(config, explicit)
     metrics = (*QUALITY_METRICS, QualityMetric.NONE)
@@ -74,7 +74,7 @@ def run_sampling(config: SampleConfig, explicit: Mapping[str, str], say: Say = s
 
 
 class Voice:
-    """A `Say` that may fail: a patient one keeps its first failure for the end, since files are still to be saved."""
+    """A `Say` that may fail. A patient one keeps its first failure until the end, because files must be saved first."""
 
     def __init__(self, say: Say, patient: bool) -> None:
         self._say, self._patient = say, patient
@@ -93,7 +93,7 @@ class Voice:
 
 def _save_and_tell(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator, result: SamplingResult,
                    outputs: Outputs, voice: Voice) -> None:
-    """Files first: what is told is lost with the terminal. What could not be saved is raised after the telling."""
+    """Save the files, then report: a broken terminal loses no file. What could not be saved is raised at the end."""
     unsaved, said = None, []
     try:
         said = outputs.save(result)
@@ -156,7 +156,7 @@ def _rows(config: SampleConfig, loaded: Loaded, first: int) -> RowRandom:
 
 def _scored(config: SampleConfig, loaded: Loaded, network: Network, layout: Layout, rows: RowRandom, made: Tensor,
             tokens: Tensor) -> Batch:
-    """The batch of samples made int64 [B, L], the same on the CPU as `tokens`, with the asked scores."""
+    """The batch of the samples made int64 [B, L], which `tokens` holds on the CPU, with their scores."""
     texts = [loaded.vocabulary.decode(row) for row in tokens.tolist()]
     scores = None if config.quality_metric == QualityMetric.NONE else QUALITY_METRICS[config.quality_metric].score(
         Finished(config, loaded, network, layout, rows, made, texts))

@@ -17,7 +17,7 @@ Event = Literal['start', 'predict', 'remask']
 class TraceStep(NamedTuple):
     """What one step did to a window of some rows.
 
-    window: number of the block; start: its first position; step: of the window, from 0; steps: the most it can have;
+    window: its number; start: its first position; step: of the window, from 0; steps: the most it can have;
     event: 'start', 'predict' or 'remask'; rows int64 [B]: the samples' numbers; tokens int64 [B, T] after the event;
     changed bool [B, T]: drawn by a prediction, or remasked; confidence float64 [B, T]: log-probability of each token
     when it was drawn. On the CPU.

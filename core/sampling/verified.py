@@ -1,9 +1,9 @@
-"""Verified drafts: the sampler head drafts the rest of a block, and one call of the same trunk at blocks of one says
-which of it the causal model would have written (speculative sampling, Leviathan et al. 2023, Chen et al. 2023).
+"""Verified drafts: the sampler head drafts the rest of a block, and one call of the same trunk at blocks of one checks
+the draft (speculative sampling, Leviathan et al. 2023, Chen et al. 2023).
 
-A draft x_i from q is kept with probability min(1, p(x_i) / q(x_i)), in order; the first that is not kept is drawn again
-from the positive part of p - q, normalised, and what follows it is drafted again. So the text has exactly the
-distribution of the model at blocks of one, whatever the drafts are like; better drafts only save calls.
+From left to right, a draft x_i from q is kept with probability min(1, p(x_i) / q(x_i)). The first refused token is
+drawn again from the normalised positive part of p - q, and the tokens after it are drafted again. So the text has
+exactly the distribution of the model at blocks of one, however good the drafts are. Better drafts only save calls.
 
 Letters: B rows, W positions of the block in work, V vocabulary.
 """
@@ -28,8 +28,8 @@ ROUNDS = 1 << 10  # steps that the random numbers of a block are numbered within
 
 
 class Checked(NamedTuple):
-    """tokens int64 [B, W]: the block with what was kept and what replaced the first token that was not; kept int64
-    [B]: how many of its positions are settled now; confidence float64 [B, W] under the model at blocks of one."""
+    """tokens int64 [B, W]: the block with the kept drafts and the token that replaced the first refused one. kept int64
+    [B]: how many of its positions are final now. confidence float64 [B, W]: under the model at blocks of one."""
 
     tokens: Tensor
     kept: Tensor
@@ -38,8 +38,8 @@ class Checked(NamedTuple):
 
 def write_verified(network: Network, layout: Layout, settings: GenerationSettings, generator: RowRandom,
                    watch: Watch | None) -> Generation:
-    """The masked positions of `layout` [B, L], whose prompts are prefixes, as the model writes them at blocks of one:
-    drafted in blocks of `settings.block_length` through the sampler head, and verified."""
+    """Write the masked positions of `layout` [B, L] with the distribution of the model at blocks of one. The sampler
+    head drafts them in blocks of `settings.block_length`, then they are verified. Prompts must be prefixes."""
     with network.precision():
         return _write(network, Layout(*map(to_exact, layout)), settings, generator, watch)
 
@@ -92,8 +92,8 @@ def _write_block(drafting: BlockNetwork, checking: BlockNetwork, settings: Gener
 
 
 def draft_log_probabilities(model: GPT, task: FillTask, drafts: Tensor) -> Tensor:
-    """float64 [B, W, V]: what each of the drafts int64 [B, W] of `task` was drawn from by the head, given the drafts on
-    its left; at the task's positions alone where the head reads rows."""
+    """float64 [B, W, V]: the head's distribution of each of the drafts int64 [B, W] of `task`, given the drafts on its
+    left. If the head reads rows, at the task's positions only."""
     if model.config.reads_row:
         scores = torch.zeros(drafts.numel(), task.rule.allowed.numel(), dtype=torch.float64, device=drafts.device)
         for part, logits in logits_in_turn(model, task, drafts, task.positions):
@@ -116,11 +116,11 @@ def draft_log_probabilities(model: GPT, task: FillTask, drafts: Tensor) -> Tenso
 
 
 def check(target: Tensor, draft: Tensor | None, drafts: Tensor, settled: Tensor, numbers: RowRandom) -> Checked:
-    """Keep drafts int64 [B, W] from position `settled` int64 [B] of each row on, until the first that is refused, which
-    is drawn again; target and draft: log-probabilities float64 [B, W, V].
+    """Keep drafts int64 [B, W] from position `settled` int64 [B] of each row until the first refused one, and draw that
+    again. target, draft: log-probabilities float64 [B, W, V].
 
-    A row that lacks its last position alone takes that from the target, whatever was drafted for it; draft is None
-    where that is so of every row.
+    A row that lacks only its last position draws it from the target and ignores the draft. If all rows do, draft is
+    None.
     """
     W, last = target.size(1), settled >= target.size(1) - 1  # [B]
     place = torch.arange(W, device=drafts.device)

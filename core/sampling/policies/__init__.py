@@ -1,8 +1,8 @@
 """Sampling policies: which masked positions a step reveals and which positions it masks again.
 
-The loop in core/sampling/generation.py calls the network, which counts its calls. A policy is a pair of functions of
-what the loop shows it; a new one is one function that builds the pair, one row of `POLICIES` and one test of its law.
-With a sampler head the positions are the policy's and the tokens the head's: it draws each group wave by wave.
+The loop in core/sampling/generation.py calls the network, which counts its calls. A policy is a pair of functions, one
+for each of these two choices. A new policy is one function that builds the pair, one row of `POLICIES` and one test of
+its law. With a sampler head the policy chooses the positions, and the head draws their tokens wave by wave.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ REMASKING = ('start_ratio', 'end_ratio', 'schedule_type', 'masking_ratios', 'sch
 
 
 class PolicyRow(NamedTuple):
-    """make: builds the policy from its options by name ('remask' alone from levels); options: of sample.py; calls: the
-    trunk calls per block of n masked positions; summary: one line; needs_critic: it cannot do without; deterministic:
-    it chooses positions from revealed tokens and probabilities only (a random order by keys that know no token), never
-    masks again and takes `iterations` trunk calls, so a text has an exact likelihood under it; timed: it follows the
-    noise schedule that the model was trained with."""
+    """make: builds the policy from its options by name ('remask' from levels). options: of sample.py. calls: the trunk
+    calls per block of n masked positions. summary: one line. needs_critic: it does not work without a critic.
+    deterministic: it chooses positions from revealed tokens and probabilities only, or from random keys that know no
+    token; it never masks again and takes `iterations` trunk calls. So a text has an exact likelihood under it.
+    timed: it follows the noise schedule of the model's training."""
 
     make: Callable[..., Policy]
     options: tuple[str, ...]

@@ -13,12 +13,13 @@ def _sorted(score: Tensor, masked: Tensor) -> Tensor:
 
 
 def entropy_bounded(*, entropy_bound: float) -> Policy:
-    """EB-sampler (Ben-Hamu et al. 2025): by rising entropy, the largest group U with sum of H(l) over U - max of H(l)
-    over U <= gamma; that bounds what the group's tokens can know of each other. gamma in nats is `entropy_bound`."""
+    """EB-sampler (Ben-Hamu et al. 2025): positions by rising entropy, the largest group U with
+    sum of H(l) over U - max of H(l) over U <= gamma. This bounds how much the group's tokens can depend on each other.
+    gamma in nats is `entropy_bound`."""
     def reveal(view: PolicyView) -> Tensor:
         certainty = -view.prediction.measure(entropy_of)  # [B, T]
         entropies = -_sorted(certainty, view.masked)
-        bound = entropy_bound + view.prediction.tolerance  # a sum that rounding keeps from it counts as equal to it
+        bound = entropy_bound + view.prediction.tolerance  # a sum that exceeds it by rounding only counts as equal
         fits = (entropies.cumsum(1).roll(1, 1) <= bound) & entropies.isfinite()  # all before it: sum - max
         return view.highest(certainty, view.masked, fits[:, 1:].sum(1, keepdim=True) + 1)
 
@@ -43,7 +44,7 @@ def fast_dllm_factor(*, parallel_factor: float) -> Policy:
         confidence = view.prediction.candidates.confidence  # [B, T]
         ordered = _sorted(confidence, view.masked).exp()
         group = torch.arange(2, ordered.size(1) + 2, device=ordered.device)  # n + 1
-        least = 1 - parallel_factor / group + view.prediction.tolerance  # one that is equal to it does not fit
+        least = 1 - parallel_factor / group + view.prediction.tolerance  # an equal probability does not fit
         fits = (ordered > least) & (ordered > 0)
         largest = torch.where(fits, group - 1, 1).amax(1, keepdim=True)
         return view.highest(confidence, view.masked, largest)

@@ -1,4 +1,4 @@
-"""Policies that follow a diffusion process in time: what befalls a position depends on the time, not on its token.
+"""Policies that follow a diffusion process in time: whether a position changes depends on the time, not on its token.
 
 Time t runs from 1 to 0 in K equal steps and s is the next t; alpha_t is the share of revealed positions by the noise
 schedule that the model was trained with. The networks here read no time (RADD, Ou et al. 2024).
@@ -15,8 +15,8 @@ from core.sampling.policies.interface import Policy, PolicyView
 
 
 class _Step(NamedTuple):
-    """One of K steps: its time, alpha there and at the next time, which is 1 after the last step, and the largest
-    chance that a revealed position may have to be masked again, sigma_max = min(1, (1 - alpha_s) / alpha_t)."""
+    """One of K steps: its time, alpha at this time and at the next (1 after the last step), and the largest probability
+    with which a revealed position may be masked again, sigma_max = min(1, (1 - alpha_s) / alpha_t)."""
 
     t: float
     alpha_t: float
@@ -72,7 +72,7 @@ def _remdm(iterations: int, idle_cache: bool, alpha: Callable[[Tensor], Tensor],
     def reveal(view: PolicyView) -> Tensor:
         t, alpha_t, alpha_s, largest = steps[view.step]
         chance = (alpha_s - (1 - sigma(view, t, largest)) * alpha_t) / (1 - alpha_t)
-        return view.masked & ((view.keys() < chance) | (alpha_s == 1))  # the last step leaves nothing to rounding
+        return view.masked & ((view.keys() < chance) | (alpha_s == 1))  # all of it in the last step, despite rounding
 
     def remask(view: PolicyView) -> Tensor:
         step = steps[view.step]

@@ -1,7 +1,7 @@
-"""Who says which tokens are wrong, for the policy remask: one row a guide in `GUIDES`.
+"""The guides of the policy remask, which say which tokens are wrong: a row of `GUIDES` each.
 
-A guide gives each token a score; higher is remasked first. `apply_remasking_step` (sample_utils.py) does the rest, for
-ratios and for thresholds, with randomness_strength blended in.
+A guide gives each token a score; a higher one is remasked first. `apply_remasking_step` (sample_utils.py) does the
+rest, for ratios and thresholds, and applies randomness_strength.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ Wrongness = Callable[[PolicyView], Tensor]  # after the step's draws -> float [B
 
 
 class GuideRow(NamedTuple):
-    """wrongness: of a view's tokens; None for a guide that knows nothing, so that chance decides. thresholds: the first
-    and the last of schedule_mode=threshold, where nobody gave others. asks_critic: it calls `view.critic`, a network call
+    """wrongness: of a view's tokens; None for a guide without a score, so that chance decides. thresholds: the defaults
+    of the first and the last threshold of schedule_mode=threshold. asks_critic: it calls `view.critic`, a network call
     of the critic head or of a remasking model."""
 
     wrongness: Wrongness | None
@@ -25,7 +25,7 @@ class GuideRow(NamedTuple):
 
 
 def by_critic(view: PolicyView) -> Tensor:
-    """P(wrong) by the remasking model where one is named, else by the critic head."""
+    """P(wrong) by the remasking model if one is named, else by the critic head."""
     return view.critic()
 
 
@@ -35,7 +35,7 @@ def by_confidence(view: PolicyView) -> Tensor:
 
 
 def by_critic_or_confidence(view: PolicyView) -> Tensor:
-    """The critic where the view has one, else the confidence."""
+    """The critic's score if the view has a critic, else the confidence's."""
     return by_confidence(view) if view.critic is None else by_critic(view)
 
 

@@ -1,4 +1,4 @@
-"""What a sampling policy sees, what it says, and what policies share.
+"""What a sampling policy sees and returns, and what policies share.
 
 Letters: B rows, T window length, V vocabulary with the special ids, N positions picked out of a batch.
 """
@@ -24,8 +24,8 @@ _KEYS, _TIES = 1, 2  # streams of random numbers; stream 0 of Purpose.ORDER deal
 class Open(NamedTuple):
     """The masked positions that a step may fill.
 
-    tokens int64 [B, T]; positions bool [B, T]; count: how many these are, None where the host would have to ask; rows
-    int64 [R]: the rows that have any, None for every row.
+    tokens int64 [B, T]; positions bool [B, T]; count: how many these are, None if the host does not know; rows int64
+    [R]: the rows that have any, None for every row.
     """
 
     tokens: Tensor
@@ -35,11 +35,11 @@ class Open(NamedTuple):
 
 
 class Prediction:
-    """What the network says about open positions: one trunk call, made when it is first asked for.
+    """What the network predicts for open positions: one trunk call, made at the first use.
 
-    Logits are computed for the open positions and no others. A compiled network, whose shapes do not change, computes
-    every position; another one, where the count is known, computes the open ones alone in its last layer and reads only
-    the rows that have any. Nothing is computed twice: what a policy asked for is kept for this step. head: who fills.
+    Logits are computed for the open positions only. A compiled network has fixed shapes, so its trunk computes every
+    position. Another network, if the count is known, computes only the open positions in its last layer, and reads only
+    rows that have any. Results are kept for this step, so nothing is computed twice. head: what fills.
     """
 
     def __init__(self, network: Network, open: Open, rule: DrawRule, generator: RowRandom, head: Head = 'none') -> None:
@@ -47,12 +47,12 @@ class Prediction:
 
     @property
     def tolerance(self) -> float:
-        """Scores that follow from the network's logits count as equal when they are no further apart."""
+        """Scores computed from the network's logits count as equal if they differ by no more than this."""
         return computing_tolerance(self._network.model.lm_head.weight)
 
     @cached_property
     def hidden_states(self) -> Tensor:
-        """[B, T, D], of the open positions; elsewhere nothing to build on, unless the sampler head reads whole rows."""
+        """[B, T, D]: valid at the open positions; elsewhere only if the sampler head reads whole rows."""
         tokens, positions, count, rows = self._open
         if self._network.compiled or count is None or self._head != 'none' and self._network.model.config.reads_row:
             return self._network.encode(tokens)
@@ -67,13 +67,16 @@ class Prediction:
 
     @cached_property
     def candidates(self) -> Fill:
-        """A token drawn for every open position, each without the others, from the step's own random numbers: if a
-        position is then revealed without the sampler head, this is the token that it gets."""
+        """A token for every open position, drawn independently from the step's random numbers. A position that is then
+        revealed without the sampler head gets this token."""
         return self._network.filler('none').fill(self._task(self._open.positions, self._open.count))
 
     def fill(self, positions: Tensor, count: int | None = None, truth: Tensor | None = None) -> Fill:
-        """The open `positions` bool [B, T] filled, `count` of them if that is known: by the sampler head where there is
-        one, else each without the others, with its candidate where there is one; truth: see `FillTask`."""
+        """Fill the open `positions` bool [B, T]; count: their number, if known; truth: see `FillTask`.
+
+        The sampler head fills them if there is one. Otherwise tokens are independent: the candidates, if those were
+        drawn.
+        """
         if self._head != 'none' or truth is not None or 'candidates' not in self.__dict__:
             return self._network.filler(self._head).fill(self._task(positions, count, truth))
         made = self.candidates
@@ -99,12 +102,16 @@ class Prediction:
 class PolicyView:
     """What a policy sees at one step of a window, or of one block of it.
 
-    step: 0, 1, ...; tokens int64 [B, T]; protected bool [B, T]: positions it must leave alone (prompt, carried context,
-    other blocks), all others were masked at step 0; mask_token_id; left int64 [B, 1]: how many masked positions each
-    row has after this step, by the policy's own `left`, None where it has none; generator: the rows' random numbers;
-    prediction: the network's, of the tokens before this step's draws; revealed bool [B, T]: filled in this step (none
-    yet when `reveal` is asked); confidence float64 [B, T]: each token's log-probability when it was drawn; critic: a
-    call that gives the wrongness [B, T] of `tokens` and counts itself, None without a critic.
+    step: 0, 1, ...
+    tokens int64 [B, T].
+    protected bool [B, T]: positions that never change (prompt, carried context, other blocks). All others were masked
+    at step 0.
+    left int64 [B, 1]: how many masked positions each row has after this step, by the policy's own `left`; or None.
+    generator: the rows' random numbers.
+    prediction: the network's, of the tokens before this step's draws.
+    revealed bool [B, T]: filled in this step; all False when `reveal` is called.
+    confidence float64 [B, T]: each token's log-probability when it was drawn.
+    critic: a counted network call that gives the wrongness [B, T] of `tokens`; None without a critic.
     """
 
     step: int
@@ -120,17 +127,17 @@ class PolicyView:
 
     @property
     def masked(self) -> Tensor:
-        """bool [B, T]: the masked positions that are its own."""
+        """bool [B, T]: the masked positions that are not protected."""
         return (self.tokens == self.mask_token_id) & ~self.protected
 
     @property
     def settled(self) -> Tensor:
-        """bool [B, T]: its positions that were revealed before this step and still are."""
+        """bool [B, T]: the unprotected positions that were revealed before this step and still are."""
         return (self.tokens != self.mask_token_id) & ~self.protected & ~self.revealed
 
     @property
     def share(self) -> Tensor:
-        """int64 [B, 1]: how many of its masked positions each row reveals now, by the policy's own `left`."""
+        """int64 [B, 1]: how many masked positions each row reveals now, by the policy's own `left`."""
         return self.masked.sum(1, keepdim=True) - self.left
 
     @property
@@ -147,8 +154,9 @@ class PolicyView:
         return self.generator.uniform(Purpose.REMASK, self.tokens.size(1))
 
     def highest(self, score: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
-        """bool [B, T]: in each row the `count` [B, 1] eligible positions of highest score; by lot those that count as
-        equal (core/common/choosing.py). A score may follow the network's logits with a slope of at most about 1."""
+        """bool [B, T]: in each row the `count` [B, 1] eligible positions of highest score. Random keys decide between
+        scores that count as equal (core/common/choosing.py). A score's slope in the network's logits must be at most
+        about 1."""
         return highest_positions(score, self._ties(), eligible, count, self.prediction.tolerance)
 
     def drawn_by_lot(self, count: Tensor) -> Tensor:
@@ -161,13 +169,16 @@ class PolicyView:
 
 @dataclass(frozen=True)
 class Policy:
-    """limit: from the most masked positions of a row to the most trunk calls; it never falls as they grow. reveal: the
-    positions to fill after the trunk call, bool [B, T], None for every masked one. remask: the positions to mask again;
-    not asked after the last step. left: of step i and the n positions that a row was asked to fill, how many of them
-    are masked after that step; the host then knows every count and never waits for the device. None where chance or the
-    network decides: then the host counts, once a step. asks: a row without masks is finished and not remasked again,
-    and when all are, the run ends. idles: the choice to reveal reads nothing of the network, so where it is empty no
-    trunk call is made."""
+    """How positions are revealed and masked again.
+
+    limit: the most trunk calls, given the most masked positions of a row; it must not fall as they grow.
+    reveal: the positions to fill after the trunk call, bool [B, T]; None: every masked one.
+    remask: the positions to mask again; not called after the last step.
+    left: how many of the n positions that a row was asked to fill are masked after step i. Then the host knows every
+    count and never waits for the device. None: chance or the network decides, and the host counts once a step.
+    asks: a row without masks is finished and not remasked again; when all rows are finished, the run ends.
+    idles: the choice to reveal does not depend on the network, so if it is empty there is no trunk call.
+    """
 
     limit: Callable[[int], int]
     reveal: Callable[[PolicyView], Tensor | None]
@@ -178,8 +189,8 @@ class Policy:
 
 
 class Counts:
-    """A policy's `left` for the rows of one block, each asked to fill sizes [B] positions: what host and device know
-    of the masks before the block begins."""
+    """A policy's `left` for the rows of one block, which must fill sizes [B] positions: the counts that host and device
+    know before the block begins."""
 
     def __init__(self, policy: Policy, sizes: Sequence[int], device: torch.device | str) -> None:
         self.limit = policy.limit(max(sizes))
@@ -190,7 +201,7 @@ class Counts:
             self._left = torch.tensor([of_size[size] for size in sizes], device=device).T.unsqueeze(2)  # [limit, B, 1]
 
     def after(self, step: int) -> list[int] | None:
-        """How many masked positions each row has left after `step`, None where the policy cannot say."""
+        """How many masked positions each row has left after `step`; None if the policy does not know."""
         return None if self._after is None else self._after[step]
 
     def view(self, step: int) -> Tensor | None:
@@ -199,8 +210,8 @@ class Counts:
 
 
 def equal_shares(iterations: int) -> Callable[[int, int], int]:
-    """A policy's `left` where n positions come in `iterations` equal shares: n // iterations each, one more in the
-    first n % iterations steps; with more steps than positions one each."""
+    """A policy's `left` for n positions in `iterations` equal shares: n // iterations each, and one more in the first
+    n % iterations steps. With more steps than positions, one each."""
     def left(step: int, size: int) -> int:
         return size - (step + 1) * (size // iterations) - min(step + 1, size % iterations)
 

@@ -1,4 +1,4 @@
-"""Policies that reveal a stated number of positions per trunk call and differ in which ones come first."""
+"""Policies that reveal a fixed number of positions per trunk call. They differ in which positions come first."""
 
 import math
 from collections.abc import Callable
@@ -33,14 +33,14 @@ def left_to_right(*, iterations: int) -> Policy:
 
 
 def llada(*, iterations: int) -> Policy:
-    """Low-confidence remasking (LLaDA, Nie et al. 2025): a token is drawn for every masked position, the k most
-    probable of these tokens stay, the others are masked again."""
+    """Low-confidence remasking (LLaDA, Nie et al. 2025): a token is drawn for every masked position. The k most
+    probable of these tokens stay; the others are masked again."""
     return _best_first(iterations, lambda view: view.prediction.candidates.confidence)
 
 
 def top_probability(*, iterations: int) -> Policy:
-    """Highest maximum probability first (an order of Kim et al. 2025): the k positions of largest p(first token). Like
-    `llada` with the most probable token in place of a drawn one, so the order depends on no draw."""
+    """Highest maximum probability first (an order of Kim et al. 2025): the k positions of largest p(first token). It is
+    `llada` with the most probable token instead of a drawn one, so the order depends on no draw."""
     return _best_first(iterations, lambda view: view.prediction.measure(lambda found: found.amax(-1)))
 
 
@@ -66,8 +66,8 @@ def entropy(*, iterations: int) -> Policy:
 def maskgit(*, iterations: int, choice_temperature: float) -> Policy:
     """MaskGIT (Chang et al. 2022): of n positions floor(n cos(pi r / 2)) stay masked after step i, r = (i + 1) / K.
 
-    Revealed are the highest log p + c (1 - r) g, where p is the probability of the token drawn there, g Gumbel noise
-    and c the choice temperature. Each of the K = min(iterations, n) steps reveals at least one position.
+    The positions of highest log p + c (1 - r) g are revealed, where p is the probability of the token drawn there, g is
+    Gumbel noise and c the choice temperature. Each of the K = min(iterations, n) steps reveals at least one position.
     """
     def left(step: int, size: int) -> int:
         steps, stay = min(iterations, size), size
@@ -85,11 +85,12 @@ def maskgit(*, iterations: int, choice_temperature: float) -> Policy:
 
 
 def strided(*, iterations: int) -> Policy:
-    """Dilated groups for any number of trunk calls (after DUS, Luxembourg et al. 2025): of K = min(iterations, n)
-    groups, group r holds the positions whose rank is r modulo K, so no two of a group are adjacent where K >= 2.
+    """Dilated groups for any number of trunk calls (after DUS, Luxembourg et al. 2025). There are K = min(iterations,
+    n) groups; group r holds the positions whose rank is r modulo K. So for K >= 2 no two positions of a group are
+    adjacent.
 
-    Groups come in the order of the bit-reversed r (van der Corput): each lies far from those before it, and for K = 2,
-    4, 8 ... the revealed positions halve their distances as those of `dilated` do.
+    Groups come in the order of the bit-reversed r (van der Corput), so each is far from those before it. For K = 2, 4,
+    8 ... the distances between revealed positions halve, as those of `dilated` do.
     """
     def left(step: int, size: int) -> int:
         groups = min(iterations, size)

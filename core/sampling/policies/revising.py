@@ -1,4 +1,4 @@
-"""Policies that fill every mask at each step and take the worst tokens back, old ones too."""
+"""Policies that fill every mask at each step and take back the worst tokens, also old ones."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,8 +16,9 @@ def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], 
                   wrongness: Wrongness | None, calibrate: Callable[[Tensor], Tensor] | None = None) -> Policy:
     """Fill everything, then remask by schedule: `levels` gives one remasking each, and one prediction follows the last.
 
-    wrongness: the guide's (core/sampling/policies/guides.py), None for chance. calibrate: maps it to error rates; for
-    thresholds only, since it may make unequal ones equal. Where all positions are drawn at random no guide is asked.
+    wrongness: the guide's (core/sampling/policies/guides.py), None for chance. calibrate: maps wrongness to error
+    rates; for thresholds only, since it may make unequal values equal. If chance chooses all positions, no guide is
+    asked.
     """
     assert calibrate is None or mode == 'threshold'
     by_lot = mode == 'ratio' and randomness_strength == 1
@@ -38,10 +39,11 @@ def remask_policy(levels: Sequence[float], mode: Literal['ratio', 'threshold'], 
 
 def _path_planning(iterations: int, planner_eta: float, with_critic: bool) -> Policy:
     """Path planning (P2, Peng et al. 2025): after step i the floor(n (1 - kappa)) worst of n tokens are masked again,
-    kappa = (i + 1) / K; rounded down as in the authors' program, so that something stays from the first step on.
+    with kappa = (i + 1) / K. The number is rounded down, as in the authors' program, so that the first step keeps a
+    token.
 
-    A new token's score is its log-probability under the denoiser, an old one's is eta times the planner's: eta 0 never
-    takes an old token back, above 1 old tokens are taken back more readily than new ones.
+    A new token's score is its log-probability under the denoiser. An old token's score is eta times the planner's. With
+    eta 0 no old token is taken back; above 1, old tokens are taken back more readily than new ones.
     """
     scale = max(1.0, planner_eta)  # of scores that follow the logits with a slope of at most 1
 
@@ -59,13 +61,14 @@ def _path_planning(iterations: int, planner_eta: float, with_critic: bool) -> Po
 
 
 def p2_self(*, iterations: int, planner_eta: float) -> Policy:
-    """P2 with the denoiser as planner (Peng et al. 2025, self-planning): an old token is worth the log-probability that
-    it had when it was drawn, since a denoiser that copies revealed tokens says nothing about them afterwards."""
+    """P2 with the denoiser as planner (Peng et al. 2025, self-planning). An old token's score is the log-probability
+    that it had when it was drawn, since a denoiser that copies revealed tokens cannot judge them afterwards."""
     return _path_planning(iterations, planner_eta, with_critic=False)
 
 
 def p2_critic(*, iterations: int, planner_eta: float) -> Policy:
-    """P2 with the critic as planner (Peng et al. 2025, trained planning): an old token is worth log(1 - wrongness)."""
+    """P2 with the critic as planner (Peng et al. 2025, trained planning): score log(1 - wrongness) for old
+    tokens."""
     return _path_planning(iterations, planner_eta, with_critic=True)
 
 
