@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.common.layers import Norm, draw_weights, rotary_tables, rotate
 from core.common.precision import to_exact
-from core.sampler_head import (SAMPLER_KINDS, SamplerHead, SamplerKind, SamplerShape, SamplerWindow,
-                               initialise_sampler_head)
+from core.sampler_head import SAMPLER_KINDS, SamplerHead, SamplerShape, SamplerWindow, initialise_sampler_head
 
 
 class ModelMode(str, Enum):
@@ -63,7 +62,7 @@ class GPTConfig:
     start_critic_iteration: int = 0
     end_critic_iteration: int = 0
     add_sampler_head: bool = False
-    sampler_kind: SamplerKind = 'neighbours'  # what the head sees of the tokens that were placed since the trunk call
+    sampler_kind: str = 'neighbours'  # what the head sees of the tokens that were placed since the trunk call
     start_sampler_iteration: int = 0
     sampler_min_neighbors_ratio: float = 0.01
     sampler_context: int = 1  # neighbours on each side

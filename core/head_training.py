@@ -19,7 +19,6 @@ from configurator import bound_problems
 from core.batches import BatchPlan, RowShare, unmasking_batches
 from core.checkpoints.heads import heads_of
 from core.common.errors import UserError, raise_problems
-from core.common.expressions import unknown_choice
 from core.common.files import unwritable
 from core.common.printing import counted, say_if_heard
 from core.common.randomness import RowRandom
@@ -27,6 +26,7 @@ from core.common.runtime import Runtime, has_foreach, start_runtime, stop_runtim
 from core.noise import SCHEDULES, Masking, seen_neighbours
 from core.objective import Losses, Objective
 from core.optimizer import learning_rate_at, make_optimizers, set_learning_rate
+from core.option_problems import table_problems
 from core.options import TrainConfig
 from core.pretrained.head_file import HEAD_FIELDS, base_of, head_weights, save_head
 from core.pretrained.loading import Source, load_pretrained, pretrained_problems
@@ -64,8 +64,7 @@ def train_head(config: TrainConfig, explicit: Mapping[str, str], notes: list[str
 
 def _problems(config: TrainConfig, explicit: Mapping[str, str]) -> list[str]:
     """What is wrong with the options before any file is read."""
-    problems = [*bound_problems(config), *unknown_choice('noise_schedule', config.noise_schedule, SCHEDULES),
-                *pretrained_problems(config, explicit)]
+    problems = [*bound_problems(config), *table_problems(config), *pretrained_problems(config, explicit)]
     problems += [f'{name} does not apply to model, whose trunk stays as it is; leave it out'
                  for name in _NOT_OF_HEADS if name in explicit]
     if config.text_file is None:

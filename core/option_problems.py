@@ -9,6 +9,7 @@ from core.common.runtime import Runtime
 from core.noise import SCHEDULES
 from core.options import TrainConfig
 from core.rewards import REWARDS
+from core.sampler_head import SAMPLER_KINDS
 from core.training_kinds import GRPO, TRAINING, kind_of, training_of
 
 
@@ -32,9 +33,14 @@ def option_problems(config: TrainConfig) -> list[str]:
     if config.sharding == 'full' and config.compile:
         problems.append('sharding is full, but compile is True, and layers that are gathered one by one are not '
                         'compiled; leave compile out')
-    unknown = [problem for name, table in (('noise_schedule', SCHEDULES), ('reward', REWARDS))
-               for problem in unknown_choice(name, getattr(config, name), table)]
+    unknown = table_problems(config)
     return [*problems, *unknown, *head_problems(config), *([] if unknown else TRAINING[training_of(config)].problems(config))]
+
+
+def table_problems(config: TrainConfig) -> list[str]:
+    """Options that are to name a row of a table, and do not."""
+    tables = {'noise_schedule': SCHEDULES, 'reward': REWARDS, 'sampler_kind': SAMPLER_KINDS}
+    return [problem for name, table in tables.items() for problem in unknown_choice(name, getattr(config, name), table)]
 
 
 def head_problems(config: TrainConfig) -> list[str]:

@@ -97,9 +97,9 @@ class TrainConfig:
         minimum=0)
     # sampler head (docs/sampler.md)
     add_sampler_head: bool = option(False, 'a small head that fills masks in waves')
-    sampler_kind: Literal['neighbours', 'layer', 'layer_neighbours', 'rerun'] = option(
-        'neighbours', 'what it sees of the tokens just placed: those next to it, all of the row through an attention '
-        'layer, both, or all and the masks too')
+    sampler_kind: str = option(
+        'neighbours', 'what it sees of the tokens just placed: neighbours, those next to it; layer, all of the row '
+        'through an attention layer; layer_neighbours, both; rerun, all and the masks too')
     start_sampler_iteration: int = option(0, 'its training begins here', minimum=0, maximum=10**12)
     sampler_context: int = option(1, 'neighbours it sees on each side')
     sampler_context_left: int | None = option(None, 'neighbours on the left; sampler_context by default')

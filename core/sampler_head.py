@@ -4,15 +4,13 @@ Letters: B rows, T sequence length, N positions, V vocabulary with the special i
 A width of its attention, H heads, C = L + R neighbours on the left and on the right.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.common.layers import Norm, draw_weights, rotary_tables, rotate
-
-SamplerKind = Literal['neighbours', 'layer', 'layer_neighbours', 'rerun']
 
 GATE_AFTER_A_DRAW = 0.3  # share of the trunk's logits that a gate begins with if a neighbour is new; else all
 
@@ -48,7 +46,7 @@ class KindRow(NamedTuple):
     sees_masks: bool = False
 
 
-SAMPLER_KINDS: dict[SamplerKind, KindRow] = {
+SAMPLER_KINDS: dict[str, KindRow] = {  # by the value of --sampler_kind
     'neighbours': KindRow(window=True),
     'layer': KindRow(window=False, reads_row=True),
     'layer_neighbours': KindRow(window=True, reads_row=True),

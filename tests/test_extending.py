@@ -21,6 +21,7 @@ from core.logger import read_metrics
 from core.noise import SCHEDULES
 from core.options import TrainConfig
 from core.rewards import REWARDS
+from core.sampler_head import SAMPLER_KINDS
 from core.sampling.options import SampleConfig
 from core.sampling.policies import GUIDES, POLICIES
 from core.sampling.presets import PRESETS
@@ -185,7 +186,8 @@ def names_in_help(options, option):
     return set(re.findall(r'\w+', described))
 
 
-@pytest.mark.parametrize('option, table', [('noise_schedule', SCHEDULES), ('reward', REWARDS)])
+@pytest.mark.parametrize('option, table', [
+    ('noise_schedule', SCHEDULES), ('reward', REWARDS), ('sampler_kind', SAMPLER_KINDS)])
 def test_a_name_that_no_table_of_training_has_is_refused(option, table, small_corpus):
     assert f"{option} is 'x', but must be one of {', '.join(table)}" in refused(f'--{option}=x')
     assert set(table) <= names_in_help(TrainConfig, option)
