@@ -24,6 +24,7 @@ from core.rewards import REWARDS
 from core.sampler_head import SAMPLER_KINDS
 from core.sampling.options import SampleConfig
 from core.sampling.policies import GUIDES, POLICIES
+from core.sampling.policy_options import remasking_levels
 from core.sampling.presets import PRESETS
 from core.sampling.quality_metrics import QUALITY_METRICS
 from helpers.runs import SMALL, refused
@@ -105,6 +106,7 @@ def test_a_guide_serves_thresholds_with_those_of_its_row(run, tmp_path):
     found = remaskings(tmp_path / 'run.json')
     assert sum(bool(taken) for _, taken in found) > 20 and all(taken == doubles(tokens) for tokens, taken in found)
     assert not any(doubles(tokens) for tokens in json.loads((tmp_path / 'run.json').read_text())['tokens'])
+    assert remasking_levels(SampleConfig(guidance='doubles', schedule_mode='threshold', iterations=4)) == [0.5] * 3
 
 
 def test_a_policy_reveals_in_its_order(run, tmp_path):
@@ -162,10 +164,10 @@ def test_a_gauge_is_in_the_log(run, small_corpus, tmp_path):
 def test_the_loop_of_the_page_is_that_of_the_program(run, tmp_path, capsys):
     """Token for token."""
     found = run('loop.py')
-    made, _ = sample(tmp_path / 'out', '--temperature=1.0', '--iterations=3')
+    made, _ = sample(tmp_path / 'out', '--temperature=1.0', '--iterations=4')
     assert torch.equal(found['tokens'], made.tokens) and (made.tokens != found['model'].config.mask_token_id).all()
     drawn = [int(words[2]) for line in capsys.readouterr().out.splitlines() if (words := line.split())[0] == 'step']
-    assert drawn == [4 * T, 4 * 15, 4]
+    assert drawn == [4 * T, 4 * 15, 4 * 8, 4]
 
 
 def test_every_script_of_the_page_has_a_test():

@@ -92,7 +92,8 @@ def test_two_runs_are_the_same(folder, here):
 @pytest.mark.parametrize('arguments, words', [
     (['--n_layer=3'], 'n_layer does not apply to model'), (['--model='], 'model is empty'),
     (['--text_file=none.txt'], 'none.txt.* is not there'), (['--add_sampler_head=False'], 'no head is to be trained'),
-    (['--dataset=tiny'], 'model and dataset were both given'), (['--sampler_n_embd=7'], 'sampler_n_embd is 7')])
+    (['--dataset=tiny'], 'model and dataset were both given'), (['--sampler_n_embd=7'], 'sampler_n_embd is 7'),
+    (['--sampler_kind=layr', '--noise_schedule=x'], "sampler_kind is 'layr', but must be one of .* did you mean 'layer'")])
 def test_what_does_not_go_together(folder, here, arguments, words):
     with pytest.raises(UserError, match=words):
         train(folder, *arguments)
