@@ -23,7 +23,7 @@ from core.common.files import unwritable
 from core.common.printing import counted, say_if_heard
 from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, has_foreach, start_runtime, stop_runtime
-from core.noise import SCHEDULES, Masking, seen_neighbours
+from core.noise import SCHEDULES, Masking, NoiseSchedule, seen_neighbours
 from core.objective import Losses, Objective
 from core.optimizer import learning_rate_at, make_optimizers, set_learning_rate
 from core.option_problems import table_problems
@@ -38,9 +38,10 @@ from core.validation import HeldOut, Validation, validate_generator
 
 HEAD_FILE = 'head.safetensors'
 HELD_OUT_SHARE = 0.1  # of the text, its end
+WHOLE_SHARE = 0.25  # of the rows that a head learns from: they are masked entirely
 # Options of train.py that say what a trunk is like or how it trains, and those of runs that go on.
 _NOT_OF_HEADS = ('n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'attention_type', 'position_encoding',
-                 'block_length', 'init_from', 'init_from_checkpoint', 'force_resume', 'eval_only', 'training_type',
+                 'block_length', 'init_from_checkpoint', 'force_resume', 'eval_only', 'training_type',
                  'train_split', 'freeze_transformer', 'unfreeze_at_iteration', 'sampler_gradient', 'critic_gradient',
                  'compile', 'sharding', 'activation_checkpointing', 'wandb_log', 'always_save_checkpoint')
 _STAGES = ('start_sampler_iteration', 'start_critic_iteration', 'end_critic_iteration', 'critic_alpha',
@@ -67,6 +68,9 @@ def _problems(config: TrainConfig, explicit: Mapping[str, str]) -> list[str]:
     problems = [*bound_problems(config), *table_problems(config), *pretrained_problems(config, explicit)]
     problems += [f'{name} does not apply to model, whose trunk stays as it is; leave it out'
                  for name in _NOT_OF_HEADS if name in explicit]
+    if config.init_from == 'resume':
+        problems.append('init_from is resume, but heads on a pretrained model keep no state to go on from; train them '
+                        'again from scratch')
     if config.text_file is None:
         problems.append('model is given, but no text to learn from; add --text_file=FILE')
     if not config.add_sampler_head and not config.add_critic_head:
@@ -106,7 +110,8 @@ class HeadRun:
                                config.critic_row_stride, config.critic_target_scope,
                                schedule=SCHEDULES[config.noise_schedule])
         rows = RowShare(config.batch_size, config.gradient_accumulation_steps)
-        self.plan = BatchPlan(self.text.learnt.ids, config.seed, text.length, rows, self.masking, text.stride)
+        self.plan = BatchPlan(self.text.learnt.ids, config.seed, text.length, rows,
+                              self.masking._replace(schedule=often_whole(self.masking.schedule)), text.stride)
         self.objective = Objective(model, self.allowed)
         self.heads = nn.ModuleDict({head.module: getattr(model, head.module) for head in heads_of(model.config)})
         self.averaged = deepcopy(self.heads).requires_grad_(False)
@@ -123,8 +128,8 @@ class HeadRun:
         except OSError as error:
             raise unwritable(folder, error) from error
         count = sum(parameter.numel() for parameter in self.heads.parameters())
-        self.say(f'heads: {count:,} parameters on a frozen trunk; '
-                 f'{counted(self.plan.rows.global_batch, "row")} of {counted(self.plan.block_size, "token")} an iteration')
+        rows, tokens = counted(self.plan.rows.global_batch, 'row'), counted(self.plan.block_size, 'token')
+        self.say(f'heads: {count:,} parameters on a frozen trunk; {rows} of {tokens} an iteration')
         for iteration in range(config.max_iters):
             if iteration % config.eval_interval == 0:
                 self.evaluate(iteration, folder / HEAD_FILE)
@@ -187,6 +192,22 @@ class HeadRun:
             if best:
                 self.best = value
                 save_head(path, base_of(self.base), (self.model.config, {}), head_weights(self.model), iteration)
+
+
+def often_whole(schedule: NoiseSchedule) -> NoiseSchedule:
+    """`schedule` run through in the first part of the time; in the rest, `WHOLE_SHARE` of it, everything is masked.
+
+    Every text begins with a trunk call that sees nothing, and the fewer calls it takes, the more of it comes from that
+    one. A model that was trained with a seventh of the text masked does not know such input: its hidden states there
+    are unlike all others, so a head must have seen them often (measured in docs/pretrained.md). A schedule alone almost
+    never masks everything.
+    """
+    def stretched(times: Tensor) -> Tensor:
+        return (times / (1 - WHOLE_SHARE)).clamp(max=1)
+
+    return NoiseSchedule(lambda times: schedule.mask_probability(stretched(times)),
+                         lambda masked: schedule.time_of(masked) * (1 - WHOLE_SHARE),
+                         lambda times: schedule.elbo_weight(stretched(times)))
 
 
 def _value(found: Validation, iteration: int) -> float:

@@ -21,7 +21,7 @@ SHARED = {
 BLOCK = {'attention_type': 'block', 'add_sampler_head': True, 'sampler_context_right': 0,
          'sampler_order': 'left_to_right', 'sampler_gate': True, 'sampler_gradient': 'trunk'}
 HEAD = {'model': '', 'out_dir': 'out-head', 'add_sampler_head': True, 'sampler_output': 'shared_detached',
-        'sampler_context': 2, 'batch_size': 16, 'learning_rate': 2e-3, 'min_lr': 1e-4, 'max_iters': 2000,
+        'sampler_kind': 'layer_neighbours', 'sampler_gate': True, 'sampler_context': 4, 'batch_size': 16, 'learning_rate': 2e-3, 'min_lr': 1e-4, 'max_iters': 2000,
         'lr_decay_iters': 2000, 'warmup_iters': 50, 'eval_interval': 250, 'eval_iters': 4}
 RECORDED = {
     ('train_bpe_block', 'cpu'): SHARED['cpu'] | BLOCK | {'out_dir': 'out-block-bpe', 'dataset': 'shakespeare_bpe',

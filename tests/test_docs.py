@@ -19,6 +19,7 @@ from core.bench.options import BenchConfig
 from core.checkpoints.__main__ import main as checkpoints
 from core.common.errors import UserError
 from core.data.command_line import read_arguments
+from core.evaluation.harness.options import HarnessConfig
 from core.evaluation.options import EvaluateConfig
 from core.merging import main as merging
 from core.options import TrainConfig
@@ -128,6 +129,11 @@ def read_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         elif words[0] == '-m' and words[1] in ('core.checkpoints', 'core.merging'):
             monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_arguments)
             {'core.checkpoints': checkpoints, 'core.merging': merging}[words[1]](words[2:])
+        elif words[:2] == ['-m', 'core.evaluation.harness']:
+            options = dict(zip(words[3::2], words[4::2]))
+            assert words[2] == 'run' and options['--model'] == 'masked_diffusion' and '--tasks' in options
+            configure(HarnessConfig, [f'--{pair}' for pair in options['--model_args'].split(',')])
+            raise Parsed
         elif words[:2] == ['-m', 'core.study.blocks']:
             assert (ROOT / words[2]).exists() and len(words) == 3
             raise Parsed
@@ -146,7 +152,8 @@ def test_every_command_is_understood(page, command, monkeypatch):
 @pytest.mark.parametrize('command', [
     'python train.py config/absent.py', 'python train.py --max_iter=3', 'python sample.py --iterations=many',
     'python evaluate.py --measure=nell', 'python bench.py --scaling --groups=training', 'python data/custom/prepare.py --nam=x',
-    'python -m core.checkpoints look out/ckpt.pt', 'python -m core.merging one.pt', 'pytest tests/test_absent.py',
+    'python -m core.checkpoints look out/ckpt.pt',
+    'python -m core.evaluation.harness run --model masked_diffusion --model_args out_dri=out --tasks x', 'python -m core.merging one.pt', 'pytest tests/test_absent.py',
     'torchrun --nproc_per_node=2 train.py --ranks=2', 'ruby train.py'])
 def test_a_wrong_command_is_noticed(command, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -23,6 +23,7 @@ from torch import Tensor
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.sampling.block_network import BlockNetwork
+from core.sampling.generation import Window, windows
 from core.sampling.network import Network
 from core.sampling.policies import Counts, Open, Policy, PolicyView, Prediction
 from core.sampling.prompt import Layout
@@ -39,52 +40,75 @@ class Scorer(NamedTuple):
     block_length: int | None = None
 
 
+class Path(NamedTuple):
+    """What is known of each token of a text when it is revealed; 0 at protected positions. log_probabilities float64
+    [B, T]: under the rule that draws; confidence float64 [B, T]: under the model itself, without a gradient."""
+
+    log_probabilities: Tensor
+    confidence: Tensor
+
+
 def log_likelihood(network: Network, tokens: Tensor, scorer: Scorer, generator: RowRandom) -> Tensor:
     """float64 [B]: log p in nats of the texts tokens int64 [B, T] of base tokens.
 
     Random orders follow from `generator`, one row of it for each text, as in generation, so a text's number does not
     depend on its batch. The trunk calls are counted in `network`.
     """
-    assert scorer.policy.remask is None, 'a text has no likelihood under a policy that masks again'
-    with network.precision():
-        if scorer.block_length is None:
-            return path_log_probabilities(network, _unprotected(tokens), scorer, generator).sum(1)
-        total, blocks = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device), \
-            BlockNetwork(network, scorer.block_length, len(tokens))
-        for number, start in enumerate(range(0, tokens.size(1), scorer.block_length)):
-            block = tokens[:, start:start + scorer.block_length]
-            blocks.begin(tokens, start, start + block.size(1))
-            first = number * scorer.policy.limit(scorer.block_length)  # as `write_blocks` numbers its steps
-            total = total + path_log_probabilities(blocks, _unprotected(block), scorer, generator, first).sum(1)
-        return total
+    return path_of_text(network, Layout(tokens, torch.zeros_like(tokens, dtype=torch.bool)), scorer,
+                        generator).log_probabilities.sum(1)
 
 
-def _unprotected(tokens: Tensor) -> Layout:
-    return Layout(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+def path_of_text(network: Network, text: Layout, scorer: Scorer, generator: RowRandom,
+                 rule: DrawRule | None = None) -> Path:
+    """`Path` of texts [B, L] of any length, as `generate` would write them around what is protected: in windows, each
+    after the first with half a window of context, or in blocks with a cache. rule: None draws at temperature 1.
 
-
-def path_log_probabilities(network: Network, text: Layout, scorer: Scorer, generator: RowRandom,
-                           first: int = 0) -> Tensor:
-    """float64 [B, T]: the log-probability of each token of a window [B, T] when it is revealed; 0 at protected
-    positions. Of a block too, given the text that `network` holds before it.
-
-    With gradients enabled, the result keeps the graph of every trunk call and of the sampler head. Steps are numbered
-    from `first`.
+    With temperature 0 the log-probabilities are 0 where the most probable token stands and minus infinity elsewhere.
     """
-    policy, mask_token_id, rule = scorer.policy, network.model.config.mask_token_id, DrawRule(scorer.allowed)
+    assert scorer.policy.remask is None, 'a text has no likelihood under a policy that masks again'
+    rule, (tokens, protected) = rule or DrawRule(scorer.allowed), text
+    L, length = tokens.size(1), scorer.block_length
+    blocks = None if length is None else BlockNetwork(network, length, len(tokens))
+    parts = windows(L, network.model.config.block_size) if length is None else [
+        Window(start, min(L, start + length), start) for start in range(0, L, length)]
+    found = torch.zeros(2, *tokens.shape, dtype=torch.float64, device=tokens.device)
+    with network.precision():
+        for number, (start, stop, first_new) in enumerate(parts):
+            part = Layout(tokens[:, start:stop],
+                          protected[:, start:stop] | (torch.arange(start, stop, device=tokens.device) < first_new))
+            if part.protected.all():
+                continue
+            if blocks is not None:
+                blocks.begin(tokens, start, stop)
+            first = number * scorer.policy.limit(length or stop - start)  # as generation numbers its steps
+            found[:, :, start:stop] += torch.stack(_follow(blocks or network, part, scorer, (generator, first), rule))
+    return Path(*found)
+
+
+def path_log_probabilities(network: Network, text: Layout, scorer: Scorer, generator: RowRandom) -> Tensor:
+    """float64 [B, T]: the log-probability of each token of a window [B, T] when it is revealed; 0 at protected
+    positions. With gradients enabled it keeps the graph of every trunk call and of the sampler head."""
+    return _follow(network, text, scorer, (generator, 0), DrawRule(scorer.allowed)).log_probabilities
+
+
+def _follow(network: Network, text: Layout, scorer: Scorer, numbers: tuple[RowRandom, int], rule: DrawRule) -> Path:
+    """`Path` of a window [B, T], or of a block given what `network` holds before it; numbers: of the rows, and which
+    number the first step has."""
+    policy, mask_token_id, (generator, first) = scorer.policy, network.model.config.mask_token_id, numbers
     tokens, protected = text
     current = torch.where(protected, tokens, mask_token_id)  # [B, T]
-    found = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+    found = Path(*torch.zeros(2, *tokens.shape, dtype=torch.float64, device=tokens.device))
     sizes = (~protected).sum(1).tolist()
     counts, masks = Counts(policy, sizes, tokens.device), sum(sizes)
     for step in range(counts.limit):
-        numbers = generator.at(first + step)
-        prediction = Prediction(network, Open(current, current == mask_token_id, masks), rule, numbers, scorer.head)
+        here = generator.at(first + step)
+        prediction = Prediction(network, Open(current, current == mask_token_id, masks), rule, here, scorer.head)
         view = PolicyView(step=step, tokens=current, protected=protected, mask_token_id=mask_token_id,
-                          left=counts.view(step), generator=numbers, prediction=prediction,
-                          revealed=torch.zeros_like(protected), confidence=found.detach(), critic=None)
+                          left=counts.view(step), generator=here, prediction=prediction,
+                          revealed=torch.zeros_like(protected), confidence=found.confidence, critic=None)
         masks = sum(counts.after(step))
         fill = prediction.fill(policy.reveal(view) & view.masked, truth=tokens)
-        current, found = fill.tokens, found + fill.log_probabilities
+        current = fill.tokens
+        found = Path(found.log_probabilities + fill.log_probabilities, found.confidence + fill.confidence)
     assert current.equal(tokens), 'the policy left masks'
     return found

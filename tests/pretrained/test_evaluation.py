@@ -10,12 +10,15 @@ import torch
 pytest.importorskip('transformers')
 
 from configurator import configure
+from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError
+from core.data.learning import character_vocabulary
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import run_evaluation
 from core.pretrained.loading import Source, load_pretrained
 from core.pretrained.text import read_text, text_corpus
 from helpers.pretrained import save_tiny
+from helpers.toys import model_over, save_model
 
 CPU = torch.device('cpu')
 
@@ -93,6 +96,22 @@ def test_errors_and_samples_are_measured_too(folders, here):
                         '--sequence_length=12')
     assert {row['wanted_calls'] for row in found['quality'] if 'wanted_calls' in row} == {2, 4}
     assert (here / 'found' / 'evaluation.json').is_file()
+
+
+def test_curves_need_a_reference_model_that_reads_the_same_characters(folders, here):
+    model = [f'--model={folders["bert"]}', '--text_file=words.txt', '--window_length=8', '--out_dir=found',
+             '--measure=curves', '--num_samples=10', '--policies=random', '--trunk_calls=[2]', '--sequence_length=12',
+             '--temperatures=[0.5,2.0]']
+    with pytest.raises(UserError, match='curves compare bits under a reference model, and .* does not exist'):
+        evaluate(*model)
+    characters = character_vocabulary('the king says to be or not to be the queen says,.#a?[]MASKUNCLEP\n')
+    save_model(here / 'reference.pt', characters, model_over(characters, attention_type='causal', block_size=64),
+               CheckpointKind.CAUSAL)
+    found, said = evaluate(*model, '--reference_checkpoint=reference.pt')
+    rows = [row for row in found['curves'] if row.get('policy') == 'random']
+    assert {row['temperature'] for row in rows} == {0.5, 2.0}
+    assert all(row['reference_bits'] > 0 for row in rows) and rows[0]['entropy_3'] < rows[1]['entropy_3']
+    assert 'curves' in said
 
 
 def test_running_text_is_cut_anywhere_and_lines_never(folders, here):

@@ -7,11 +7,13 @@ import torch
 pytest.importorskip('transformers')
 
 from configurator import configure
+from core.batches import unmasking_batches
 from core.common.errors import UserError
 from core.common.runtime import Runtime
 from core.evaluation.options import EvaluateConfig
 from core.evaluation.run import run_evaluation
-from core.head_training import HeadRun, train_head
+from core.head_training import HeadRun, often_whole, train_head
+from core.noise import SCHEDULES
 from core.options import TrainConfig
 from core.pretrained.head_file import load_with_head
 from core.pretrained.loading import Source
@@ -52,19 +54,41 @@ def likelihoods(folder, head, calls='[1]'):
     return {(row['trunk_calls'], row['head']): row['nats'] for row in rows}
 
 
-def test_a_head_lowers_the_likelihood_at_one_call_and_its_blind_control_is_another(folder, here):
+def test_a_head_lowers_the_likelihood_and_its_blind_control_is_never_better(folder, here):
     train(folder)
-    found = likelihoods(folder, here / 'head' / 'head.safetensors')
+    found = likelihoods(folder, here / 'head' / 'head.safetensors', '[1,2,4,12]')
     assert found[1, 'wave'] < found[1, 'none'] / 3  # the first residue costs ln 2, the others nothing
-    train(folder, '--sampler_zero_hidden=True', '--out_dir=blind')
+    train(folder, '--sampler_zero_hidden=True', '--sampler_gate=False', '--out_dir=blind')
     blind = load_with_head(Source(str(folder)), str(here / 'blind' / 'head.safetensors'), CPU, None).model
     assert blind.sampler_head.zero_hidden and not blind.sampler_head.residual
+    control = likelihoods(folder, here / 'blind' / 'head.safetensors', '[1,2,4,12]')
+    for calls in (1, 2, 4, 12):
+        assert found[calls, 'wave'] < control[calls, 'wave'] + 0.02
 
 
-def test_a_head_that_reads_rows_learns_too(folder, here):
-    train(folder, '--sampler_kind=layer_neighbours', '--sampler_output=own', '--max_iters=60')
+def test_a_head_that_sees_neighbours_alone_learns_too(folder, here):
+    train(folder, '--sampler_kind=neighbours', '--sampler_output=own', '--max_iters=60')
     found = likelihoods(folder, here / 'head' / 'head.safetensors')
     assert found[1, 'wave'] < found[1, 'none'] / 2
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_a_quarter_of_the_rows_is_masked_entirely(folder, here, name):
+    run = HeadRun(options(folder, f'--noise_schedule={name}').config, Runtime(CPU, torch.float32, False), None,
+                  lambda line: None)
+    rows = torch.cat([batch.inputs == run.model.config.mask_token_id for iteration in range(25)
+                      for batch in unmasking_batches(run.plan, iteration, int)])  # [400, T]
+    plain = run.plan._replace(noise=run.masking)
+    usual = torch.cat([batch.inputs == run.model.config.mask_token_id for iteration in range(25)
+                       for batch in unmasking_batches(plain, iteration, int)])
+    whole = rows.all(1)
+    assert 100 <= whole.sum() < 100 + 1.4 * usual.all(1).sum() + 20  # others are masked entirely by chance
+    shares = rows.double().mean(1)[~whole], usual.double().mean(1)[~usual.all(1)]
+    assert shares[0].mean().item() == pytest.approx(shares[1].mean().item(), abs=0.08)
+    times = torch.linspace(0.01, 0.74, 9, dtype=torch.float64)
+    schedule = often_whole(SCHEDULES[name])
+    torch.testing.assert_close(schedule.time_of(schedule.mask_probability(times)), times)
+    assert schedule.mask_probability(torch.tensor([0.75, 1.0])).min() > 1 - 1e-6
 
 
 def test_the_trunk_stays_as_it_is_and_is_called_once_a_batch(folder, here):
@@ -90,6 +114,7 @@ def test_two_runs_are_the_same(folder, here):
 
 
 @pytest.mark.parametrize('arguments, words', [
+    (['--init_from=resume'], 'init_from is resume, but heads on a pretrained model keep no state'),
     (['--n_layer=3'], 'n_layer does not apply to model'), (['--model='], 'model is empty'),
     (['--text_file=none.txt'], 'none.txt.* is not there'), (['--add_sampler_head=False'], 'no head is to be trained'),
     (['--dataset=tiny'], 'model and dataset were both given'), (['--sampler_n_embd=7'], 'sampler_n_embd is 7'),
