@@ -21,7 +21,7 @@ HEAD_COLOURS = ORANGE, GREEN, PURPLE, SKY
 TRAINING_CURVES = (  # key of metrics.jsonl, name in the legend, colour
     ('train/loss_main', 'training, main', BLUE),
     *((f'train/loss_{head.name}', head.curve, colour) for head, colour in zip(HEADS, HEAD_COLOURS)))
-VALIDATION_CURVES = (('val/nelbo', 'validation NELBO', VERMILION), ('val/loss', 'validation loss', VERMILION))
+NELBO, LOSS = ('val/nelbo', 'validation NELBO', VERMILION), ('val/loss', 'validation loss', VERMILION)
 # Validation in the weighting of a training curve has its colour, in dashes.
 COMPARABLE_CURVES = (('val/loss_main', 'validation, main', BLUE),
                      *((f'val/loss_{head.name}', head.curve.replace('training', 'validation'), colour)
@@ -31,7 +31,8 @@ STANDARD_ERROR = 'val/nelbo_standard_error'
 
 def plot_loss_curve(metrics_path: Path, picture_path: Path, say: Callable[[str], object] = say_if_heard, *,
                     stage_borders: Mapping[str, int] = MappingProxyType({}), unit: str = 'nats per token') -> None:
-    """Draw the training losses and the validation value of a `metrics.jsonl` over iterations.
+    """Draw the training losses and the validation value of a `metrics.jsonl` over iterations. Where validation has a loss
+    and a NELBO, as with rewards, the NELBO, which has another unit, gets a panel of its own.
 
     `stage_borders` maps a stage's name to its first iteration. A missing, empty or one-point file gives a picture too.
     """
@@ -40,19 +41,32 @@ def plot_loss_curve(metrics_path: Path, picture_path: Path, say: Callable[[str],
 
 
 def _draw(figure: 'Figure', records: Sequence[Mapping[str, Any]], stage_borders: Mapping[str, int], unit: str) -> None:
-    axes = figure.add_subplot()
+    if any(LOSS[0] in record and NELBO[0] in record for record in records):
+        axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+        _finish(below, [_draw_validation(below, records, *NELBO)], 'NELBO (nats)', 'best')
+        validation, legend = [LOSS], 'best'
+    else:
+        axes = below = figure.add_subplot()
+        validation, legend = [NELBO, LOSS], 'upper right'
     drawn = [_draw_training(axes, *_series(records, key), name, colour) for key, name, colour in TRAINING_CURVES]
     drawn += [_draw_comparable(axes, *_series(records, key), name, colour) for key, name, colour in COMPARABLE_CURVES]
-    drawn += [_draw_validation(axes, records, key, name, colour) for key, name, colour in VALIDATION_CURVES]
-    shown = [values for values in drawn if len(values)]
-    _style(axes, unit)
-    if shown:
-        _limit(axes, shown)
-        axes.legend(frameon=False, loc='upper right', labelcolor=INK)
-    else:
-        axes.text(0.5, 0.5, 'no metrics yet', transform=axes.transAxes, ha='center', color=INK)
+    drawn += [_draw_validation(axes, records, *curve) for curve in validation]
+    _finish(axes, drawn, f'loss ({unit})', legend)
+    below.set_xlabel('iteration', color=INK)
     last = max((record['iteration'] for record in records), default=0)
     _draw_borders(axes, {name: at for name, at in stage_borders.items() if 0 < at <= last})
+
+
+def _finish(axes: 'Axes', drawn: Sequence[np.ndarray], title: str, legend: str) -> None:
+    """Range, legend and look of a panel, from the curves that were drawn in it, some of them empty."""
+    shown = [values for values in drawn if len(values)]
+    axes.set_ylabel(title, color=INK)
+    tidy(axes, 'y')
+    if shown:
+        _limit(axes, shown)
+        axes.legend(frameon=False, loc=legend, labelcolor=INK)
+    else:
+        axes.text(0.5, 0.5, 'no metrics yet', transform=axes.transAxes, ha='center', color=INK)
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -109,12 +123,6 @@ def _limit(axes: 'Axes', curves: Sequence[np.ndarray]) -> None:
     high = max(float(np.percentile(values, 99)) for values in curves)
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     axes.set_ylim(low - margin, high + margin)
-
-
-def _style(axes: 'Axes', unit: str) -> None:
-    axes.set_xlabel('iteration', color=INK)
-    axes.set_ylabel(f'loss ({unit})', color=INK)
-    tidy(axes, 'y')
 
 
 def _draw_borders(axes: 'Axes', borders: Mapping[str, int]) -> None:

@@ -71,6 +71,18 @@ def test_validation_in_the_weighting_of_training_has_its_colour(tmp_path, figure
     assert 'validation NELBO, lowest 2.000' in curves
 
 
+def test_rewards_and_the_nelbo_have_panels_of_their_own(tmp_path, figures):
+    records = [{'kind': 'iteration', 'iteration': i, 'train/loss_main': -0.5} for i in range(0, 60, 10)]
+    records += [{'kind': 'evaluation', 'iteration': i, 'val/loss': -0.6, 'val/nelbo': 2.0 + i / 100} for i in (0, 50)]
+    write(tmp_path / 'metrics.jsonl', records)
+    plot_loss_curve(tmp_path / 'metrics.jsonl', tmp_path / 'loss.png', unit='minus reward')
+    rewards, bound = figures[0].axes
+    assert [line.get_label() for line in rewards.get_lines()] == ['training, main', 'validation loss, lowest -0.600']
+    assert [line.get_ydata().tolist() for line in bound.get_lines()] == [[2.0, 2.5]]
+    assert rewards.get_ylabel() == 'loss (minus reward)' and bound.get_ylabel() == 'NELBO (nats)'
+    assert bound.get_xlabel() == 'iteration' and rewards.get_ylim()[1] < 0 < bound.get_ylim()[0]
+
+
 @pytest.mark.parametrize('text', [
     None, '', '{"iteration": 3, "train/loss_main": 2.5}\n', '{"iteration": 0, "val/nelbo": 1.5}\n',
     '{"iteration": 1, "train/loss_main": null}\n{"iteration": 2, "train/lo', 'null\n[]\n{}\n{"iteration": "x"}\n'])
