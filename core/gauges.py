@@ -1,4 +1,4 @@
-"""What the training loop measures beside its losses: one row a gauge in `GAUGES`.
+"""What the training loop measures besides its losses: a row of `GAUGES` each.
 
 A gauge reads and changes nothing. It is asked wherever a line is printed (log_interval), by the rank that writes, so it
 must not wait for other ranks. Its numbers go to metrics.jsonl and to W&B as train/<name>.

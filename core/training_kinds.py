@@ -1,6 +1,6 @@
 """How each kind of model is trained: one row a kind, and what follows from it for the options of train.py.
 
-What a kind is stands in core/checkpoints/kinds.py. A new kind is a row there and a row of `TRAINING` here. A training
+core/checkpoints/kinds.py says what a kind is. A new kind is a row there and a row of `TRAINING` here. A training
 that goes on with a model of some kind, as a policy gradient does, is a row of `TRAINING` alone.
 """
 
@@ -38,7 +38,7 @@ class TrainingKind:
     noise; validate: on a held-out split; problems: with its options.
 
     value: the name of what validation measures ('val/<value>' in the log); unit: of the loss; metrics: what is logged
-    beside the losses, of `Losses.sums`; passes: trunk calls that a step costs, a backward pass counting as two.
+    besides the losses, of `Losses.sums`; passes: trunk calls that a step costs, a backward pass counting as two.
     names_loss_type: whether snapshots say how positions are weighted. reads: the options whose checkpoints a run reads at
     every start, so that they must be the same when it is resumed.
     """
@@ -208,7 +208,7 @@ def _grpo_problems(config: TrainConfig) -> list[str]:
                         f'so that there is text to write')
     elif config.draw_calls > free:
         problems.append(f'draw_calls is {config.draw_calls}, but each call reveals at least one of the {free} tokens '
-                        f'behind the prompt; give at most {free}')
+                        f'after the prompt; give at most {free}')
     if config.dropout > 0:
         problems.append(f'dropout is {config.dropout}, but the log-probabilities of drawn texts are exact without it '
                         f'alone; leave it out')

@@ -24,13 +24,12 @@ from core.evaluation.options import EvaluateConfig
 from core.merging import main as merging
 from core.options import TrainConfig
 from core.sampling.options import SampleConfig
+from helpers.plain_words import hard_words
+from helpers.tour import commands_of_tour
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 150
 PAGES = sorted(path for path in (ROOT / 'docs').glob('*.md') if path.name != 'LOG.md')  # the log grows; tables: docs/results/
-HARD_WORDS = re.compile(r'\b(anew|beside|(is|are|was|were) said|'
-                        r'behind (the|each|every) (first|last|document|token|step|word)|'
-                        r'stands? (in|beside|there|between|below|above|before|behind|at|next))\b', re.IGNORECASE)
 SCRIPTS = {'train.py': TrainConfig, 'sample.py': SampleConfig, 'evaluate.py': EvaluateConfig, 'bench.py': BenchConfig}
 
 
@@ -51,12 +50,7 @@ def commands_of(text: str) -> list[str]:
 
 
 COMMANDS = [(path.name, command) for path in PAGES for command in commands_of(path.read_text(encoding='utf-8'))]
-
-
-def hard_words(text: str) -> list[str]:
-    """'line: word' of every hard word outside code."""
-    return [f'{number}: {found[0]}' for number, line in enumerate(without_code(text).splitlines(), 1)
-            for found in HARD_WORDS.finditer(line)]
+COMMANDS += [('tour.ipynb', f'python {command}') for command in commands_of_tour()]
 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
@@ -65,7 +59,7 @@ def test_a_page_is_short_and_plain(path):
     lines = text.splitlines()
     assert len(lines) <= MOST_LINES, f'{len(lines)} lines; a page answers one question, and tables live in docs/results/'
     assert lines[0].startswith('# ') and not lines[1] and lines[2], 'a title, then a line that says what the page answers'
-    assert not hard_words(text)
+    assert not hard_words(without_code(text))
     assert not [line for line in without_code(text).splitlines() if re.match(r' {4}(python|torchrun|pytest|pip) ', line)], \
         'commands belong in sh blocks, where they are checked'
 
@@ -74,7 +68,7 @@ def test_hard_words_are_found_and_plain_ones_are_not():
     for hard in ('It is written anew.', 'Beside it:', 'what is said', 'the step behind the first', 'It stands in results'):
         assert hard_words(hard)
     for plain in ('It stands for a step.', 'stand-alone', 'the idea behind it', 'besides', '```\nbeside\n```', 'As we said.'):
-        assert not hard_words(plain)
+        assert not hard_words(without_code(plain))
 
 
 def prepare_arguments(arguments, *rest, **named):

@@ -35,7 +35,7 @@ PROVOKED: dict[str, Callable] = {}  # by how the message begins
 
 
 def says(start):
-    """The decorated function makes the program say the message that begins so; it returns what was said."""
+    """The decorated function makes the program say the message that begins so; it returns what was printed."""
     def keep(function):
         PROVOKED[start] = function
         return function
@@ -45,7 +45,7 @@ def says(start):
 
 @pytest.fixture
 def person(tmp_path, data_here, small_corpus, monkeypatch, capsys, failing_decoration):
-    """Somebody at the command line, in a folder with the corpus 'tiny'. train, sample and run give all that was said."""
+    """Somebody at the command line, in a folder with the corpus 'tiny'. train, sample and run give what it printed."""
     monkeypatch.setattr(core.trainer.Run, 'draw_curve', lambda self: None)
     monkeypatch.setattr(Runtime, 'matrix_rate', lambda self: (1.0, 'nothing'))
     (tmp_path / 'config').symlink_to(ROOT / 'config')

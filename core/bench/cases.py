@@ -45,7 +45,7 @@ SHAPES = {'small': Shape(4, 4, 128, 128, 64), 'large': Shape(6, 6, 384, 256, 32)
 class Case(NamedTuple):
     """Something to measure. run takes the number of the call, so that no two calls do the same; operations: floating
     point, two per multiply-add, that a call cannot do without; tokens: trained on or written by a call; dtype: what
-    its matrices are multiplied in; bytes: that a call cannot do without moving beside its matrix products, None where
+    its matrices are multiplied in; bytes: the least that a call moves apart from its matrix products, None where
     nobody has counted."""
 
     run: Callable[[int], object]

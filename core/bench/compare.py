@@ -26,7 +26,7 @@ def run_comparison(arguments: Sequence[str], say: Callable[[str], object]) -> No
     """Answer `arguments`, the whole command line after bench.py. UserError where they are not `USAGE`, where a file is
     no record, and where the two have nothing in common."""
     if len(arguments) != 3 or arguments[0] != '--compare' or any(one.startswith('-') for one in arguments[1:]):
-        raise UserError(f'--compare stands alone, with two records behind it, as in {USAGE}')
+        raise UserError(f'--compare takes two records and no other option, as in {USAGE}')
     before, after = (Path(one) for one in arguments[1:])
     say('\n'.join(comparison(before, read_record(before), after, read_record(after))))
 

@@ -186,7 +186,7 @@ def measure_policies(runs: Mapping[str, PolicyRun], network: Network, say: Say, 
     {'tokens' written, 'trunk_calls' and 'network_calls' of a run; 'seconds' of it and 'trunk_seconds' and
     'network_seconds' spent inside these calls, per round}}}.
 
-    The calls are timed where they are made, so what a run takes beside the network comes from that run alone.
+    The calls are timed where they are made, so a run's time outside the network is that of this run alone.
     """
     device = next(network.model.parameters()).device
     bare: list[float] = []

@@ -12,7 +12,7 @@ from core.common.files import why_unwritable, write_whole
 from core.common.tables import split_at_markers, write_between
 from core.common.typed_json import Items, Range, Seconds, Unfit, checked, read_json
 
-COPY = 'copy'  # among the rates of a group, beside those of dtypes
+COPY = 'copy'  # among the rates of a group, as those of dtypes are
 
 
 FORMAT, VERSION = 'masked-diffusion-benchmark', 2

@@ -27,7 +27,7 @@ CASES = {  # what a case is called in a table
     'trunk call': f'trunk call, {FILL_ROWS} rows', 'wavefront fill': f'wavefront fill of {FILL_ROWS} fully masked rows',
 }
 TITLES = {'training': 'training step', 'fill': 'part of a prediction', 'sampling': 'sampling',
-          'decode': 'sampling beside the yardstick'}  # of the tables of cases
+          'decode': 'sampling and the yardstick'}  # of the tables of cases
 
 
 # Figures ------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def rate_share(group: Mapping[str, Any], name: str) -> Spread:
 
 
 def floors(group: Mapping[str, Any], name: str) -> tuple[float, float | None]:
-    """The least seconds of a call of a case at the median rates: of its matrix products, and of the bytes beside them
+    """The least seconds of a call of a case at the median rates: of its matrix products, and of the other bytes
     (None where these are not counted). One comes after the other, so the floor is their sum."""
     case, rates = group['cases'][name], group['rates']
     return (case['operations'] / statistics.median(rates[case['dtype']]),

@@ -164,7 +164,7 @@ def staying_bytes(size: Size) -> int:
 
 
 def micro_step_bytes(size: Size, positions: int) -> int:
-    """Bytes that a micro-step with N = `positions` holds at its worst moment beside `staying_bytes`: when the losses
+    """Bytes that a micro-step with N = `positions` holds at its worst moment on top of `staying_bytes`: when the losses
     are computed, when the way back begins, or, with a critic, when its way back begins."""
     config = size.config
     D, V, tokens = size.n_embd, size.vocab_size, size.rows * size.block_size

@@ -41,8 +41,8 @@ Say = Callable[[str], None]
 
 KIND = RecordKind('bench.py --scaling', ScalingRecord, 'docs/results/scaling.md',
                   '<!-- bench.py --scaling writes from here -->', '<!-- bench.py --scaling writes to here -->')
-FEWEST_STEPS = 3  # moments are there from the second on; DDP's buckets, made anew behind the first, in the third
-EMPTY = Size(2, 1, 8, 8, rows=4, steps=FEWEST_STEPS, **CHARACTERS)  # shows what a process holds beside a size
+FEWEST_STEPS = 3  # moments exist from the second on; DDP's buckets, rebuilt after the first, in the third
+EMPTY = Size(2, 1, 8, 8, rows=4, steps=FEWEST_STEPS, **CHARACTERS)  # shows what a process holds without a model
 ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a peak rate, and what a step makes of it
 
 
@@ -160,7 +160,7 @@ def process_peak() -> int:
 # The report ---------------------------------------------------------------------------------------------------------
 
 def step_seconds(found: Mapping[str, Any]) -> float:
-    """The median second of a step behind the first."""
+    """The median seconds of a step, without the first."""
     return statistics.median(found['seconds'][1:])
 
 
@@ -170,8 +170,8 @@ def formula_bytes(found: Mapping[str, Any]) -> int:
 
 
 def rate_share(found: Mapping[str, Any]) -> float:
-    """Operations per second as a share of the matrix rate measured after the same step: the median behind the
-    first step."""
+    """Operations per second as a share of the matrix rate measured after the same step: the median of all steps
+    but the first."""
     size = Size(**found['size'])
     shares = [rank_operations(size, predicted) / seconds / rate
               for predicted, seconds, rate in zip(found['predicted'], found['seconds'], found['rates'], strict=True)]

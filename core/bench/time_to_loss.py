@@ -179,7 +179,7 @@ def _yardstick(shape: TrainConfig, corpus: Corpus, runtime: Runtime, form: Form,
                             shape.block_size, form, seed)
 
 
-# What is said -------------------------------------------------------------------------------------------------------
+# The report ---------------------------------------------------------------------------------------------------------
 
 def said(points: Sequence[Point]) -> str:
     """'1.512 nats after 310 s'"""

@@ -127,7 +127,7 @@ GRADIENT, MOMENT, WEIGHT = 1 + 1, 1 + 1, 1 + 1
 
 
 def step_bytes(config: GPTConfig, shape: Shape, dtype: torch.dtype) -> float:
-    """Bytes that a training step cannot do without moving beside its matrix products, activations in `dtype`.
+    """The least bytes that a training step moves apart from its matrix products, activations in `dtype`.
 
     Muon keeps one moment and AdamW two; an average of the weights comes with both. Half the positions count as masked;
     of stage 3 the trunk's second reading counts, its drawing does not.

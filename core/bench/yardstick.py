@@ -1,7 +1,7 @@
 """The yardstick of training speed: a causal GPT and its step in the manner of nanoGPT (Karpathy 2022), in plain code.
 
 LayerNorm before each part of a layer, GELU, learned positions, tied embeddings (GPT-2, Radford et al. 2019), fused
-AdamW, clipped gradients; no dropout. bench.py runs it beside this program's own steps and nothing else uses it.
+AdamW, clipped gradients; no dropout. bench.py measures it with this program's own steps; nothing else uses it.
 
 Letters: B rows, T sequence length, V vocabulary, D width, H heads.
 """

@@ -31,7 +31,7 @@ def held(path: Path, refused: Callable[[Exception], object]) -> Iterator[None]:
 
 
 class ChangeLock:
-    """The right to change a file, which `<name>.lock` beside it stands for. `say` is told once where that fails."""
+    """The right to change a file: a lock on `<name>.lock` in its folder. `say` gets one line if locking fails."""
 
     def __init__(self, path: Path, say: Callable[[str], object]) -> None:
         self.path, self.say, self._lost = path, say, False

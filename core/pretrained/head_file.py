@@ -1,5 +1,5 @@
-"""Heads that were trained on a pretrained trunk, in files of their own: weights as safetensors, the rest as JSON beside
-them, with the name and the hash of the base model that they belong to."""
+"""Heads that were trained on a pretrained trunk, in files of their own: weights as safetensors, the rest as JSON
+next to them, with the name and the hash of the base model that they belong to."""
 
 import hashlib
 from collections.abc import Mapping
@@ -79,7 +79,7 @@ def base_of(pretrained: Pretrained) -> Base:
 
 def save_head(path: Path, base: Base, shape: tuple[GPTConfig, Mapping[str, Any]], weights: Mapping[str, Tensor],
               steps: int) -> None:
-    """Write heads with `weights` to `path` and the description beside it; shape: the config that has `HEAD_FIELDS`, and
+    """Write heads with `weights` to `path`, the description next to it; shape: the config that has `HEAD_FIELDS`, and
     fields that take the place of its own."""
     config, changes = shape
     data = safetensors.torch.save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()})

@@ -36,7 +36,7 @@ SHIFTED = ('dream',)  # model types whose hidden states predict the next positio
 UNSHIFTED = ('llada',)  # causal by their class, bidirectional by their code
 LENGTHS = ('max_position_embeddings', 'max_sequence_length', 'n_positions')  # where configs keep their longest input
 _OF_MODELS = ('predicts', 'mask_token', 'trust_remote_code')  # options
-_FILES = ('*.json', '*.txt', '*.model', '*.py', '*.jinja')  # what is fetched beside weights
+_FILES = ('*.json', '*.txt', '*.model', '*.py', '*.jinja')  # what is fetched with the weights
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def weights_of(folder: Path) -> list[Path]:
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Without the library's own progress bars and warnings; what matters of them is said by us."""
+    """Without the library's own progress bars and warnings; this program prints what matters of them."""
     from transformers.utils import logging
 
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -152,7 +152,7 @@ BPE = Section('bpe', window_experiments('out-bpe-', 'out-bpe', f'{TRAIN}{_BPE} -
                                         f'--eval_interval=400', (1, 4), _BPE), windows_text)
 
 
-# Models beside each other -------------------------------------------------------------------------------------------
+# Models compared ---------------------------------------------------------------------------------------------------
 
 def models_text(records: Records) -> str:
     """Held-out nats, bits and training seconds of each model."""

@@ -294,7 +294,7 @@ def test_a_fused_step_moves_less_than_the_eager_baseline_but_not_much_less():
     with Moved() as moved:
         model(tokens, tokens)[1].backward()
     activations = baseline_bytes(model, shape) - baseline_bytes(model, dataclasses.replace(shape, batch_size=0))
-    # beside the activations an eager step adds up and fills the gradients of the embeddings
+    # besides the activations, an eager step adds up and fills the gradients of the embeddings
     assert 0.4 * (moved.bytes - 24 * weights) < activations < moved.bytes
     assert baseline_bytes(model, dataclasses.replace(shape, batch_size=0)) == 4 * 8 * weights
 
@@ -486,8 +486,8 @@ def test_written_page_follows_the_written_record():
     (['--compare'], ['two records', 'bench.py --compare before.json after.json']),
     (['--compare', 'other.json'], ['two records']),
     (['--compare=other.json', 'other.json', 'other.json'], ['two records']),
-    (['--shapes=small', '--compare', 'other.json', 'other.json'], ['stands alone']),
-    (['--compare', 'other.json', '--shapes=small'], ['stands alone']),
+    (['--shapes=small', '--compare', 'other.json', 'other.json'], ['takes two records and no other option']),
+    (['--compare', 'other.json', '--shapes=small'], ['takes two records and no other option']),
     (['--compare', 'absent.json', 'other.json'], ['absent.json', 'cannot read']),
     (['--compare', 'other.json', 'other.json'], ['other.json', 'not a record']),
     (['--compare', 'unmarked.md', 'other.json'], ['unmarked.md', 'not JSON']),

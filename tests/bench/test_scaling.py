@@ -134,7 +134,7 @@ def test_bytes_of_a_micro_step_and_of_the_update_are_what_the_allocator_gives(ch
     expected = micro_step_bytes(size, predicted(plan, 1)) + (2 * P if size.bfloat16 else 0)
     assert micro_step == pytest.approx(expected, rel=0.06)
     if not size.bfloat16 and size.vocab_size < 100:
-        assert update - 4 * P == pytest.approx(update_bytes(size), rel=0.15)  # beside the gradients
+        assert update - 4 * P == pytest.approx(update_bytes(size), rel=0.15)  # without the gradients
 
 
 def test_bytes_by_hand():

@@ -1,4 +1,4 @@
-"""What is said where `transformers` is not installed, or where options do not go with a checkpoint."""
+"""Messages where `transformers` is not installed, or where options do not go with a checkpoint."""
 
 import builtins
 from dataclasses import fields
