@@ -86,7 +86,7 @@ class MaskedDiffusionLM(LM):
         return found
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the numbers depend on beside the task; the harness keeps it with the results."""
+        """What the numbers depend on besides the task; the harness keeps it with the results."""
         config = self.config
         return {'model_source': config.model or f'{config.out_dir}/{config.checkpoint_name}', 'measure': config.measure,
                 'policy': config.policy, 'trunk_calls': config.trunk_calls or 'one a token', 'seed': config.seed,

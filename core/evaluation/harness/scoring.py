@@ -185,7 +185,7 @@ def numbered(seed_texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[
 
 def fitted(subject: Subject, requests: Sequence[Request]) -> tuple[list[Request], str | None]:
     """The requests without the first tokens of contexts that are too long for one window, as the harness cuts them, and
-    what is said of that; a continuation that is too long by itself is scored in windows, and a block model reads any
+    the line that says so; a continuation that is too long by itself is scored in windows, and a block model reads any
     length, so nothing of these is cut."""
     most, cut, found = subject.model.config.block_size, [], []
     for request in requests:
