@@ -50,8 +50,8 @@ def model_config_from_dict(values: Mapping[str, object], source: Path | str) -> 
 
 
 def build_model(checkpoint: Checkpoint, device: torch.device | str = 'cpu', use_ema: bool = True) -> GPT:
-    """The checkpoint's model on `device`, ready for evaluation, with averaged weights where there are any. UserError
-    where they are not numbers."""
+    """The checkpoint's model on `device`, ready for evaluation, with averaged weights if there are any. UserError if
+    weights are not finite."""
     model = GPT(model_config_from_dict(checkpoint.model_config, 'the checkpoint'))
     weights = checkpoint.weights(use_ema)
     load_weights(model, weights, 'the checkpoint')
@@ -77,8 +77,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
 def initialise_from(model: nn.Module, path: Path | str, vocabulary_hash: str, say: Callable[[str], None]) -> None:
     """Start `model` from the weights (averaged where there are any) of the checkpoint at `path`.
 
-    Heads, which are all weights outside `transformer`, may differ: those the checkpoint lacks stay fresh, those the
-    model lacks are dropped, and `say` is told. Any other difference is a UserError, as is another vocabulary.
+    Heads, which are all weights outside `transformer`, may differ: a head that the checkpoint lacks keeps its fresh
+    weights, a head that the model lacks is dropped, and `say` gets a line about it. Any other difference is a
+    UserError, and so is another vocabulary.
     """
     checkpoint = load_checkpoint(path)
     weights, own = checkpoint.weights(), model.state_dict()
@@ -106,8 +107,8 @@ def check_resume(saved: Checkpoint, model_config: Mapping[str, object], vocabula
                  force: bool = False, dataset: str | None = None) -> list[str]:
     """Lines to print about a run that goes on from `saved` with other options or (if forced) other data.
 
-    UserError where the architecture or the heads differ, always; where corpus or vocabulary differ, unless `force`
-    (which cannot help where the vocabularies have different sizes). `dataset` is the name of the corpus now.
+    UserError if the architecture or the heads differ. UserError if corpus or vocabulary differ, unless `force`, which
+    does not help if the vocabularies differ in size. `dataset` is the name of the corpus now.
     """
     other_vocabulary, before_name = saved.vocabulary_hash != vocabulary_hash, saved.config.get('dataset')
     before = {**{one.name: one.default for one in fields(GPTConfig)}, **saved.model_config}  # it may lack newer fields

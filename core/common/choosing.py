@@ -1,20 +1,19 @@
-"""Choices by score that rounding cannot turn.
+"""Choices by score that do not depend on rounding.
 
-A network's scores carry an error that depends on the batch around a row: other shapes are added up in another order.
-Scores that are equal in theory come out a little apart, and all those of a fully masked row are equal in theory where
-positions are rotary. Whoever takes the highest of such scores as they are lets the rounding error choose.
+A network's scores carry a rounding error that depends on the other rows of the batch, because other shapes are summed
+in another order. So scores that are equal in theory differ a little. In a fully masked row with rotary positions all
+scores are equal in theory. A plain choice of the highest scores would then be a choice by rounding error.
 
-The rule here: with c the score of rank `count`, whatever lies above c + tolerance is taken, whatever lies below
-c - tolerance is not, and the scores in between fill up the count by an order that knows no score. Where each score
-moves by at most d, so does c (a rank's score never moves further than the scores do), hence a choice can change only
-where a score lies within 2 d of c + tolerance or of c - tolerance. With the tolerance far above d, equal scores are all
-in between. What is left is chance: a score that happens to lie at the very border. Its probability is 2 d times the
-density of scores there, some 1e-6 a choice in float32, and no rule has a smaller one: between two different choices
-there always is a border. A grid has borders everywhere, where this rule has two. Groups made of neighbours closer
-than the tolerance have none inside, but they grow into one another where scores are many: in bfloat16 all positions of
-a row would count as equal.
+The rule here: let c be the score of rank `count`. Scores above c + tolerance are taken, scores below c - tolerance are
+not. Those in between fill up the count, in an order that does not depend on scores. If each score moves by at most d,
+so does c. Hence a choice can change only if a score lies within 2 d of c + tolerance or of c - tolerance. The tolerance
+is far above d, so equal scores always lie in between. What remains is a score that happens to lie at one of the two
+borders. Its probability is 2 d times the density of scores there, about 1e-6 a choice in float32. Some such border is
+needed between any two different choices. A grid would have many borders; this rule has two. Groups of neighbours
+closer than the tolerance would have none inside, but with many scores such groups merge: in bfloat16 all positions of a
+row would count as equal.
 
-Thresholds follow the same thought: a score within the tolerance of a threshold counts as equal to it.
+Thresholds follow the same idea: a score within the tolerance of a threshold counts as equal to it.
 """
 
 import math
@@ -24,9 +23,9 @@ from torch import Tensor
 
 
 def tie_tolerance(dtype: torch.dtype) -> float:
-    """Scores of a network that computes in `dtype` count as equal when they are no further apart: the square root of
-    the type's precision, far more than the rounding error and far less than a difference that matters: 3.5e-4 in
-    float32, 0.09 in bfloat16, whose logits are that coarse. A score may follow the logits with a slope of about 1."""
+    """Scores of a network that computes in `dtype` count as equal if they differ by at most this. It is the square root
+    of the type's precision: 3.5e-4 in float32, 0.09 in bfloat16. That is far above the rounding error, and far below a
+    difference that matters. A score's slope in the logits should be at most about 1."""
     return math.sqrt(torch.finfo(dtype).eps)
 
 
@@ -53,8 +52,8 @@ def highest(score: Tensor, count: Tensor, tolerance: float) -> Tensor:
 
 def highest_positions(score: Tensor, tie_key: Tensor, eligible: Tensor, count: Tensor, tolerance: float) -> Tensor:
     """bool [B, T]: the count [B, 1] eligible positions of highest score in each row; of scores that count as equal
-    those of lowest tie_key [B, T]. Scores that are not numbers count as the highest; tolerance 0 is for random numbers
-    and others that are exact."""
+    those of lowest tie_key [B, T]. NaN counts as the highest score. Use tolerance 0 for random numbers and other
+    exact scores."""
     shuffled = tie_key.argsort(1)  # [B, T]
     score = score.double().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     chosen = highest(score.masked_fill(~eligible, -math.inf).gather(1, shuffled), count, tolerance)

@@ -22,7 +22,7 @@ from core.common.printing import counted
 # Dense bfloat16 peak, operations per second, by vendors' data sheets; any other device is measured.
 PEAK_RATES = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
 PAYING_ITERATIONS = 200  # compiling costs about this many iterations of a small model
-COMPILING_SECONDS = 60  # about, of one stage of training or of the network of sampling; said before it begins
+COMPILING_SECONDS = 60  # about, for a stage of training or for the network of sampling; a line says so before
 PAYING_WIDTH = 256  # a narrower model gains nothing from bfloat16 on a CPU with AMX
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -46,8 +46,8 @@ def resolve_device(name: str) -> str:
 
 
 def use_precision(device: torch.device, dtype: str) -> None:
-    """What every script does before its first matrix product, `dtype` being its option: refuse float16 where there is
-    no hardware for it (UserError), and let a CUDA GPU multiply float32 matrices as TF32, with a float32 sum."""
+    """What every script does before its first matrix product. dtype: its option; UserError if it is float16 and the
+    device cannot compute in it. A CUDA GPU multiplies float32 matrices as TF32 from now on, with a float32 sum."""
     if dtype == 'float16' and device.type != 'cuda':
         raise UserError("dtype is 'float16', but only CUDA GPUs compute in it; take --dtype=float32 or "
                         '--dtype=bfloat16')
@@ -133,8 +133,8 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
                   backend: str | None = None) -> Runtime:
     """Choose precision and compilation for a model of `width` channels and join the other ranks, if any.
 
-    dtype 'auto' and compile None choose by what pays; anything else is taken as it is. backend None: nccl on a GPU,
-    gloo on a CPU. Raises UserError for what cannot be had.
+    dtype 'auto' and compile None choose what is fastest; other values are used as they are. backend None: nccl on a
+    GPU, gloo on a CPU. UserError if the machine cannot do it.
     """
     use_precision(torch.device(device), dtype)
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -165,16 +165,17 @@ def start_runtime(device: str, dtype: str, compile: bool | None, *, width: int, 
 def _repeat_exactly(device: torch.device) -> None:
     """Let two runs of one seed on one machine be the same to the last bit, compiled or not.
 
-    Else sums are added up in the order in which threads come: the gradient of the embedding in a compiled step, and on
-    a GPU those of attention and of picked positions too. cuBLAS needs a workspace of its own for it, which it reads
-    from the environment when it starts. cumsum has no such variant on a GPU, but draws along short rows need none.
+    Otherwise sums are added in the order in which threads finish: the gradient of the embedding in a compiled step,
+    and on a GPU also those of attention and of picked positions. cuBLAS needs its own workspace for this, and reads its
+    size from the environment when it starts. cumsum has no deterministic variant on a GPU, but draws along short rows
+    need none.
     """
     if device.type == 'cuda':
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         warnings.filterwarnings('ignore', message='cumsum_cuda_kernel does not have a deterministic implementation')
     if device.type in ('cpu', 'cuda'):
         torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs that costs a pass
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs; it costs a pass
 
 
 def _described(device: torch.device) -> str:
@@ -231,8 +232,8 @@ def is_compile_error(error: BaseException) -> bool:
 
 @contextmanager
 def handling(signals: Iterable[signal.Signals], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Let `handler` take the signals meanwhile; one that the starter of the process wants ignored, as nohup does with
-    a closed window, stays ignored. Ctrl-C is taken always."""
+    """Let `handler` handle the signals inside the block. A signal that was ignored when the process started stays
+    ignored, as nohup wants it for a closed window. Ctrl-C is always handled."""
     before = {number: signal.getsignal(number) for number in signals}
     before = {number: old for number, old in before.items() if number == signal.SIGINT or old is not signal.SIG_IGN}
     try:
@@ -278,7 +279,7 @@ def _choose_compile(device: torch.device, wanted: bool | None, iterations: int) 
 def compile_problem(device: str) -> str | None:
     """Why torch.compile does not work on 'cpu' or 'cuda', or None where it does: a tiny kernel is compiled once.
 
-    A compiler that is there may still lack what it needs: Python's headers, OpenMP's, a folder that it can write to.
+    A compiler may exist and still lack something: Python's headers, OpenMP's headers, a folder that it can write to.
     """
     if device == 'cpu' and not has_compiler():
         return 'there is no C++ compiler (install g++ for faster steps)'

@@ -1,4 +1,4 @@
-"""The order in which a fill goes: waves, groups and what follows on, from the pattern of masks alone.
+"""The order of a fill, from the pattern of masks alone: waves, groups, and filling on from the left.
 
 Letters: B batch (rows), T sequence length.
 """
@@ -42,8 +42,8 @@ def wave_schedule(masked: Tensor, order: Order = 'wave') -> Tensor:
 def group_schedule(positions: Tensor, order: Order = 'wave') -> Tensor:
     """int64 [B, T]: the stage that fills each position of a group, positions bool [B, T]; 0 outside the group.
 
-    In each run of adjacent positions one, its middle ('wave') or its left end ('left_to_right'), comes in stage 1 and
-    the others follow by their distance from it. No two adjacent positions share a stage.
+    In each run of adjacent positions, its middle ('wave') or left end ('left_to_right') comes in stage 1. The others
+    follow by their distance from it. No two adjacent positions share a stage.
     """
     T = positions.size(1)
     position = torch.arange(T, device=positions.device)
@@ -57,9 +57,9 @@ def follow_on_schedule(masked: Tensor, positions: Tensor, left: int) -> Tensor:
     """int64 [B, T]: the stage that fills each position of a group through a head that was trained from left to right
     and sees `left` neighbours there; 0 outside the group, 1 from `lm_head`, 2 and above by the head in that order.
 
-    masked, positions: bool [B, T]. The head draws a position unless its left neighbour stays masked; a boundary is what
-    it has seen in training. It waits for every position that it sees on its left, so positions farther apart than that
-    share a stage.
+    masked, positions: bool [B, T]. The head draws a position unless its left neighbour stays masked. At a row's start it
+    draws too, since it has seen starts in training. A position waits for all positions that the head sees on its
+    left, so positions farther apart than that can share a stage.
     """
     stays = F.pad(masked & ~positions, (1, 0))[:, :-1]  # [B, T], the left neighbour is masked and no part of the group
     by_head = positions & ~stays
@@ -72,9 +72,9 @@ def follow_on_schedule(masked: Tensor, positions: Tensor, left: int) -> Tensor:
 def stage_schedule(masked: Tensor, positions: Tensor, seeds: Tensor, order: Order) -> Tensor:
     """int64 [B, T]: 0 stays, 1 is drawn from `lm_head`, 2 and above by the head in that order.
 
-    A row that is to be filled completely runs in waves from its revealed tokens, or from bootstrapped ones (`seeds`).
-    In a row of which only a group is filled, the hidden states know every revealed token already, so the head serves
-    only where a neighbour was filled since.
+    A row that is filled completely runs in waves from its revealed tokens, or from bootstrapped ones (`seeds`). If only
+    a group of a row is filled, the hidden states already know every revealed token. Then the head draws only positions
+    with a neighbour that was filled since the trunk call.
     """
     remaining = masked & ~seeds
     waves = wave_schedule(remaining, order)
@@ -84,10 +84,10 @@ def stage_schedule(masked: Tensor, positions: Tensor, seeds: Tensor, order: Orde
 
 
 class Turns(NamedTuple):
-    """The order of a fill in which every token is drawn given all that its group has drawn before, of one row or more.
+    """The order of a fill in which every token is drawn given all that its group has drawn before.
 
-    group int64 [B, T]: positions of one number are filled from one trunk call, -1 for those that are not filled; turn
-    int64 [B, T]: in each group the position of the lowest comes first, and none of a group are equal.
+    group int64 [B, T]: positions with the same number are filled from one trunk call; -1: not filled.
+    turn int64 [B, T]: in each group, the position with the lowest turn comes first. Turns in a group are all different.
     """
 
     group: Tensor

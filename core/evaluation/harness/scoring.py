@@ -184,9 +184,11 @@ def numbered(seed_texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[
 
 
 def fitted(subject: Subject, requests: Sequence[Request]) -> tuple[list[Request], str | None]:
-    """The requests without the first tokens of contexts that are too long for one window, as the harness cuts them, and
-    the line that says so; a continuation that is too long by itself is scored in windows, and a block model reads any
-    length, so nothing of these is cut."""
+    """The requests, with contexts cut at their start to fit a window, as the harness cuts them; and a line about that.
+
+    A continuation that is too long by itself is scored in windows, and a block model reads any length, so these are not
+    cut.
+    """
     most, cut, found = subject.model.config.block_size, [], []
     for request in requests:
         beyond = request.length - most
