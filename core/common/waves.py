@@ -57,8 +57,8 @@ def follow_on_schedule(masked: Tensor, positions: Tensor, left: int) -> Tensor:
     """int64 [B, T]: the stage that fills each position of a group through a head that was trained from left to right
     and sees `left` neighbours there; 0 outside the group, 1 from `lm_head`, 2 and above by the head in that order.
 
-    masked, positions: bool [B, T]. The head draws a position unless its left neighbour stays masked. At a row's start it
-    draws too, since it has seen starts in training. A position waits for all positions that the head sees on its
+    masked, positions: bool [B, T]. The head draws a position unless its left neighbour stays masked. It also draws at a
+    row's start, which it has seen in training. A position waits for all positions that the head sees on its
     left, so positions farther apart than that can share a stage.
     """
     stays = F.pad(masked & ~positions, (1, 0))[:, :-1]  # [B, T], the left neighbour is masked and no part of the group
