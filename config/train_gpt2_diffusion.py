@@ -2,7 +2,7 @@
 # First: python data/openwebtext/prepare.py, or the same with --input FILE ... for text at hand.
 # Eight GPUs: torchrun --nproc_per_node=8 train.py config/train_gpt2_diffusion.py; not measured yet.
 # Two CPU cores: a reduced shape; plays of 1.35 million tokens: 10.85 nats a token, 6.55 after 100 iterations, 6.39
-# after 400, at 1 to 2.5 s each. One step of the full shape's 12 rows: 102 s and 18.6 GB (docs/performance.md).
+# after 400, at 1 to 2.5 s each. One step of the full shape's 12 rows: 102 s and 18.6 GB (docs/memory.md).
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 
