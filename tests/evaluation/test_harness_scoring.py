@@ -140,7 +140,7 @@ def test_equal_requests_have_numbers_of_their_own():
 
 def test_a_long_context_loses_its_first_tokens_and_that_is_told():
     said = []
-    requests = [Request((0, 1, 2, 0, 1), (2, 1), 5), Request((0, 2), (2, 1), 5)]
+    requests = [Request((2, 2, 2, 0, 1), (2, 1), 5), Request((0, 2), (2, 1), 5)]
     found = log_likelihoods(subject(policy='left_to_right'), requests, said.append)
     (short,) = score([Request((0, 1), (2, 1), 5)], policy='left_to_right')
     assert found[0] == short
