@@ -208,6 +208,9 @@ def _block_problems(config: SampleConfig, model_config: GPTConfig) -> list[str]:
     problems = [f'{name} needs text on both sides, but a block model sees nothing after the block in work; {cure}'
                 for name, given in (('infill_text', bool(config.infill_text)),
                                     ('seed_placement=random', config.seed_placement == 'random')) if given]
+    if config.preset is not None:
+        problems.append(f'preset is {config.preset}, but presets suit a model that reads whole windows; leave it out, '
+                        f'or {cure}')
     if config.remasking_checkpoint_name:
         problems.append(f'remasking_checkpoint_name reads whole texts, but a block model writes blocks; leave it out, '
                         f'or {cure}')

@@ -11,6 +11,7 @@ from torch import Tensor
 from core.common.printing import counted
 from core.common.timing import TimingAccumulator
 from core.data.text_figures import figures_of, windows_of
+from core.sampling.generation import reads_blocks
 from core.sampling.loading import Loaded
 from core.sampling.options import QualityMetric, SampleConfig
 from core.sampling.policy_options import DIFFUSION
@@ -148,7 +149,8 @@ def variety_lines(config: SampleConfig, loaded: Loaded, result: SamplingResult) 
         (found.entropy, corpus.entropy), (found.repetition, corpus.repetition)))
     told = (f'{found.repetition.mean:.0%} of their 4-grams repeat earlier ones (corpus: {corpus.repetition.mean:.0%}), '
             f'bigram entropy {found.entropy.mean:.2f} (corpus: {corpus.entropy.mean:.2f})')
-    presets = config.sampling_method in DIFFUSION
+    presets = config.sampling_method in DIFFUSION and not reads_blocks(
+        loaded.model.config, loaded.settings.block_length)
     if repetition > most or entropy < -most:
         other = ' or --preset=varied' if presets and config.preset != 'varied' else ''
         return [f'the texts repeat themselves: {told}; try a --temperature above {config.temperature:g}{other}']

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from core.common.drawing import DrawRule, allowed_ids
+from core.common.errors import UserError
 from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
 from core.sampling.block_network import BlockNetwork
@@ -16,6 +17,7 @@ from core.sampling.policies import POLICIES
 from core.sampling.policy_options import make_policy
 from core.sampling.prompt import Layout
 from core.validation import one_call_terms
+from helpers.sampling import sample, write_checkpoint
 from helpers.toys import V0, awake, toy_config
 from model import GPT
 
@@ -115,3 +117,27 @@ def test_blocks_of_one_write_with_the_causal_order():
     expected = model.lm_head(hidden).masked_fill(~ALLOWED, -torch.inf).log_softmax(-1)
     torch.testing.assert_close(made.confidence, expected.gather(2, made.tokens[..., None]).squeeze(2))
     assert network.trunk_calls == T
+
+
+# Options ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--infill_text=a_b'], ['infill_text', 'sees nothing after the block in work', 'block_length=16 too']),
+    (['--start_text=a', '--seed_placement=random'], ['seed_placement=random', 'both sides']),
+    (['--preset=careful'], ['preset is careful', 'whole windows', 'leave it out']),
+    (['--sampling_method=multinomial'], ['redraws a whole window', '--sampling_method=diffusion']),
+    (['--block_length=8'], ['block_length is 8', 'trained with block_length=4']),
+])
+def test_what_a_block_model_cannot_do_is_refused_in_a_sentence(tmp_path, arguments, words):
+    write_checkpoint(tmp_path / 'ckpt_best.pt', kind='block', attention_type='block', block_length=(4,))
+    with pytest.raises(UserError) as error:
+        sample(tmp_path, *arguments)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_model_of_blocks_and_of_whole_windows_takes_presets_for_the_latter(tmp_path):
+    write_checkpoint(tmp_path / 'ckpt_best.pt', kind='block', attention_type='block', block_length=(4, 16))
+    _, said = sample(tmp_path, '--preset=fast', '--block_length=16', '--quality_metric=none')
+    assert 'preset fast' in said
+    with pytest.raises(UserError, match='take --block_length=16, which it was trained with too'):
+        sample(tmp_path, '--preset=fast', '--block_length=4')

@@ -16,8 +16,8 @@ REPEATING, USUAL, WILD = 'ab' * 8, 'abababcd' + 'abcdefgh', 'abcdefghagecbdfh'
 @pytest.fixture
 def said(tmp_path, monkeypatch):
     """What sample.py says of texts that were written by hand, its checkpoint knowing `figures`."""
-    def said(texts, *arguments, figures=FIGURES):
-        write_checkpoint(tmp_path / 'ckpt_best.pt')
+    def said(texts, *arguments, figures=FIGURES, **model):
+        write_checkpoint(tmp_path / 'ckpt_best.pt', **model)
         checkpoint = load_checkpoint(tmp_path / 'ckpt_best.pt')
         checkpoint.extra = {} if figures is None else {'text_figures': figures.to_builtins()}
         save_checkpoint(tmp_path / 'ckpt_best.pt', checkpoint.to_payload())
@@ -35,6 +35,11 @@ def test_texts_that_repeat_themselves_are_told_with_what_to_try(said):
     assert line.endswith('try a --temperature above 0.8 or --preset=varied')
     assert said([REPEATING] * 4, '--preset=varied')[0].endswith('try a --temperature above 1')
     assert said([REPEATING] * 4, '--sampling_method=standard')[0].endswith('try a --temperature above 0.8')
+
+
+def test_a_block_model_is_told_of_no_preset(said):
+    line, = said([REPEATING] * 4, kind='block', attention_type='block', block_length=(4,))
+    assert line.endswith(('above 0.8', 'above 1'))
 
 
 def test_wild_texts_are_told_and_usual_ones_are_not(said):
