@@ -39,7 +39,7 @@ class PolicyRow(NamedTuple):
 _REMDM = ('iterations', 'idle_cache')
 POLICIES: dict[str, PolicyRow] = {
     'remask': PolicyRow(remask_policy, ('iterations', *REMASKING), 'at most iterations',
-                        'fill all, remask by schedule: critic, self-confidence or random'),
+                        'fill all, then remask by schedule: part by chance, part by --guidance'),
     'mdlm': PolicyRow(ancestral.mdlm, ('iterations', 'idle_cache'), 'at most iterations',
                       'ancestral: each position by chance, as time says (Sahoo et al. 2024)', timed=True),
     'first_hitting': PolicyRow(ancestral.first_hitting, (), 'n',
