@@ -1,6 +1,6 @@
 """What one optimizer step trains on, made on the host before the step begins.
 
-Every number comes from (seed, iteration, global row), so a row is the same whichever micro-step or rank holds it.
+Every number depends only on (seed, iteration, global row), so any micro-step or rank would draw the same row.
 
 Letters: B rows of a micro-step, G rows of the global batch, T sequence length, C neighbours, N predicted
 positions.
@@ -21,9 +21,9 @@ from core.data.corpus import gather_windows
 from core.noise import (Corruption, Masking, apply_mask, behind_cls, corrupt, draw_mask, judged_text,
                         low_discrepancy_times, what_is_shown)
 
-# N is padded to one of these shares of B * T, so that compiled steps see few shapes. The times of a batch are of low
-# discrepancy, so the number of its masked positions is within a few per cent of the schedule's mean, which for the
-# linear schedule is one half.
+# N is padded to one of these shares of B * T, so that compiled steps see few shapes. A batch has low-discrepancy times,
+# so its share of masked positions is within a few per cent of the schedule's mean. The mean of the linear schedule is
+# one half.
 CAPACITIES = (0.5625, 0.75, 1.0)
 
 
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     new: Tensor           # int64 [N], how many of these are masked in `inputs`
     turns: Tensor         # int64 [B, T, 2], `Turns` for a sampler head that reads the row; [0] for all others
     block_length: Tensor  # int64 [B], of each row of a block model; [0] for all others
-    sources: Tensor       # int64 [B, T], see `Corrupted`; [0] but where a remasking model's text has several
+    sources: Tensor       # int64 [B, T], see `Corrupted`; [0] unless a remasking model's text has several
     rows: Tensor          # int64 [B], global row indices
     critic_share: Tensor  # float32 scalar, 1 / number of positions that the critic is trained on in the global batch
 
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class RowShare(NamedTuple):
-    """Which rows of an iteration this rank holds: `micro_steps` times `batch_size`, in turn with the other ranks."""
+    """The rows of an iteration that this rank holds: `micro_steps` times `batch_size`. The ranks take turns."""
 
     batch_size: int
     micro_steps: int = 1  # of this rank
@@ -64,7 +64,7 @@ class RowShare(NamedTuple):
 
 class BatchPlan(NamedTuple):
     """What batches are made of. noise: `Masking` for a diffusion model, `Corruption` for a remasking model or a judge,
-    None for a causal model. stride: windows begin at its multiples."""
+    None for a causal model. stride: windows begin at multiples of it."""
 
     tokens: np.ndarray  # the training split
     seed: int
@@ -121,8 +121,8 @@ def unmasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
 
 
 class Masked(NamedTuple):
-    """mask bool [B, T]; weights: of each position in the NELBO, float64 [B, 1], or [B, T] where blocks have times of
-    their own; block_length int64 [B], [0] without blocks."""
+    """mask bool [B, T]. weights: of each position in the NELBO, float64 [B, 1], or [B, T] if each block has its own
+    time. block_length int64 [B]; [0] without blocks."""
 
     mask: Tensor
     weights: Tensor
@@ -130,7 +130,7 @@ class Masked(NamedTuple):
 
 
 def draw_masked(plan: BatchPlan, iteration: int, generator: RowRandom) -> Masked:
-    """What is masked in the rows of `generator`: by row, or by block (core/block_noise.py)."""
+    """The masks of the rows of `generator`, with one time for each row, or for each block (core/block_noise.py)."""
     T, G, masking = plan.block_size, plan.rows.global_batch, plan.noise
     if masking.blocks is None:
         times = low_discrepancy_times(generator, G)  # [B]
@@ -164,9 +164,9 @@ def position_weights(loss_type: str, clean: int, corrupted: int) -> Tensor:
 
 
 def remasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
-    """The micro-steps of one iteration of a remasking model: wrong inputs differ from targets, the truth.
+    """The micro-steps of one iteration of a remasking model. Targets are the truth; inputs differ where they are wrong.
 
-    As many positions are chosen as masked diffusion masks: each with probability t, t uniform (`corrupt`).
+    Positions are chosen as masked diffusion masks them: each with probability t, t uniform. `corrupt` writes there.
     """
     T, drawn = plan.block_size, []
     for generator in micro_steps(plan, iteration):
@@ -180,8 +180,8 @@ def remasking_batches(plan: BatchPlan, iteration: int, total: Callable[[int], in
 
 
 def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) -> list[Batch]:
-    """The micro-steps of one iteration of a judge: CLS, then text. A share of its tokens differs from the targets, the
-    truth."""
+    """The micro-steps of one iteration of a judge: CLS, then text. Targets are the truth; a share of the inputs
+    differs from them."""
     batches = []
     for generator in micro_steps(plan, iteration):
         text = draw_windows(plan, generator, plan.block_size - 1)
@@ -193,7 +193,7 @@ def judge_batches(plan: BatchPlan, iteration: int, total: Callable[[int], int]) 
 
 
 def whole_batch(generator: RowRandom, inputs: Tensor, targets: Tensor, weights: Tensor) -> Batch:
-    """A batch whose every position is read; no sampler head and no critic trains on it."""
+    """A batch that uses every position. No sampler head and no critic trains on it."""
     return Batch(inputs, targets, torch.arange(targets.numel()), weights, weights,
                  targets.new_empty(targets.numel(), 0), targets.new_zeros(targets.numel()), targets.new_empty(0),
                  generator.rows[:0], targets.new_empty(0), generator.rows, torch.tensor(0.0))

@@ -1,8 +1,8 @@
-"""Noise of block models: the block length of each row, one probability of a mask for each block.
+"""Noise of block models: the block length of each row, and the probability of a mask in each block.
 
-A block model (Arriola et al. 2025, BD3-LM, arXiv 2503.09573) factors a text into blocks and runs masked diffusion
-inside each of them, given the clean text before it. Its bound is the sum of the bounds of its blocks, so every block
-draws a probability of its own. All numbers depend on (seed, iteration, global row) alone.
+A block model (Arriola et al. 2025, BD3-LM, arXiv 2503.09573) factors a text into blocks. It runs masked diffusion
+inside each block, given the clean text before it. Its bound is the sum of the blocks' bounds, so each block draws its
+own probability. All numbers depend only on (seed, iteration, global row).
 
 Letters: B rows held here, G rows of the global batch, T sequence length, M blocks of the global batch.
 """
@@ -18,13 +18,13 @@ from core.noise import MINIMUM_TIME, BlockNoise
 
 
 def every_row(generator: RowRandom, global_batch: int) -> RowRandom:
-    """The random numbers of all rows of the global batch, whichever of them `generator` holds."""
+    """The random numbers of all rows of the global batch. `generator` may hold any of these rows."""
     return RowRandom(generator.seed, generator.iteration, torch.arange(global_batch, device=generator.rows.device))
 
 
 def row_block_lengths(generator: RowRandom, rows: Tensor, block_lengths: Sequence[int]) -> Tensor:
-    """int64 [B]: the block length of each of the global `rows` int64 [B]. Rows take the lengths in turn; which one
-    comes first is drawn for each iteration."""
+    """int64 [B]: the block length of each of the global `rows` int64 [B]. Rows take the lengths in turn. Each iteration
+    draws the length that comes first."""
     shared = RowRandom(generator.seed, generator.iteration, torch.zeros_like(rows[:1]))
     first = (shared.uniform(Purpose.TIME, 1, stream=1)[:, 0] * len(block_lengths)).long()  # [1]
     return torch.tensor(block_lengths, device=rows.device)[(first + rows) % len(block_lengths)]
@@ -32,13 +32,12 @@ def row_block_lengths(generator: RowRandom, rows: Tensor, block_lengths: Sequenc
 
 def block_probabilities(generator: RowRandom, block_lengths: Sequence[int], length: int, global_batch: int,
                         noise: BlockNoise) -> Tensor:
-    """The probability with which each position is masked, float64 [B, T], one for all positions of a block.
+    """The probability of a mask at each position, float64 [B, T]. All positions of a block have the same one.
 
-    The probabilities of the M blocks of a global batch fall one into each of M equal cells of [eps, 1), as the times of
-    `low_discrepancy_times` do for rows; which block gets which cell is a random order. `noise.shares` [a, b) other than
-    [0, 1) stretches them to that range (clipped schedules, Arriola et al. 2025, section 5.2); 'elbo' is a bound no more
-    then. A share `noise.whole_share` of the rows has probability 1 in every block: generation meets whole blocks at the
-    first call of each.
+    As in `low_discrepancy_times`, [eps, 1) is cut into M equal cells. Each of the M blocks of a global batch gets the
+    probability of one cell, in random order. If `noise.shares` [a, b) is not [0, 1), the probabilities are scaled to
+    that range (clipped schedules, Arriola et al. 2025, section 5.2); then 'elbo' is no longer a bound. In a share
+    `noise.whole_share` of the rows every block has probability 1, because generation begins each block with masks only.
     """
     everyone = every_row(generator, global_batch)
     lengths = row_block_lengths(generator, everyone.rows, block_lengths)  # [G]
@@ -58,4 +57,4 @@ def block_probabilities(generator: RowRandom, block_lengths: Sequence[int], leng
     return probability.gather(1, block)
 
 
-_GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly (Weyl), whichever rows a micro-step holds
+_GOLDEN = 0.6180339887498949  # its multiples modulo 1 fill [0, 1) evenly (Weyl), for the rows of any micro-step

@@ -20,7 +20,7 @@ from core.common.randomness import Purpose, RowRandom
 from core.common.waves import Order, Turns, fill_turns
 from core.sampler_head import SAMPLER_KINDS, SamplerWindow
 
-NEARBY = 8  # how far away the token may come from that replaces another of its row
+NEARBY = 8  # a nearby token comes from at most this many places away
 MINIMUM_TIME = 1e-3  # epsilon: times below it are never drawn, so the weight 1 / t of the linear schedule stays bounded
 
 
@@ -29,9 +29,9 @@ class NoiseSchedule:
     """How much is masked at time t in [0, 1] (Shi et al. 2024, MD4, section 4; Lou et al. 2024, SEDD). All functions
     map float64 tensors to float64 tensors of the same shape.
 
-    mask_probability: 1 - alpha(t), it rises from about 0 to about 1; time_of: its reverse; elbo_weight:
+    mask_probability: 1 - alpha(t), which rises from about 0 to about 1. time_of: its inverse. elbo_weight:
     -alpha'(t) / (1 - alpha(t)), the weight of the cross-entropy at masked positions in the NELBO (Sahoo et al. 2024,
-    eq. 11). The NELBO does not depend on the schedule, only its estimator does.
+    eq. 11). The NELBO does not depend on the schedule; its estimator does.
     """
 
     mask_probability: Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ class NoiseSchedule:
         return self.time_of(1 - alpha)
 
 
-_GEOMETRIC = 1e-5, 20.0  # the total noise at t = 0 and t = 1, as in MD4 and SEDD: between them e^-1e-5 and e^-20 of 1
+_GEOMETRIC = 1e-5, 20.0  # the total noise at t = 0 and t = 1, as in MD4 and SEDD: alpha falls from e^-1e-5 to e^-20
 _GROWTH = math.log(_GEOMETRIC[1] / _GEOMETRIC[0])
 
 
@@ -58,7 +58,7 @@ def _total_noise(times: Tensor) -> Tensor:
 
 SCHEDULES = {
     'linear': NoiseSchedule(lambda t: t, lambda masked: masked, lambda t: 1 / t),  # alpha(t) = 1 - t
-    'cosine': NoiseSchedule(  # alpha(t) = 1 - cos(pi / 2 (1 - t)); few positions are masked for long
+    'cosine': NoiseSchedule(  # alpha(t) = 1 - cos(pi / 2 (1 - t)); at each time more masks than linear
         lambda t: torch.sin(math.pi / 2 * t), lambda masked: 2 / math.pi * torch.asin(masked),
         lambda t: math.pi / 2 / torch.tan(math.pi / 2 * t)),
     'geometric': NoiseSchedule(
@@ -72,10 +72,10 @@ LINEAR = SCHEDULES['linear']
 def low_discrepancy_times(generator: RowRandom, global_batch: int) -> Tensor:
     """Times t_b = eps + (1 - eps) * ((u + b / G) mod 1), float64 [B], with one u for the global batch.
 
-    Each t is uniform on [eps, 1), and the G times of a batch fall one into each of G equal cells (Kingma et al. 2021,
-    variational diffusion models, appendix I.1). Leaving out t < eps changes the mean of the 1 / t loss by
-    eps * (m1 - m0), where m1 is that mean and m0 the integrand at t = 0: about a thousandth of the loss at most. The
-    same holds under every schedule.
+    Each t is uniform on [eps, 1). Each of G equal cells holds one of the G times of a batch (Kingma et al. 2021,
+    variational diffusion models, appendix I.1). No time is below eps. This changes the mean m1 of the 1 / t loss by
+    eps * (m1 - m0), where m0 is the integrand at t = 0: at most about a thousandth of the loss. The same holds under
+    every schedule.
     """
     shared = RowRandom(generator.seed, generator.iteration, torch.zeros_like(generator.rows[:1]))
     offset = shared.uniform(Purpose.TIME, 1)[:, 0]  # [1]
@@ -94,18 +94,19 @@ def apply_mask(tokens: Tensor, mask: Tensor, mask_token_id: int) -> Tensor:
 
 
 def replace_tokens(generator: RowRandom, tokens: Tensor, mask: Tensor, base_size: int) -> Tensor:
-    """`tokens` int64 [B, T] with another token of the base vocabulary, each equally likely and never the same, where
-    `mask` [B, T] is True; a new tensor."""
+    """A copy of `tokens` int64 [B, T] with another token of the base vocabulary where `mask` [B, T] is True. All other
+    tokens are equally likely."""
     assert base_size >= 2, 'a vocabulary of one token has no other'
     uniform = generator.uniform(Purpose.MASK, tokens.size(1), stream=1)  # [B, T]
-    step = 1 + (uniform * (base_size - 1)).long()  # 1 .. V0 - 1, so that adding it leads to any token but the same
+    step = 1 + (uniform * (base_size - 1)).long()  # 1 .. V0 - 1: the sum modulo V0 can be any other token
     return torch.where(mask, (tokens + step) % base_size, tokens)
 
 
 def nearby_tokens(generator: RowRandom, tokens: Tensor, mask: Tensor) -> Tensor:
-    """`tokens` int64 [B, T] with the token of another place of the row, each of those at most `NEARBY` away equally
-    likely, where `mask` [B, T] is True; a new tensor. Tokens come from the text as it was, so such a token may be the
-    right one. A row of one token has no other place, and keeps it."""
+    """A copy of `tokens` int64 [B, T] with the token of another place of the row where `mask` [B, T] is True.
+
+    All places at most `NEARBY` away are equally likely. Tokens come from the unchanged row, so the new token may equal
+    the old one. A row of one token has no other place, so it stays."""
     T, places = tokens.size(1), torch.arange(tokens.size(1), device=tokens.device)
     left, right = places.clamp(max=NEARBY), (T - 1 - places).clamp(max=NEARBY)  # [T], places on each side
     step = (generator.uniform(Purpose.MASK, T, stream=3) * (left + right)).long() - left  # [B, T], below 0: to the left
@@ -116,7 +117,7 @@ def nearby_tokens(generator: RowRandom, tokens: Tensor, mask: Tensor) -> Tensor:
 def stratified_mask_counts(generator: RowRandom, total_rows: int, length: int) -> Tensor:
     """Numbers n of masked positions, int64 [B], uniform in 1 .. T and stratified over `total_rows` rows.
 
-    Which row gets which cell is a fixed random order, so that n does not rise along the corpus.
+    A fixed random order assigns the cells to the rows, so that n does not rise along the corpus.
     """
     shared = RowRandom(generator.seed, generator.iteration, torch.zeros_like(generator.rows[:1]))
     offset = shared.uniform(Purpose.VALIDATION, 1, stream=1)[:, 0]  # [1]
@@ -133,8 +134,8 @@ def draw_exact_mask(generator: RowRandom, counts: Tensor, length: int) -> Tensor
 
 
 class SeenNeighbours(NamedTuple):
-    """What the sampler head sees. window: how far; order: in which a fill runs; reads_row: it sees the whole row, in
-    the order of a fill."""
+    """What the sampler head sees. window: how far; order: that of a fill; reads_row: it sees the whole row, in this
+    order."""
 
     window: SamplerWindow
     order: Order = 'wave'
@@ -142,8 +143,7 @@ class SeenNeighbours(NamedTuple):
 
 
 def seen_neighbours(config: object) -> SeenNeighbours | None:
-    """What the sampler head of a model of this shape sees, None without one; config: a `GPTConfig`, or options with its
-    fields."""
+    """What the model's sampler head sees; None without a head. config: a `GPTConfig`, or options with its fields."""
     asked = vars(config)
     if not asked['add_sampler_head']:
         return None
@@ -153,9 +153,9 @@ def seen_neighbours(config: object) -> SeenNeighbours | None:
 
 
 class BlockNoise(NamedTuple):
-    """Blocks that are masked apart (core/block_noise.py). lengths: that a row may have; begins: the iteration from
-    which each of them is drawn; whole_share: of the rows, masked entirely; shares: smallest and largest probability of
-    a mask in the other rows."""
+    """Blocks that are masked independently (core/block_noise.py). lengths: block lengths that a row may have. begins:
+    the first iteration of each length. whole_share: the share of rows that are masked entirely. shares: smallest and
+    largest probability of a mask in the other rows."""
 
     lengths: tuple[int, ...]
     begins: tuple[int, ...] = ()
@@ -163,7 +163,7 @@ class BlockNoise(NamedTuple):
     shares: tuple[float, float] = (0.0, 1.0)
 
     def lengths_at(self, iteration: int) -> tuple[int, ...]:
-        """The lengths that rows have at `iteration`: the first, and of the others those that have begun."""
+        """The lengths that rows may have at `iteration`: the first one, and the others that have begun."""
         begins = self.begins or (0,) * len(self.lengths)
         return self.lengths[:1] + tuple(length for length, begin in zip(self.lengths[1:], begins[1:])
                                         if iteration >= begin)
@@ -173,14 +173,14 @@ def shown_neighbours(generator: RowRandom, mask: Tensor, seen: SeenNeighbours, b
                      probability: float = 0.5) -> Tensor:
     """Which neighbours the sampler head sees in training: bool [B, T, C], slots left_L .. left_1, right_1 .. right_R.
 
-    At inference a neighbour has been filled just before or not yet, next to neighbours that were revealed all along.
-    In the order 'wave' each masked position shows each of its two sides with `probability`, independently: left only,
-    right only, both and none all occur, as the waves produce them. In the order 'left_to_right' the left side is always
-    shown and the right side never: a fill has passed there, and has not come here. A side that is not shown still shows
-    its revealed tokens. Positions beyond the sequence are never shown.
+    At inference some neighbours were revealed before the trunk call, some are filled after it, and some still wait.
+    In the order 'wave' each masked position sees each of its two sides with `probability`, independently. So left only,
+    right only, both and none all occur, as in the waves of a fill. In the order 'left_to_right' it always sees the left
+    side, which a fill has passed, and never the right side, which a fill has not reached. Revealed tokens are visible
+    on both sides. Positions beyond the sequence are never visible.
 
-    block int64 [B, T]: the number of each position's block in a block model, whose earlier blocks are all known and
-    whose later ones are not written yet.
+    block int64 [B, T]: the number of each position's block in a block model. Earlier blocks are known; later ones are
+    not written yet.
     """
     (rows, length), (left, right) = mask.shape, seen.window
     if seen.order == 'left_to_right':
@@ -201,9 +201,9 @@ def shown_neighbours(generator: RowRandom, mask: Tensor, seen: SeenNeighbours, b
 class Masking(NamedTuple):
     """How masked diffusion hides text, and what a batch of it holds.
 
-    loss_weighting: of the main loss (docs/training.md); neighbours: what the sampler head sees, None without one;
-    critic_row_stride: every n-th row is the critic's; critic_scope: whether it judges the masked positions or all;
-    blocks: of a block model; schedule: which share is masked when, of others.
+    loss_weighting: of the main loss (docs/training.md). neighbours: what the sampler head sees; None without a head.
+    critic_row_stride: the critic trains on every n-th row. critic_scope: it judges the masked positions, or all.
+    blocks: for a block model. schedule: the share of masks at each time, for other models.
     """
 
     mask_token_id: int
@@ -216,11 +216,11 @@ class Masking(NamedTuple):
 
 
 class Corruption(NamedTuple):
-    """How the text is made wrong that a remasking model or a judge reads.
+    """How wrong tokens get into the text that a remasking model or a judge reads.
 
-    loss_type: which positions a remasking model learns from (`position_weights`). fill: gives tokens [B, T] with the
-    positions of mask [B, T] filled by a generator, from its arguments (true tokens, mask, generator); None without one.
-    sources: what writes the tokens that a remasking model reads, one name of `SOURCES` or all of them in their order.
+    loss_type: which positions a remasking model learns from (`position_weights`). fill: takes true tokens [B, T], mask
+    [B, T] and random numbers, and returns the tokens with the masked positions filled by a trained generator; None
+    without one. sources: what writes a remasking model's wrong tokens: one name of `SOURCES`, or all in their order.
     """
 
     base_size: int
@@ -231,9 +231,9 @@ class Corruption(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What the sampler head is shown in training. neighbours int64 [B, T, C]: the true tokens next to a position, -1
-    for those not shown; new int64 [B, T]: how many of them the trunk does not know; turns int64 [B, T, 2]: `Turns`, in
-    which a head that reads the row knows the tokens of others, [0] for one that does not."""
+    """What the sampler head sees in training. neighbours int64 [B, T, C]: the true tokens next to a position; -1 for
+    those that it does not see. new int64 [B, T]: how many of the visible ones the trunk does not know. turns int64
+    [B, T, 2]: the `Turns` of a head that reads the row; [0] for other heads."""
 
     neighbours: Tensor
     new: Tensor
@@ -244,8 +244,8 @@ def what_is_shown(generator: RowRandom, targets: Tensor, mask: Tensor, seen: See
                   block: Tensor | None = None, groups: Tensor | None = None) -> Shown:
     """`Shown` for targets int64 [B, T] under mask bool [B, T]; block int64 [B, T]: see `shown_neighbours`.
 
-    A head that reads the row is shown what a fill in groups shows: tokens revealed before, and those of its own group
-    that came before it. groups int64 [B, T]: see `Turns`; None for `drawn_groups`.
+    A head that reads the row sees what it would see when a fill reveals groups: the revealed tokens, and the earlier
+    tokens of the position's own group. groups int64 [B, T]: see `Turns`; None: `drawn_groups`.
     """
     if seen is None or not seen.reads_row:
         return Shown(*neighbours_shown(generator, targets, mask, seen, block), targets.new_empty(0))
@@ -254,12 +254,12 @@ def what_is_shown(generator: RowRandom, targets: Tensor, mask: Tensor, seen: See
 
 
 def drawn_groups(generator: RowRandom, mask: Tensor, block: Tensor | None = None) -> Tensor:
-    """int64 [B, T]: the masked positions of each row dealt out to groups, each as a fill would reveal it from this
-    trunk call; -1 where nothing is masked.
+    """int64 [B, T]: the group of each masked position, such as a fill may reveal from one trunk call; -1 where nothing
+    is masked.
 
-    The size of a group is log-uniform from 1 to T, since texts are written in few trunk calls and in many. Groups are,
-    with equal chances, random ones, runs of masked positions, or every k-th of them: as the policies `random`,
-    `left_to_right` and `strided` reveal them. In a block model no group goes beyond its block.
+    The size of a row's groups is log-uniform from 1 to T, since a text may take few trunk calls or many. Three kinds of
+    groups are equally likely: random positions, runs of masked positions, and every k-th masked position. The policies
+    `random`, `left_to_right` and `strided` reveal such groups. In a block model a group lies inside one block.
     """
     (rows, T), uniform = mask.shape, generator.uniform(Purpose.NEIGHBOUR, 2, stream=1)
     block = torch.zeros_like(mask, dtype=torch.int64) if block is None else block
@@ -279,7 +279,7 @@ def drawn_groups(generator: RowRandom, mask: Tensor, block: Tensor | None = None
 
 def neighbours_in_turn(targets: Tensor, mask: Tensor, window: SamplerWindow, turns: Turns,
                        block: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `neighbours_shown`: the neighbours that are revealed, or that their own group has drawn before."""
+    """As `neighbours_shown`, with the neighbours that are revealed or that the same group has drawn before."""
     places = torch.arange(targets.size(1), device=mask.device)[:, None] + window.offsets(mask.device)  # [T, C]
     inside, places = (places >= 0) & (places < targets.size(1)), places.clamp(0, targets.size(1) - 1)
     unknown = mask[:, places]  # [B, T, C]
@@ -294,8 +294,8 @@ def neighbours_in_turn(targets: Tensor, mask: Tensor, window: SamplerWindow, tur
 
 def neighbours_shown(generator: RowRandom, targets: Tensor, mask: Tensor, seen: SeenNeighbours | None,
                      block: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """int64 [B, T, C]: the true token of each neighbour that the sampler head is shown, -1 of the others; and int64
-    [B, T]: how many of those shown the trunk does not know; block: see `shown_neighbours`."""
+    """(int64 [B, T, C]: the true tokens of the neighbours that the sampler head sees, -1 for the others; int64 [B, T]:
+    how many of the visible ones the trunk does not know). block: see `shown_neighbours`."""
     if seen is None:
         return targets.new_empty(*targets.shape, 0), torch.zeros_like(targets)
     places = torch.arange(targets.size(1), device=mask.device)[:, None] + seen.window.offsets(mask.device)
@@ -305,8 +305,8 @@ def neighbours_shown(generator: RowRandom, targets: Tensor, mask: Tensor, seen: 
     return torch.where(shown, targets[:, places], -1), (shown & unknown).sum(2)
 
 
-# What can write at the chosen positions of a text: of a corruption, generator, tokens [B, T] and mask [B, T] gives the
-# text with other tokens there. Nearby tokens and the generator's may be the right ones.
+# What can write wrong tokens: each function returns tokens [B, T] with other tokens where mask [B, T] is True. Tokens
+# from nearby places or from a trained generator may be right by chance.
 SOURCES: dict[str, Callable[[Corruption, RowRandom, Tensor, Tensor], Tensor]] = {
     'random': lambda corruption, generator, tokens, mask: replace_tokens(generator, tokens, mask, corruption.base_size),
     'shuffled': lambda corruption, generator, tokens, mask: nearby_tokens(generator, tokens, mask),
@@ -315,16 +315,16 @@ SOURCES: dict[str, Callable[[Corruption, RowRandom, Tensor, Tensor], Tensor]] = 
 
 
 class Corrupted(NamedTuple):
-    """tokens int64 [B, T]; sources int64 [B, T]: 0 where a token is right, else 1 + the place in `SOURCES` of what wrote
-    it; [0] where there is one source."""
+    """tokens int64 [B, T]; sources int64 [B, T]: 0 where a token is right, else 1 + the place of its source in
+    `SOURCES`; [0] if there is only one source."""
 
     tokens: Tensor
     sources: Tensor
 
 
 def corrupt(corruption: Corruption, generator: RowRandom, tokens: Tensor, mask: Tensor) -> Corrupted:
-    """Tokens [B, T] made wrong where mask [B, T] says. With several sources each position draws one of them, all equally
-    likely, and gets what that source writes there when it writes at all positions of the mask."""
+    """Tokens [B, T] with wrong ones where mask [B, T] is True. Each source writes at all these positions. If there are
+    several, each position draws one of them, all equally likely, and takes what that source wrote there."""
     written = [SOURCES[name](corruption, generator, tokens, mask) for name in corruption.sources]
     if len(written) == 1:
         return Corrupted(written[0], tokens.new_empty(0))
@@ -334,8 +334,8 @@ def corrupt(corruption: Corruption, generator: RowRandom, tokens: Tensor, mask: 
 
 
 def judged_text(corruption: Corruption, generator: RowRandom, text: Tensor, mask: Tensor) -> Tensor:
-    """int64 [B, T]: each row of `text` as it is, with other tokens at random where mask [B, T] says, or filled there by
-    the generator if there is one; each way equally likely."""
+    """int64 [B, T]: each row of `text` in one of several equally likely ways: unchanged; with random other tokens where
+    mask [B, T] is True; or, if there is a trained generator, with its tokens there."""
     ways = 2 if corruption.fill is None else 3
     way = (generator.uniform(Purpose.MASK, 1, stream=2) * ways).long()  # [B, 1]
     judged = torch.where(way == 1, replace_tokens(generator, text, mask, corruption.base_size), text)

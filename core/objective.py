@@ -1,8 +1,8 @@
 """The losses of one micro-step: the main loss and those of the heads.
 
-One trunk call serves all of them, the critic's filled-in text apart. Losses are sums of weighted cross-entropies whose
-weights are shares of the global batch, so the losses of micro-steps and ranks add up, and so do those of chunks of
-positions: with a large vocabulary the logits of one chunk at a time exist.
+One trunk call serves all of them; only the critic's filled-in text needs a second one. Losses are sums of weighted
+cross-entropies. The weights are shares of the global batch, so the losses of micro-steps, ranks and chunks of positions
+add up. With a large vocabulary only the logits of one chunk of positions exist at a time.
 
 Letters: B rows, T sequence length, V vocabulary, D width, N predicted positions, C neighbours.
 """
@@ -27,11 +27,12 @@ from model import GPT, GPTConfig, ModelMode
 from sample_utils import (WaveRecorder, build_critic_artifacts_from_logits, prepare_sampler_inputs, rows_read,
                           wrong_from_logits)
 
-# Logits, N * V, beyond which the losses go through the positions in chunks. The softmax and its gradient keep about
-# four float32 copies of them, 0.5 GiB at this limit. With less, the chunks of a vocabulary of 50,000 would hold fewer
-# positions than a trunk is wide, and adding up the gradient of the [V, D] matrix chunk by chunk would cost more passes
-# over memory than the logits themselves. Characters stay far below: 69 ids at 4,608 positions are 0.3 million.
-MOST_LOGITS, GPU_TIMES = 2 ** 25, 8  # on a GPU so many times as many: it needs large products to be busy
+# If there are more logits (N * V), the losses take the positions in chunks. The softmax and its gradient keep about
+# four float32 copies of the logits: 0.5 GiB at this limit. A lower limit would be slower. With a vocabulary of 50,000 a
+# chunk would hold fewer positions than a trunk is wide. Then adding up the gradient of the [V, D] matrix over chunks
+# would cost more passes over memory than the logits. Characters stay far below: 69 ids at 4,608 positions are 0.3
+# million.
+MOST_LOGITS, GPU_TIMES = 2 ** 25, 8  # on a GPU this many times the limit: it needs large products to be busy
 
 
 def most_logits(device: torch.device) -> int:
@@ -40,10 +41,10 @@ def most_logits(device: torch.device) -> int:
 
 
 class Losses(NamedTuple):
-    """Scalars in nats; a judge's is a squared error. total: main and, with their weights, those of the heads.
+    """Scalars in nats; a judge's is a squared error. total: main, plus the weighted losses of the heads.
 
-    heads: of each head that trains, by its name. sums: further numbers for the log, added up over micro-steps and ranks
-    and read by `TrainingKind.metrics`; of remasking models float32 [2 or 5, 4], see `position_sums`.
+    heads: the loss of each head that trains, by the head's name. sums: numbers for the log, added up over micro-steps
+    and ranks; `TrainingKind.metrics` reads them. For remasking models float32 [2 or 5, 4], see `position_sums`.
     """
 
     total: Tensor
@@ -180,7 +181,7 @@ WholeLoss = Callable[[GPT, Batch, Tensor], tuple[Tensor, Tensor | None]]
 class Objective(nn.Module):
     """The losses of a model; `allowed` bool [V] are the ids that text consists of (the base vocabulary).
 
-    whole_loss: of a kind that has no heads, its loss and further numbers for the log; None for models that write text.
+    whole_loss: the loss of a kind without heads, with numbers for the log; None for models that write text.
     """
 
     def __init__(self, model: GPT, allowed: Tensor, whole_loss: WholeLoss | None = None) -> None:
@@ -215,7 +216,7 @@ class Objective(nn.Module):
         return Losses(total, main, heads)
 
     def _loss_of_filled_text(self, batch: Batch, hidden: Hidden, generator: RowRandom, with_sampler: bool) -> Tensor:
-        """The critic's loss on the critic's rows, their masks filled as inference fills them."""
+        """The critic's loss on its rows. Their masks are filled as inference fills them."""
         rows, (asked, hidden_states) = slice(None, None, self.model.config.critic_row_stride), hidden
         if hidden_states is None:
             hidden_states = asked.new_zeros(*batch.inputs.shape, asked.size(-1))  # [B, T, D], read at masked positions
@@ -243,7 +244,7 @@ class Objective(nn.Module):
         return sum(main), sum(sampler) if with_sampler else None, hidden
 
     def _hidden_states(self, batch: Batch) -> Hidden:
-        """From one trunk call."""
+        """The hidden states that the losses need, from one trunk call."""
         config = self.model.config
         if config.attention_type == 'causal':  # every position predicts, in order
             return Hidden(self.model.encode(batch.inputs).flatten(0, 1), None)
@@ -256,8 +257,8 @@ class Objective(nn.Module):
         return Hidden(self.model.encode(batch.inputs, positions=batch.positions), None)
 
     def _read_rows(self, batch: Batch, hidden_states: Tensor, embedding: Tensor) -> Tensor:
-        """[N, W]: what a sampler head that reads whole rows gives the predicted positions. It reads the true tokens at
-        the positions that each of them may see. hidden_states [B, T, D], embedding [V, D]."""
+        """[N, W]: the attention output of a sampler head that reads whole rows, at the predicted positions. Each of
+        them reads the true tokens that it may see. hidden_states [B, T, D], embedding [V, D]."""
         config, block = self.model.config, None
         if config.attention_type == 'block':
             block = torch.arange(batch.inputs.size(1), device=batch.inputs.device) // batch.block_length[:, None]
@@ -268,7 +269,7 @@ class Objective(nn.Module):
     def _position_losses(self, hidden: Tensor, targets: Tensor, main_weights: Tensor, mean_weights: Tensor,
                          neighbours: Tensor, new: Tensor, read: Tensor,
                          embedding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(main loss, sampler loss) of N positions; the latter None without embedding [V, D], the neighbours'.
+        """(main loss, sampler loss) of N positions. embedding [V, D]: the neighbours'; None: there is no sampler loss.
 
         hidden [N, D]; read [N, W], or [N, 0] if the head reads no rows; the others are fields of `Batch` at these
         positions. The head's loss moves the trunk only if sampler_gradient is 'trunk'. It never moves the embeddings or

@@ -46,8 +46,8 @@ def iterates_squares(rows: int, columns: int, dtype: torch.dtype, device: torch.
 
 
 def _polynomial_of(gram: Tensor) -> Tensor:
-    """[K, b, b]: the matrix that the whole iteration multiplies x [K, b, a] with, a polynomial of gram = x @ x.mT.
-    Polynomials of one matrix commute, so the next x @ x.mT is step @ gram @ step."""
+    """[K, b, b]: the product of all steps, a polynomial of gram = x @ x.mT. Its product with x [K, b, a] is the result
+    of the iteration. Polynomials of one matrix commute, so the next x @ x.mT is step @ gram @ step."""
     linear, cubic, quintic = _COEFFICIENTS
     found = None
     for number in range(_ITERATIONS):
@@ -109,8 +109,8 @@ _HEAD_MATRICES = frozenset(f'{head.module}.{name}' for head in HEADS for name in
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes the parameter: the matrices inside the trunk's layers and inside heads, not embeddings,
-    output layers, gains and biases."""
+    """Whether Muon takes the parameter. It takes the matrices inside the trunk's layers and inside heads, but no
+    embeddings, output layers, gains and biases."""
     return parameter.ndim == 2 and (name.startswith('transformer.h.') or name in _HEAD_MATRICES)
 
 
@@ -143,7 +143,7 @@ def make_capturable(optimizers: Sequence[torch.optim.Optimizer], device: torch.d
 
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], learning_rate: float,
                       trunk_multiplier: float = 1.0) -> None:
-    """Set the learning rate of every group, times trunk_multiplier for the trunk's."""
+    """Set the learning rate of every group. The trunk's groups get trunk_multiplier times this rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             rate = learning_rate * (trunk_multiplier if group['trunk'] else 1.0)

@@ -1,7 +1,7 @@
 """Group-relative policy gradient: a diffusion model writes groups of texts and learns from how their rewards compare.
 
-GRPO (Shao et al. 2024, DeepSeekMath, section 4.1) with the exact likelihood of the drawn path. For each prompt a group
-of texts is drawn by a reveal policy with K trunk calls. The advantage of a text with reward r is
+GRPO (Shao et al. 2024, DeepSeekMath, section 4.1) with the exact likelihood of the drawn path. For each prompt a reveal
+policy draws a group of texts, each with K trunk calls. The advantage of a text with reward r is
 
     A = (r - mean) / (std + 1e-4)        mean and standard deviation over its group
 
@@ -44,15 +44,15 @@ from model import GPT
 from sample_utils import Head
 
 SPREAD = 1e-4  # added to the standard deviation of a group's rewards
-MEASURES = ('reward', 'kl', 'entropy', 'repetition')  # means over texts: of a validation, and logged of a step
+MEASURES = ('reward', 'kl', 'entropy', 'repetition')  # means over texts, of a validation and in the log of a step
 
 
 class Reinforcement(NamedTuple):
     """How texts are drawn and rewarded.
 
-    prompt_length: tokens of the corpus that a text begins with. policy: of a row of POLICIES that is deterministic and
-    chooses positions without the weights. head: what fills. kl_weight: beta. start: the model that training began with.
-    autocast: a lower precision for the network, or None.
+    prompt_length: tokens of the corpus that a text begins with. policy: of a row of POLICIES; it is deterministic and
+    does not depend on the weights. head: what fills the masks. kl_weight: beta. start: the model that training began
+    with. autocast: a lower precision for the network, or None.
     """
 
     mask_token_id: int

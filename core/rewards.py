@@ -1,4 +1,4 @@
-"""The rewards of texts in training by policy gradient, a row each in `REWARDS`.
+"""The rewards of texts in training by policy gradient; each is a row of `REWARDS`.
 
 Every reward is a score in 0 .. 1 minus `repetition_weight` times the share of the text that repeats itself.
 
@@ -18,13 +18,13 @@ from core.options import TrainConfig
 from sample_utils import judge_scores
 
 Reward = Callable[[Tensor], Tensor]  # texts int64 [B, T] -> float64 [B]
-REPEATED = 4  # tokens of the n-grams whose repetition costs
+REPEATED = 4  # tokens of an n-gram; its repetition costs
 LINE_ENDS = tuple('.,;:!?-')
 
 
 class RewardRow(NamedTuple):
-    """make: the score of texts, by the options, for a network on a device; problems: with its options; reads: the
-    options that name checkpoints which it reads."""
+    """make: makes the score of texts from the options, the vocabulary and the device. problems: what is wrong with the
+    options. reads: options that name the checkpoints that it reads."""
 
     make: Callable[[TrainConfig, Vocabulary, torch.device], Reward]
     problems: Callable[[TrainConfig], list[str]] = lambda config: []
@@ -32,8 +32,8 @@ class RewardRow(NamedTuple):
 
 
 def repeated_share(tokens: Tensor) -> Tensor:
-    """float64 [B]: the share of n-grams (n = 4 tokens) of each of texts int64 [B, T] that occurred earlier in it; 0 for
-    texts of fewer tokens. It is a share, so that a long text pays no more than a short one."""
+    """float64 [B]: the share of the n-grams (4 tokens) of each text, a row of int64 [B, T], that occurred earlier in
+    the text; 0 for shorter texts. As a share it costs a long text no more than a short one."""
     if tokens.size(1) < REPEATED:
         return torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     kinds = tokens.unfold(1, REPEATED, 1).flatten(0, 1).unique(dim=0, return_inverse=True)[1]  # a number for each n-gram
@@ -56,7 +56,8 @@ def _judge_problems(config: TrainConfig) -> list[str]:
 
 
 def line_end_share(text: str) -> float:
-    """The share of the finished lines of `text`, empty ones left out, that end with a punctuation mark; 0 without any."""
+    """The share of the finished lines of `text` that end with a punctuation mark. Empty lines do not count; 0 if there
+    are no others."""
     lines = [line for line in text.split('\n')[:-1] if line]
     return sum(line.endswith(LINE_ENDS) for line in lines) / max(1, len(lines))
 
@@ -73,6 +74,6 @@ REWARDS: dict[str, RewardRow] = {
 
 
 def make_reward(config: TrainConfig, vocabulary: Vocabulary, device: torch.device) -> Reward:
-    """The reward that the options ask for, repetition deducted."""
+    """The reward that the options ask for, minus the cost of repetition."""
     score = REWARDS[config.reward].make(config, vocabulary, device)
     return lambda tokens: score(tokens) - config.repetition_weight * repeated_share(tokens)

@@ -1,7 +1,7 @@
-"""Weights, gradients, moments and averages cut over the ranks, for models that do not fit on each of them whole.
+"""Weights, gradients, moments and averages cut over the ranks, for models that are too large for one rank.
 
 FSDP2 (Zhao et al. 2023, arXiv 2304.11277; `torch.distributed.fsdp.fully_shard`): every tensor is cut along its first
-dimension, a layer's weights are gathered when it is its turn, and its gradients are averaged as they are cut.
+dimension. A layer's weights are gathered when the layer runs. Each rank keeps the average of its part of the gradients.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from model import GPT
 
 
 def shard(objective: nn.Module, averaged: GPT, runtime: Runtime) -> DeviceMesh:
-    """Cut `objective`, which holds the model, and the averaged model over all ranks, in place; returns the ranks.
+    """Cut `objective` (which holds the model) and the averaged model over all ranks, in place; returns these ranks.
 
     Each layer is gathered by itself. All else is gathered for a whole pass, since heads and loss read it directly.
     """
@@ -35,8 +35,8 @@ def shard(objective: nn.Module, averaged: GPT, runtime: Runtime) -> DeviceMesh:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """`model` whole on every rank, so that each may call it any number of times. All ranks must enter. Does nothing for
-    a model that is not cut."""
+    """Inside the block every rank holds the whole `model` and may call it any number of times. All ranks must enter.
+    Does nothing for a model that is not cut."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()
@@ -67,7 +67,7 @@ def whole_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 
 def cut(value: object, mesh: DeviceMesh) -> object:
-    """The reverse of `whole`: tensors with a dimension become this rank's part of them, everything else stays."""
+    """The reverse of `whole`: each tensor with a dimension becomes this rank's part of it; everything else stays."""
     if isinstance(value, dict):
         return {key: cut(one, mesh) for key, one in value.items()}
     if isinstance(value, list):

@@ -15,9 +15,9 @@ class Stage(NamedTuple):
 
 
 def stage_at(config: GPTConfig, iteration: int) -> Stage:
-    """Stage 1 trains the trunk, stage 2 from start_sampler_iteration on the sampler head too, stage 3 from
-    start_critic_iteration on the critic too; a head that the model lacks never begins. A frozen trunk waits for
-    unfreeze_at_iteration."""
+    """Stage 1 trains the trunk. Stage 2 begins at start_sampler_iteration and adds the sampler head. Stage 3 begins at
+    start_critic_iteration and adds the critic. A head that the model lacks never begins. A frozen trunk begins to train
+    at unfreeze_at_iteration."""
     heads = {head.name: head.weight_at(config, iteration) for head in heads_of(config)
              if iteration >= head.start(config)}
     thaws = config.unfreeze_at_iteration
@@ -25,12 +25,12 @@ def stage_at(config: GPTConfig, iteration: int) -> Stage:
 
 
 def trains(stage: Stage, module: str) -> bool:
-    """Whether the parameters of `module`, an attribute of `GPT`, train: the trunk's, a head's or an output layer's."""
+    """Whether the parameters of `module` train. It is an attribute of `GPT`: the trunk, a head or an output layer."""
     heads = {head.module: head.name in stage.heads for head in HEADS}
     return stage.trunk if module == 'transformer' else heads.get(module, True)
 
 
 def all_heads_trained_from(config: GPTConfig) -> int:
-    """The number of steps after which every head has trained for a step, and for one with the full weight of its loss.
+    """The number of steps after which every head has trained for at least one step with the full weight of its loss.
     The best checkpoint is chosen from here on."""
     return max((head.trained_from(config) for head in heads_of(config)), default=0)

@@ -1,7 +1,7 @@
-"""Which training steps are taken: those whose loss and gradients are finite and, where asked for, no spike.
+"""Which training steps are taken: those whose loss and gradients are finite and, if the user asks for it, no spike.
 
 The verdict is computed on the device, and the optimizers obey it there, so a step never waits for it. The host reads
-the counts when it waits for other reasons. All ranks see the same total loss and the same averaged gradients, so they
+the counts when it has to wait anyway. All ranks see the same total loss and the same averaged gradients, so they
 agree.
 """
 
@@ -27,7 +27,7 @@ class StepGuard:
     """Judges each step's loss and gradient norms, and counts the steps that were not taken.
 
     spike_deviations: a loss or norm further than this many standard deviations above the mean of the last 128
-    iterations is refused too; 0 refuses nothing that is finite.
+    iterations is refused too; 0 refuses only what is not finite.
     """
 
     def __init__(self, device: torch.device, spike_deviations: float) -> None:

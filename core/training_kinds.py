@@ -1,7 +1,7 @@
-"""How each kind of model is trained: one row a kind, and what follows from it for the options of train.py.
+"""How each kind of model is trained: one row for each kind, and what it asks of the options of train.py.
 
-core/checkpoints/kinds.py says what a kind is. A new kind is a row there and a row of `TRAINING` here. A training
-that goes on with a model of some kind, as a policy gradient does, is a row of `TRAINING` alone.
+core/checkpoints/kinds.py says what a kind is. A new kind needs a row there and a row of `TRAINING` here. A training
+that continues from a model of an existing kind, such as a policy gradient, needs only a row of `TRAINING`.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,19 +28,19 @@ from core.validation import HeldOut, Validation, validate_blocks, validate_gener
 from model import GPT
 
 Noise = Masking | Corruption | Reinforcement | None
-GRPO = 'grpo'  # the row of policy gradients, which go on with a generator
+GRPO = 'grpo'  # the row of policy gradients, which continue from a trained generator
 
 
 @dataclass(frozen=True)
 class TrainingKind:
-    """asked_by: the options that ask for it; noise: what its text goes through, by the options; batches: the
-    micro-steps of one iteration; objective: the module that gives its losses, of the model, the allowed ids and the
-    noise; validate: on a held-out split; problems: with its options.
+    """asked_by: the options that choose this kind. noise: what happens to its text, from the options. batches: the
+    micro-steps of one iteration. objective: the module that computes its losses, from the model, the allowed ids and
+    the noise. validate: its validation on a held-out split. problems: what is wrong with its options.
 
-    value: the name of what validation measures ('val/<value>' in the log); unit: of the loss; metrics: what is logged
-    besides the losses, of `Losses.sums`; passes: trunk calls that a step costs, a backward pass counting as two.
-    names_loss_type: whether snapshots say how positions are weighted. reads: the options whose checkpoints a run reads at
-    every start, so that they must be the same when it is resumed.
+    value: the name of what validation measures ('val/<value>' in the log). unit: of the loss. metrics: further numbers
+    for the log, from `Losses.sums`. passes: trunk calls that a step costs; a backward pass counts as two.
+    names_loss_type: whether the names of snapshots contain the loss type. reads: options that name checkpoints. A run
+    reads these at every start, so they must be the same when it is resumed.
     """
 
     asked_by: Mapping[str, str]
@@ -121,7 +121,7 @@ def _no_problems(config: TrainConfig) -> list[str]:
 
 
 def _block_problems(config: TrainConfig) -> list[str]:
-    """Options of block models that no type shows; what concerns the shape is in `GPTConfig`."""
+    """What types do not show of a block model's options; `GPTConfig` checks those of its shape."""
     problems, shares = [], config.block_mask_shares
     if config.block_length_from and len(config.block_length_from) != len(config.block_length):
         problems.append(f'block_length_from is {config.block_length_from}, but block_length is {config.block_length}; '
@@ -142,7 +142,7 @@ def _block_problems(config: TrainConfig) -> list[str]:
 
 
 def _reader_problems(config: TrainConfig) -> list[str]:
-    """Options that a model which writes no text has no use for."""
+    """Options that are of no use for a model that writes no text."""
     what = f'training_type={config.training_type}'
     problems = [f'attention_type is causal, but {what} reads a text from both sides; leave it out'] \
         if config.attention_type == 'causal' else []
@@ -189,7 +189,7 @@ def _reads_generator(config: TrainConfig) -> list[str]:
 
 
 def _grpo_problems(config: TrainConfig) -> list[str]:
-    """Options of a policy gradient that no type shows."""
+    """What types do not show of a policy gradient's options."""
     problems = [] if config.init_from_checkpoint else [
         f'training_type is grpo, which goes on with a trained generator, but none is named; add '
         f'--init_from_checkpoint=out/ckpt_best.pt (trained with: {CheckpointKind.UNMASKING.command})']
@@ -265,11 +265,11 @@ def kind_of(config: TrainConfig) -> CheckpointKind:
 
 
 def run_label(config: TrainConfig) -> str:
-    """The name of the run's snapshots, ckpt_<label>_<iteration>.pt; for a remasking model with its loss type."""
+    """The label in the names of snapshots, ckpt_<label>_<iteration>.pt. A remasking model's contains its loss type."""
     kind = kind_of(config)
     return f'{kind}_{config.remasking_loss_type}' if TRAINING[training_of(config)].names_loss_type else str(kind)
 
 
 def wandb_name(config: TrainConfig) -> str:
-    """The name of the run at W&B: the option, followed by what is trained unless that is a generator."""
+    """The name of the run at W&B: the option, and what is trained if that is not a generator."""
     return config.wandb_run_name + ('' if kind_of(config).writes_text else f'_{run_label(config)}')

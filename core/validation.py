@@ -1,5 +1,5 @@
-"""Validation on fixed windows with fixed noise: of diffusion models by the any-order NELBO, of causal models by their
-likelihood, of remasking models and judges by what they are trained on.
+"""Validation on fixed windows with fixed noise. Diffusion models are measured by the any-order NELBO, causal models by
+their likelihood, remasking models and judges by their training loss.
 
 Letters: B rows of a batch, W windows, T sequence length, N masked positions, D width, V vocabulary.
 """
@@ -28,8 +28,8 @@ from model import GPT
 from sample_utils import shown_logits
 
 VALIDATION_SEED = 20_240_607  # the same for all runs, so that their figures compare
-TIMES = 4096  # over which the mean is taken
-RANDOM_SHARE, FILLED_SHARE = 0.1, 0.3  # of the texts that a judge must rank below the true ones
+TIMES = 4096  # points in time of the mean in `training_shares`
+RANDOM_SHARE, FILLED_SHARE = 0.1, 0.3  # of wrong tokens in the texts that a judge must rank below the true ones
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class HeldOut(NamedTuple):
             yield slice(first, first + len(rows)), rows
 
     def zeros(self, *shape: int) -> Tensor:
-        """float64 [W, *shape], for what each window gives."""
+        """float64 [W, *shape]: room for the numbers of each window."""
         return torch.zeros(self.windows, *shape, dtype=torch.float64, device=exact_device(self.runtime.device))
 
 
@@ -169,7 +169,8 @@ def validate_generator(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Ma
 
 
 def _as_trained(noise: Masking, sums: Tensor) -> dict[str, float]:
-    """The mean losses at masked positions that training minimises, of sums [3]: positions, main loss, sampler head's."""
+    """The mean losses at masked positions that training minimises. sums [3]: the number of positions, the main loss,
+    the sampler head's loss."""
     count, main, sampler = sums.tolist()
     losses = {'loss_main': main / count} if noise.loss_weighting == 'masked_mean' else {}
     return losses if noise.neighbours is None else losses | {'loss_sampler': sampler / count}
@@ -216,8 +217,8 @@ def one_call_terms(model: GPT, windows: Tensor, block_length: int, allowed: Tens
 
 @torch.no_grad()
 def validate_block_length(model: GPT, held_out: HeldOut, allowed: Tensor, block_length: int) -> Validation:
-    """The NELBO of a block model in evaluation mode, at one of its block lengths. If a head of it writes from left to
-    right, `further` holds the exact nats at one call a block ('one_call')."""
+    """The NELBO of a block model in evaluation mode, at one of its block lengths. If its sampler head writes from left
+    to right, `further` also holds the exact nats of one trunk call for each block ('one_call')."""
     start, T, runtime, config = time.perf_counter(), model.config.block_size, held_out.runtime, model.config
     ordered = config.add_sampler_head and config.sampler_order == 'left_to_right'
     terms = held_out.zeros(2)
@@ -254,8 +255,8 @@ def bits_of(nats: float, corpus: Corpus, split: str) -> tuple[float, str]:
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:
-    """The probability that a positive scores above a negative, equal ones counting one half (the area under the ROC
-    curve, Hanley & McNeil 1982); scores [N], labels bool [N]. NaN where one of the two kinds is missing."""
+    """The probability that a positive scores above a negative; equal scores count one half (the area under the ROC
+    curve, Hanley & McNeil 1982). scores [N], labels bool [N]. NaN without positives or without negatives."""
     positives, negatives = int(labels.sum()), int((~labels).sum())
     if positives == 0 or negatives == 0:
         return math.nan
@@ -322,7 +323,7 @@ def validate_judge(model: GPT, held_out: HeldOut, allowed: Tensor, corruption: C
 
 def _judged(model: GPT, corruption: Corruption, rows: Tensor, generator: RowRandom, windows: int) -> Tensor:
     """float64 [B, 2 or 3]: the squared error on rows [B, T] as in training, and whether each row is ranked above its
-    copies spoiled at random and by the generator."""
+    copy with random wrong tokens and above its copy with the generator's."""
     device, T = model.scorer.weight.device, rows.size(1)
     counts = stratified_mask_counts(generator, windows, T), *(torch.full((len(rows),), math.ceil(share * T))
                                                               for share in (RANDOM_SHARE, FILLED_SHARE))
