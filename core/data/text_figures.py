@@ -1,8 +1,8 @@
-"""How varied text is, window by window, so that samples can be compared with their corpus whatever their number.
+"""How varied text is, window by window, so that any number of samples can be compared with their corpus.
 
-Of each window: the entropy of its bigrams in nats, which rises with a temperature that is too high, and the share of
-its 4-grams that it already had further to the left, which rises where text repeats itself (as in
-core/evaluation/text_metrics.py, which looks at all texts together and therefore compares equal sizes only).
+A window has two figures. The entropy of its bigrams, in nats, rises if the temperature is too high. The share of its
+4-grams that occur earlier in the window rises if the text repeats itself. core/evaluation/text_metrics.py measures all
+texts together, so its figures compare only samples of equal size.
 
 Letters: N windows, L tokens of a window.
 """
@@ -30,19 +30,19 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFigures:
-    """Of windows of `length` tokens: entropy in nats, repetition in 0 .. 1."""
+    """Figures of windows of `length` tokens. entropy: in nats. repetition: in 0 .. 1."""
 
     length: int
     entropy: Spread
     repetition: Spread
 
     def to_builtins(self) -> dict[str, object]:
-        """For a checkpoint."""
+        """Built-in values, for a checkpoint."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_builtins(cls, kept: object) -> 'TextFigures | None':
-        """What `to_builtins` made; None for anything else."""
+        """The figures from the values of `to_builtins`; None for any other value."""
         match kept:
             case {'length': int(length), 'entropy': [float(a), float(b)], 'repetition': [float(c), float(d)]} if \
                     length > 0 and all(map(math.isfinite, (a, b, c, d))):
@@ -55,25 +55,25 @@ def _grams(text: str, size: int) -> list[str]:
 
 
 def bigram_entropy(text: str) -> float:
-    """Plug-in entropy in nats, - sum of p ln p, of the pairs of characters in `text`; 0 without any."""
+    """Plug-in entropy in nats, - sum of p ln p, of the pairs of characters in `text`; 0 if there are none."""
     counts = Counter(_grams(text, BIGRAM))
     return -sum(count / counts.total() * math.log(count / counts.total()) for count in counts.values())
 
 
 def repeated_share(text: str) -> float:
-    """Share of the 4-grams of `text` that stood further to the left already; 0 without any."""
+    """Share of the 4-grams of `text` that occur earlier in it; 0 if there are none."""
     grams = _grams(text, REPEATED)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def figures_of(windows: Sequence[str], length: int) -> TextFigures:
-    """Of the texts of N windows of `length` tokens, N at least 1."""
+    """Figures of the texts of N windows of `length` tokens, N at least 1."""
     columns = ([measure(window) for window in windows] for measure in (bigram_entropy, repeated_share))
     return TextFigures(length, *(Spread(float(np.mean(column)), float(np.std(column))) for column in columns))
 
 
 def corpus_figures(corpus: Corpus, length: int, split: str = 'train') -> TextFigures | None:
-    """Of windows of `length` tokens that lie evenly over a split; None where it is shorter than two of them."""
+    """Figures of windows of `length` tokens, spread evenly over a split. None if it is shorter than two windows."""
     tokens = corpus.tokens(split)
     count = min(WINDOWS, len(tokens) // length)
     if count < 2:

@@ -1,4 +1,4 @@
-"""Text files of the user's: found in folders, recognised, and read a little at a time."""
+"""The user's text files. This module finds them in folders, recognises their encoding and reads them in blocks."""
 
 import codecs
 import io
@@ -11,8 +11,8 @@ from core.common.expressions import excerpt, shown
 READ = 2**17  # characters read at a time
 MOST_FILES = 1_000_000
 _LOOKED_AT = 2**16  # bytes from which an encoding is guessed
-MOST_ACCENTS = 0.3  # share of bytes beyond ASCII that a text in a Western encoding of one byte a character may have
-_CUT_OFF = ('unexpected end of data', 'truncated data')  # what Python's decoders say of a last character
+MOST_ACCENTS = 0.3  # largest share of bytes beyond ASCII in a text of a Western single-byte encoding
+_CUT_OFF = ('unexpected end of data', 'truncated data')  # Python's reasons for an incomplete last character
 _MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
           (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 _OTHER_KINDS = ((b'\x1f\x8b', 'compressed with gzip'), (b'PK\x03\x04', 'a zip archive (.docx and .epub are such)'),
@@ -22,9 +22,9 @@ _OTHER_KINDS = ((b'\x1f\x8b', 'compressed with gzip'), (b'PK\x03\x04', 'a zip ar
 
 
 def text_paths(names: Sequence[str]) -> list[Path]:
-    """The files that `names` mean, in this order; a folder stands for all files in it, by path, without hidden ones.
+    """The files that `names` mean, in this order. A folder means all files in it, by path, without hidden ones.
 
-    UserError lists the names that are neither, and folders without a file.
+    UserError lists the names that are neither file nor folder, and folders without a file.
     """
     paths: list[Path] = []
     problems = []
@@ -63,10 +63,10 @@ def require_encoding(name: str) -> None:
 
 
 def text_blocks(path: Path, encoding: str | None = None) -> Iterator[str]:
-    """The text of a file, a little at a time, with newlines for the line ends of every system.
+    """The text of a file in blocks, with newlines for the line ends of every system.
 
-    Without `encoding` the file is UTF-16 or UTF-32 where its first bytes are the mark of these, else UTF-8. A mark is
-    no part of the text. UserError for what is no text in that encoding, with what it seems to be.
+    Without `encoding` the file is UTF-16 or UTF-32 if it begins with their byte order mark, otherwise UTF-8. The mark
+    is not part of the text. If the file is no text in that encoding, a UserError tells what it seems to be.
     """
     try:
         used = encoding or _marked_encoding(path)
@@ -92,7 +92,7 @@ def text_blocks(path: Path, encoding: str | None = None) -> Iterator[str]:
 
 
 def _has_letters_beyond_ascii(path: Path) -> bool:
-    """Whether the beginning has some, but for one that was cut off at the end."""
+    """Whether the beginning of the file has some. The last three bytes do not count: a cut character may be there."""
     with path.open('rb') as file:
         return not file.read(_LOOKED_AT)[:-3].isascii()
 
@@ -104,7 +104,7 @@ def _marked_encoding(path: Path) -> str:
 
 
 def _what_it_is(path: Path, encoding: str | None) -> str:
-    """What a file that was refused seems to be, and the cure, as the end of a sentence."""
+    """The end of a message about a refused file: what it seems to be, and the cure."""
     with path.open('rb') as file:
         data = file.read(_LOOKED_AT)
     for start, kind in _OTHER_KINDS:
@@ -126,7 +126,7 @@ def _what_it_is(path: Path, encoding: str | None) -> str:
 
 
 def _single_byte_guess(path: Path) -> tuple[str, str]:
-    """cp1252 where the file has bytes that are signs there and control characters in Latin-1, else Latin-1."""
+    """Latin-1, or cp1252 if the file has bytes that are control characters in Latin-1 and signs in cp1252."""
     with path.open('rb') as file:
         while data := file.read(2**20):
             if any(byte in data for byte in range(0x80, 0xa0)):

@@ -1,4 +1,4 @@
-"""The vocabulary of a corpus: base tokens, the special ids after them, and the way from text to ids and back.
+"""The vocabulary of a corpus: base tokens, the special ids after them, and the conversion of text to ids and back.
 
 Shapes: V0 base vocabulary.
 """
@@ -22,20 +22,20 @@ from core.common.printing import counted
 SPECIAL_NAMES = ('mask', 'wrong', 'pad', 'cls')  # their ids follow the base vocabulary in this order
 SPECIAL_SIGNS = ('_', '#', '~', '^')  # how `decode` shows them
 LONGEST_PATTERN = 10_000  # characters
-LONGEST_RUN = 2**16  # characters of white space in a row; of a million, tiktoken's matcher overflows its stack
-PIECES_SECONDS = 600  # for the pieces of a text that has longer runs
-DOCUMENT_END = '<|endoftext|>'  # in GPT-2's vocabulary a base token, the last one
-# What a vocabulary must give back when it is used for the first time: words, numbers, signs, white space of all kinds.
+LONGEST_RUN = 2**16  # characters of white space in a row; a million overflow the stack of tiktoken's matcher
+PIECES_SECONDS = 600  # most time for cutting a text with longer runs into pieces
+DOCUMENT_END = '<|endoftext|>'  # the last base token of GPT-2's vocabulary
+# A new vocabulary must encode and decode this text without loss: words, numbers, signs, white space of all kinds.
 _TRIAL = "It's  12345 words,\n\n\tand \u00e9\u6f22\U0001f600\u0301 signs --\r\n\u3000\x00\x1c\x85 ?! \n"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The base tokens of a corpus and the special ids after them: one object from meta to model, sampler and printer.
+    """The base tokens of a corpus and the special ids after them. Data, model, sampler and printer share this object.
 
-    `tokens[i]` is the text of character i (kind 'characters') or the bytes of byte-level BPE token i (kind 'bpe',
-    in the order of the merges; `pattern` is the regular expression that cuts text into pieces before merging). A BPE
-    may end with the token DOCUMENT_END, which preparation puts after documents and no text encodes to.
+    tokens: of kind 'characters' the characters; of kind 'bpe' the bytes of each byte-level BPE token, in the order of
+    the merges. pattern: of a BPE, the regular expression that cuts text into pieces before merging. A BPE may end with
+    the token DOCUMENT_END. Preparation puts it after documents; no text encodes to it.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Vocabulary:
             lossless = self.decode(self.encode(_TRIAL)) == _TRIAL
         except UserError as error:
             return str(error)
-        except BaseException as error:  # tiktoken raises its own kinds for a pattern that does not compile
+        except BaseException as error:  # tiktoken raises its own exceptions for a pattern that does not compile
             if not (isinstance(error, Exception) or is_panic(error)):
                 raise
             return f'tiktoken refuses it ({error})'
@@ -105,7 +105,7 @@ class Vocabulary:
 
     @property
     def document_end_id(self) -> int | None:
-        """The base token between documents; None where the vocabulary has none."""
+        """The base token between documents; None if the vocabulary has none."""
         return self.base_size - 1 if self.tokens[-1] == DOCUMENT_END.encode() else None
 
     @cached_property
@@ -128,7 +128,7 @@ class Vocabulary:
         return codes[order], order
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Token ids of `text` as int64 [tokens]. UserError where the vocabulary lacks a character."""
+        """Token ids of `text` as int64 [tokens]. UserError if the vocabulary lacks a character."""
         if self.kind == 'bpe':
             return np.array(self._encode_bpe(text), dtype=np.int64)
         codes, order = self._sorted_characters
@@ -142,7 +142,7 @@ class Vocabulary:
         return order[places].astype(np.int64)
 
     def _encode_bpe(self, text: str) -> list[int]:
-        """The ids of tiktoken; where its matcher would overflow, the pieces are cut here and merged by tiktoken."""
+        """The ids that tiktoken gives. If its matcher would overflow, this cuts the pieces and tiktoken merges them."""
         if len(text) <= LONGEST_RUN or re.search(rf'(?<!\s)\s{{{LONGEST_RUN}}}', text) is None:
             try:
                 return self._encoding.encode_ordinary(text)
@@ -166,7 +166,7 @@ class Vocabulary:
         return self.encode_array(text).tolist()
 
     def decode(self, ids: Sequence[int], mask: str = SPECIAL_SIGNS[0]) -> str:
-        """The text of `ids`; `mask` stands for the mask token, one sign for each other special id.
+        """The text of `ids`. The mask token becomes `mask`, each other special id one sign.
 
         Bytes that are no complete UTF-8 character become U+FFFD. UserError for an id outside the vocabulary.
         """
@@ -188,7 +188,7 @@ class Vocabulary:
 
     @classmethod
     def from_meta(cls, meta: object) -> 'Vocabulary':
-        """The vocabulary that `to_meta` described. UserError where `meta` is not of that form."""
+        """The vocabulary that `to_meta` described. UserError if `meta` does not have that form."""
         if not isinstance(meta, dict) or set(meta) != {'kind', 'tokens', 'pattern'}:
             raise UserError('the vocabulary is not usable: it needs exactly the keys kind, tokens and pattern')
         if type(meta['kind']) is not str or type(meta['tokens']) is not list or type(meta['pattern']) is not str:
@@ -197,5 +197,5 @@ class Vocabulary:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust panicked; such an error is no `Exception`, and its class is not importable."""
+    """Whether a Rust library panicked. Such an error is not an `Exception`, and its class cannot be imported."""
     return type(error).__name__ == 'PanicException'

@@ -1,8 +1,8 @@
-"""Writing a corpus folder: streamed, and at every instant either the earlier corpus or the complete new one.
+"""Writes a corpus folder as a stream. At every instant it holds either the earlier corpus or the complete new one.
 
-The token files are written under temporary names, then get names that hold their SHA-256 (`train-<16 digits>.bin`).
-One rename of meta.pkl, which holds the hashes, is the change from one corpus to the other. Only then do the token files
-get their usual names, one by one; until each has it, readers find it by its hash.
+The token files are written under temporary names. Then they get names that hold their SHA-256
+(`train-<16 digits>.bin`). meta.pkl holds the hashes, and its rename changes from one corpus to the other. After that
+the token files get their usual names, one by one. Until then readers find them by their hash.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Part:
     utf8_bytes: int = 0
 
     def add(self, ids: np.ndarray, text: str) -> None:
-        """Append `ids` (int [tokens], already of the file's dtype), of which `text` is the text."""
+        """Append `ids` (int [tokens], already of the file's dtype), which encode `text`."""
         self.add_counted(ids, len(text), len(text.encode('utf-8')))
 
     def add_counted(self, ids: np.ndarray, characters: int, utf8_bytes: int) -> None:
@@ -63,11 +63,10 @@ def write_corpus(folder: Path, vocabulary: Vocabulary, splits: Mapping[str, str]
 @contextmanager
 def new_corpus(folder: Path, vocabulary: Vocabulary, splits: Sequence[str], source: str,
                overwrite: bool = False) -> Iterator[dict[str, Part]]:
-    """Parts to fill; after the block they are the corpus in `folder`, whole or not at all.
+    """Parts to fill inside the `with` block. Its end makes them the corpus in `folder`, whole or not at all.
 
-    Whatever fails, an earlier corpus stays and no temporary file is left. UserError where a split stays empty, the
-    folder cannot be written, or it holds another corpus or files of others and `overwrite` does not say to replace
-    them.
+    If anything fails, an earlier corpus stays and no temporary file is left. UserError if a split stays empty or the
+    folder cannot be written. Without `overwrite` also if the folder holds another corpus or files of others.
     """
     require_replaceable(folder, overwrite)
     made = not folder.exists()
@@ -93,13 +92,13 @@ def new_corpus(folder: Path, vocabulary: Vocabulary, splits: Sequence[str], sour
             part.written.discard()
         if made:
             with suppress(OSError):
-                folder.rmdir()  # does nothing unless the folder stayed empty
+                folder.rmdir()  # works only if the folder is still empty
 
 
 def require_replaceable(folder: Path, overwrite: bool, hashes: tuple[str, str] | None = None) -> None:
-    """UserError where `folder` holds what must not be replaced unsaid: files of others, or another corpus.
+    """UserError if `folder` holds something that only `overwrite` may replace: files of others, or another corpus.
 
-    `hashes` are those of the new corpus's vocabulary and data; until they are known only files of others count.
+    hashes: of the new corpus's vocabulary and data. While they are unknown (None), only files of others count.
     """
     if overwrite:
         return
@@ -121,7 +120,7 @@ def require_replaceable(folder: Path, overwrite: bool, hashes: tuple[str, str] |
 
 
 def _replace(folder: Path, vocabulary: Vocabulary, parts: Mapping[str, Part], source: str, overwrite: bool) -> None:
-    """Make the written `parts` the corpus of `folder`; its one decisive step is the rename of meta.pkl."""
+    """Make the written `parts` the corpus of `folder`. The decisive step is the rename of meta.pkl."""
     hashes = {split: part.sha256.hexdigest() for split, part in parts.items()}
     require_replaceable(folder, overwrite, (vocabulary.hash, hash_of_hashes(hashes)))
     earlier, meta = _earlier_hashes(folder), make_meta(vocabulary, source, parts)
@@ -134,14 +133,14 @@ def _replace(folder: Path, vocabulary: Vocabulary, parts: Mapping[str, Part], so
     except BaseException:
         replaced = (folder / 'meta.pkl').is_file() and (folder / 'meta.pkl').read_bytes() == meta
         for split, path in named.items():
-            if not replaced and earlier.get(split) != hashes[split]:  # the earlier one may live under such a name
+            if not replaced and earlier.get(split) != hashes[split]:  # the earlier corpus may use such a name
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
         raise
     for split, path in named.items():
         usual = folder / f'{split}.bin'
         if not usual.is_symlink() and (usual.is_file() or not usual.exists()):
-            with suppress(OSError):  # the corpus is whole under the other name
+            with suppress(OSError):  # the corpus is complete under the other name
                 os.replace(path, usual)
     for split, digest in earlier.items():
         if hashes.get(split) != digest:
@@ -150,7 +149,7 @@ def _replace(folder: Path, vocabulary: Vocabulary, parts: Mapping[str, Part], so
 
 
 def _earlier_hashes(folder: Path) -> dict[str, str]:
-    """The hashes of the corpus that is in `folder`; none where there is none or its meta.pkl is unreadable."""
+    """The hashes of the corpus in `folder`; empty if there is none or its meta.pkl is unreadable."""
     try:
         return read_meta(folder / 'meta.pkl')['file_hashes']
     except UserError:
@@ -158,8 +157,8 @@ def _earlier_hashes(folder: Path) -> dict[str, str]:
 
 
 def _busy(folder: Path) -> Callable[[Exception], None]:
-    """What to do where the lock of a preparation is not to be had: refuse where another process keeps it; where the
-    file system has none, two preparations at once would have to begin in the same moment."""
+    """What to do if the lock of a preparation cannot be taken. If another process holds it, refuse. If the file system
+    has no locks, go on: two preparations would have to replace the corpus in the same moment to disturb each other."""
     def refuse(error: Exception) -> None:
         if isinstance(error, Timeout):
             raise UserError(f'{folder} is being prepared by another process for {PATIENCE:.0f} seconds: wait until it '
@@ -168,7 +167,7 @@ def _busy(folder: Path) -> Callable[[Exception], None]:
 
 
 def make_meta(vocabulary: Vocabulary, source: str, parts: Mapping[str, Part]) -> bytes:
-    """What `meta.pkl` holds."""
+    """The bytes of `meta.pkl`."""
     hashes = {split: part.sha256.hexdigest() for split, part in parts.items()}
     return pickle.dumps({
         'format': META_FORMAT, 'version': META_VERSION, 'source': source,

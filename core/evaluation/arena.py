@@ -1,6 +1,6 @@
 """What the arena measures of one sampler head: exact nats, operations and seconds at a few trunk calls.
 
-core/study/arena.py compares heads that lie on one trunk.
+core/study/arena.py compares heads that share one trunk.
 
 Letters: W windows, T window length.
 """
@@ -38,9 +38,9 @@ POLICIES_SHOWN, CALLS_SHOWN = 'random,strided,left_to_right', (1.0, 2.0, 4.0, 8.
 
 
 class ArenaResult(TypedDict):
-    """window_nats: exact, of each window, per token. trunk, head: multiply-adds for each token of a text. seconds, of
-    a text where several are drawn at once, and head_calls, of all of them together: drawn as the head draws;
-    verified_...: by verified drafts, of heads that read rows."""
+    """window_nats: exact nats per token of each window. trunk, head: multiply-adds for each token of a text. seconds:
+    for each of several texts that are drawn at once. head_calls: for all of them together. verified_...: the same with
+    verified drafts, for heads that read rows."""
 
     nats: float
     standard_error: float
@@ -54,7 +54,7 @@ class ArenaResult(TypedDict):
 
 
 def arena_cells(evaluation: Evaluation, head: Head) -> list[Cell]:
-    """One cell for every order and number of trunk calls, drawn through `head`: the checkpoint's own, or 'none'."""
+    """One cell for each policy and number of trunk calls. head: the checkpoint's own, or 'none'."""
     config, T = evaluation.config, evaluation.model.config.block_size
     if evaluation.checkpoint.kind != CheckpointKind.UNMASKING:
         raise UserError(f'the arena compares heads of diffusion checkpoints, but {config.checkpoint_name} is '
@@ -74,8 +74,8 @@ def arena_cells(evaluation: Evaluation, head: Head) -> list[Cell]:
 
 
 def multiply_adds(config: GPTConfig, trunk_operations: int, trunk_calls: int, head: Head) -> tuple[float, float]:
-    """(of the trunk, of the head) for each token of a text that is written in `trunk_calls` calls. Each call reads
-    every token, and so does a head that reads rows; a head draws each token once."""
+    """Multiply-adds (of the trunk, of the head) for each token of a text that is written in `trunk_calls` calls. The
+    trunk reads every token in each call, and so does a head that reads rows. A head draws each token once."""
     shape = config.sampler_shape
     of_head = shape.operations_per_token() + trunk_calls * shape.operations_per_read_token()
     return trunk_calls * trunk_operations / 2, 0.0 if head == 'none' else of_head / 2
@@ -102,8 +102,8 @@ def _result(evaluation: Evaluation, windows: Tensor, settings: Result) -> Result
 
 
 def drawing_seconds(network: Network, settings: GenerationSettings, texts: int, seed: int) -> tuple[float, int]:
-    """(seconds for each of `texts` texts of a block's length that are drawn at once, calls of the head for all of
-    them). One text is drawn before, so that nothing is made for the first time."""
+    """Draw `texts` texts of the block size at once: (seconds for each text, calls of the head for all of them).
+    An untimed text is drawn first, so that the seconds include no set-up."""
     config = network.model.config
     device = exact_device(settings.rule.allowed.device)
 
@@ -121,7 +121,7 @@ def drawing_seconds(network: Network, settings: GenerationSettings, texts: int, 
 
 
 def label(config: GPTConfig) -> str:
-    """What tells a sampler head from others on the same trunk, in a few words."""
+    """A few words that tell a sampler head from others on the same trunk."""
     kind, window = config.sampler_shape.kind, config.sampler_window
     parts: Sequence[str] = [
         ('blind ' if config.sampler_zero_hidden else '') + config.sampler_kind.replace('_', ' + '),

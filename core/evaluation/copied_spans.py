@@ -1,4 +1,4 @@
-"""How long the spans are that a text copies from another text: exact longest common spans, by a suffix array.
+"""The longest span that a text copies from another text, exactly, by a suffix array.
 
 Letters: n characters of the indexed text, Q query positions, L characters of a query.
 """
@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 _CHUNK = 1 << 22  # most characters compared at once
-_END = -1  # after the indexed text; a query ends with another sign, so that the two ends never agree
+_END = -1  # after the end of the indexed text; a query has another end sign, so that the two never match
 _QUERY_END = -2
 
 
@@ -20,10 +20,10 @@ def code_points(text: str) -> np.ndarray:
 
 
 def suffix_array(codes: np.ndarray) -> np.ndarray:
-    """int64 [n]: the starts of the suffixes of `codes` in lexicographic order; a suffix precedes what it begins.
+    """int64 [n]: the starts of the suffixes of `codes` in lexicographic order; a prefix of another suffix comes first.
 
-    Prefix doubling, which sorts again only what is still tied (Larsson and Sadakane 2007). The first pass packs as many
-    characters as fit into 63 bits, which separates nearly all suffixes of ordinary text.
+    Prefix doubling: each pass sorts only the suffixes that are still tied (Larsson and Sadakane 2007). The first pass
+    compares as many characters as fit into 63 bits. This separates nearly all suffixes of ordinary text.
     """
     n = len(codes)
     kinds, dense = np.unique(codes, return_inverse=True)
@@ -50,7 +50,7 @@ def suffix_array(codes: np.ndarray) -> np.ndarray:
 
 
 def _ranked(keys: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For sorted keys at `slots` of the array: each one's rank (the first slot of its group), and the tied slots."""
+    """Ranks and tied slots of sorted keys at `slots` of the array. A key's rank is the first slot of its group."""
     first = np.append(True, keys[1:] != keys[:-1])
     rank = slots[np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))]
     alone = first & np.append(first[1:], True)
@@ -72,7 +72,7 @@ class CopyIndex:
         return suffix_array(self._codes)
 
     def longest(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 [texts]: for each text, the length in characters of its longest span that the indexed text contains."""
+        """int64 [texts]: the length in characters of the longest span that each text shares with the indexed text."""
         found = np.zeros(len(texts), dtype=np.int64)
         for index, text in enumerate(texts):
             codes = code_points(text)
@@ -82,15 +82,15 @@ class CopyIndex:
         return found
 
     def _matches(self, codes: np.ndarray, first: int, stop: int) -> np.ndarray:
-        """int64 [Q]: the longest span that starts at each position first .. stop - 1 of `codes` and that the indexed text
-        contains."""
+        """int64 [Q]: length of the longest span that starts at each position first .. stop - 1 of `codes` and occurs in
+        the indexed text."""
         L = len(codes) - first
         queries = np.lib.stride_tricks.sliding_window_view(
             np.append(codes[first:], np.full(L, _QUERY_END, dtype=codes.dtype)), L)[:stop - first]  # [Q, L]
         low = np.zeros(len(queries), dtype=np.int64)
         high = np.full(len(queries), len(self._order))
         best = np.zeros(len(queries), dtype=np.int64)
-        while (low < high).any():  # the place where each query would be sorted in; its neighbours agree the furthest
+        while (low < high).any():  # bisects to the place of each query in the order; its neighbours share most with it
             middle = np.minimum((low + high) // 2, len(self._order) - 1)
             agreed, smaller = self._compare(queries, middle)
             open_ = low < high
@@ -99,7 +99,7 @@ class CopyIndex:
         return best
 
     def _compare(self, queries: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many characters each query [Q, L] shares with the suffix at its slot [Q], and whether that is smaller."""
+        """Characters that each query [Q, L] shares with the suffix at its slot [Q]; whether the suffix is smaller."""
         places = self._order[slots][:, None] + np.arange(queries.shape[1])  # [Q, L]
         inside = places < len(self._codes)
         suffixes = np.where(inside, self._codes[np.minimum(places, len(self._codes) - 1)], _END)

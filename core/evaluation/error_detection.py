@@ -1,24 +1,25 @@
 """How well a generator's own errors are found: the measure `errors` of evaluate.py (docs/evaluation.md).
 
-Held-out windows have a share of their positions masked, chosen at random and exact in number. One trunk call and one
-wavefront (independent draws without a trained sampler head) fill them at temperature 1. A filled position is *wrong*
-where it differs from the truth. A detector gives each a score, a probability of being wrong where it has one:
+The measure masks a share of the positions of held-out windows, at random and the same number in each window. One trunk
+call and one wavefront fill them at temperature 1 (without a trained sampler head: independent draws). A filled position
+is *wrong* if it differs from the truth. A detector scores each filled position, by a probability of being wrong if it
+has one:
 
-    random             a random number: 0.5 whatever the errors
+    random             a random number; its AUROC is 0.5, whatever the errors
     self_confidence    1 - the probability with which the token was drawn
-    marginal           1 - the trunk's probability of the token given the visible tokens alone, from the same call
-    pseudo_likelihood  1 - the trunk's probability of the token given all others, asked again in groups
-    critic             the critic head's, of the filled text
-    remasking          an external remasking model's, of the filled text
+    marginal           1 - the trunk's probability of the token given the visible tokens only, from the same call
+    pseudo_likelihood  1 - the trunk's probability of the token given all tokens outside its group, in further calls
+    critic             the probability that the critic head gives, from the filled text
+    remasking          the probability that an external remasking model gives, from the filled text
 
-Their measure is the AUROC, the probability that a wrong position scores above a right one.
+The AUROC measures a detector. It is the probability that a wrong position scores above a right one.
 
-No detector reaches 1. Given the visible tokens v, a fill y is made of v and of random numbers that know nothing of the
-truth x; so whatever is read off v and y, P(x_i differs from y_i | v, y) = 1 - p(y_i | v), with p the true distribution
-of position i given v. Ranking by this probability has the largest area of all (Neyman and Pearson 1933), and it is
-below 1 wherever p leaves a choice: a drawn token is right by chance, and a good one can differ from the truth. p is
-not known. `marginal` puts the trunk in its place and knows which tokens were visible, which critics are not told. Like
-every detector it bounds the ceiling from below; `expected_auroc` is what the ceiling would be if the trunk were p.
+No detector reaches 1. Let v be the visible tokens, x the truth, and p the true distribution of position i given v. A
+fill y depends on v and on random numbers that are independent of x. So P(x_i differs from y_i | v, y) = 1 - p(y_i | v).
+Ranking by this probability gives the largest possible AUROC (Neyman and Pearson 1933). It is below 1 wherever p leaves
+a choice: a drawn token is right by chance, and a good one can differ from the truth. p is not known. `marginal` uses
+the trunk instead of p. It knows which tokens were visible; critics do not. Like every detector it gives a lower bound
+of the ceiling. `expected_auroc` is the ceiling if the trunk were p.
 
 Letters: B rows of a batch, W windows, T window length, N positions, R replicates.
 """
@@ -55,7 +56,7 @@ from model import GPT, ModelMode
 from sample_utils import FillTask, Filler, wrong_probabilities
 
 SHARES = tuple(tenths / 10 for tenths in range(1, 10))  # of positions masked
-SHOWN_SHARE = 0.5  # whose errors the printed summary and the reliability diagram are of
+SHOWN_SHARE = 0.5  # mask share of the printed summary and of the reliability diagram
 DETECTORS = ('random', 'self_confidence', 'marginal', 'pseudo_likelihood', 'critic', 'remasking')
 WINDOWS = 256
 GROUPS = 8  # network calls of pseudo_likelihood
@@ -66,8 +67,8 @@ _CHUNK = 1 << 22  # most comparisons held at once
 # Errors and their detectors -----------------------------------------------------------------------------------------
 
 class Filled(NamedTuple):
-    """Texts after a one-shot fill. tokens int64 [B, T]; filled bool [B, T]: the positions that were masked; wrong bool
-    [B, T]: those that differ from the truth; self_confidence, marginal float64 [B, T]: P(wrong) of filled positions."""
+    """Texts after a one-shot fill. tokens int64 [B, T]. filled bool [B, T]: the positions that were masked. wrong bool
+    [B, T]: those that differ from the truth. self_confidence, marginal float64 [B, T]: P(wrong) of filled positions."""
 
     tokens: Tensor
     filled: Tensor
@@ -79,7 +80,7 @@ class Filled(NamedTuple):
 @torch.no_grad()
 def one_shot(model: GPT, truth: Tensor, share: float, allowed: Tensor, generator: RowRandom, *,
              use_sampler_head: bool) -> Filled:
-    """`Filled` of truth int64 [B, T]: round(share T), at least one, positions of each row masked and filled."""
+    """Mask round(share T) positions of each row of truth int64 [B, T], at least one, and fill them."""
     truth, T, rule = to_exact(truth), truth.size(1), DrawRule(allowed)
     counts = torch.full((len(truth),), max(1, round(share * T)), device=truth.device)
     mask = draw_exact_mask(generator, counts, T)
@@ -91,12 +92,12 @@ def one_shot(model: GPT, truth: Tensor, share: float, allowed: Tensor, generator
     return Filled(fill.tokens, mask, fill.tokens != truth, 1 - fill.confidence.exp(), 1 - alone.confidence.exp())
 
 
-Detector = Callable[[Filled, RowRandom], Tensor]  # scores float64 [B, T] of texts, from random numbers of their own
+Detector = Callable[[Filled, RowRandom], Tensor]  # texts and their random numbers -> scores float64 [B, T]
 
 
 def detectors(model: GPT, allowed: Tensor, *, sampler_head: bool, critic: bool,
               remasking_model: GPT | None) -> dict[str, Detector]:
-    """The detectors that there are, by name. Without a sampler head self_confidence is the marginal itself."""
+    """The detectors of this model, by name. Without a sampler head the marginal is left out: it is self_confidence."""
     found: dict[str, Detector] = {
         'random': lambda texts, numbers: numbers.uniform(Purpose.REMASK, texts.tokens.size(1)),
         'self_confidence': lambda texts, numbers: texts.self_confidence}
@@ -114,10 +115,10 @@ def detectors(model: GPT, allowed: Tensor, *, sampler_head: bool, critic: bool,
 # How well they do ---------------------------------------------------------------------------------------------------
 
 def auroc_statistic(scores: Tensor, wrong: Tensor, filled: Tensor) -> Statistic:
-    """The AUROC of scores float64 [W, T] for wrong among filled bool [W, T], by how often each window counts.
+    """The AUROC of scores float64 [W, T] for wrong among filled bool [W, T], as a function of the windows' weights w.
 
-    With weights w it is sum of w_a w_b above[a, b] over sum of w_a wrong_a times sum of w_b right_b, above[a, b] the
-    pairs in which a wrong position of window a scores above a right one of window b, equal ones half.
+    It is sum(w_a w_b above[a, b]) / (sum(w_a wrong_a) sum(w_b right_b)). above[a, b] is the number of pairs of a wrong
+    position of window a and a right one of window b where the wrong one scores higher. Equal scores count half.
     """
     bad, good = filled & wrong, filled & ~wrong
     windows = len(scores)
@@ -139,9 +140,10 @@ def auroc_statistic(scores: Tensor, wrong: Tensor, filled: Tensor) -> Statistic:
 
 
 def expected_auroc(probability: Tensor) -> float | None:
-    """The AUROC that probability float64 [N] has on average where it is right: each position wrong with that chance.
+    """The AUROC of probability float64 [N] if it is exact, that is, if each position is wrong with this probability.
 
-    The expected numbers of ordered pairs over that of all pairs of a wrong and a right position, equal ones half.
+    Take the pairs of a wrong and a right position. The result is the expected number of those where the wrong one
+    scores higher (equal scores count half), divided by the expected number of all. None if that is 0.
     """
     values, place = probability.unique(return_inverse=True)  # in ascending order
     wrong, right = (torch.zeros_like(values).index_add(0, place, weight) for weight in (probability, 1 - probability))
@@ -153,9 +155,9 @@ def expected_auroc(probability: Tensor) -> float | None:
 def measured(scores: Tensor, wrong: Tensor, filled: Tensor, is_probability: bool) -> Result:
     """Figures of one detector's scores float64 [W, T] for wrong among filled bool [W, T].
 
-    The interval (95 %) of the AUROC is over windows, from half-samples of them
-    (`core.evaluation.text_metrics.bootstrap`); None where all or none are wrong. A probability has its Brier score,
-    expected calibration error and reliability table too.
+    The 95 % interval of the AUROC comes from half-samples of the windows (`core.evaluation.text_metrics.bootstrap`). If
+    all or none of the positions are wrong, both are None. A probability also has a Brier score, an expected calibration
+    error and a reliability table.
     """
     error_rate = wrong[filled].double().mean().item()
     area = bootstrap(auroc_statistic(scores, wrong, filled), len(scores), VALIDATION_SEED)
@@ -163,7 +165,7 @@ def measured(scores: Tensor, wrong: Tensor, filled: Tensor, is_probability: bool
                      'auroc_interval': [area.low, area.high] if math.isfinite(area.low) else None}
     if is_probability:
         predicted, wrongs = scores[filled], wrong[filled]
-        found['brier'] = brier(predicted, wrongs)  # not a number where a score is none, and the run says so
+        found['brier'] = brier(predicted, wrongs)  # NaN if a score is NaN; the run then stops with a message
         if math.isfinite(found['brier']):
             table = reliability(predicted, wrongs)
             found |= {'expected_auroc': expected_auroc(predicted), 'calibration_error': calibration_error(table),
@@ -177,10 +179,10 @@ def brier(predicted: Tensor, wrong: Tensor) -> float:
 
 
 def calibrated(scores: Tensor, wrong: Tensor, filled: Tensor) -> Result:
-    """A calibration of scores float64 [W, T], and how good it is; wrong and filled bool [W, T].
+    """Fit a calibration of scores float64 [W, T], and measure how good it is. wrong, filled: bool [W, T].
 
-    The map is fitted on the even windows. All other figures come from the odd windows; those named calibrated went
-    through the map.
+    The map is fitted on the even windows. All other figures come from the odd windows; those named calibrated are of
+    mapped scores.
     """
     (fitted, wrongs), (held_out, held_wrongs) = (
         (scores[half::2][filled[half::2]], wrong[half::2][filled[half::2]]) for half in (0, 1))
@@ -194,7 +196,7 @@ def calibrated(scores: Tensor, wrong: Tensor, filled: Tensor) -> Result:
 # The measure --------------------------------------------------------------------------------------------------------
 
 class Ranked(TypedDict):
-    """Figures of a detector whose scores only rank; seconds: to score all windows."""
+    """Figures of a detector whose scores only rank. seconds: to score all windows."""
 
     error_rate: Share
     auroc: Share | None
@@ -221,7 +223,7 @@ class Probable(Ranked):
 
 
 class Calibrated(Probable):
-    """Further figures of the calibration cell: of the odd windows, through the map of the even ones."""
+    """Further figures of the calibration cell. The map is fitted on the even windows and measured on the odd ones."""
 
     map: CalibrationMap
     calibrated_brier: Share
@@ -229,7 +231,7 @@ class Calibrated(Probable):
 
 
 class ErrorStudy:
-    """What the cells of one run share: windows, fills and scores, each made when it is first needed; on the CPU."""
+    """What the cells of one run share: windows, fills and scores, on the CPU. Each is made when it is first needed."""
 
     def __init__(self, evaluation: Evaluation) -> None:
         config, model = evaluation.config, evaluation.model
@@ -260,7 +262,7 @@ class ErrorStudy:
         return fixed_windows(evaluation.corpus.tokens(evaluation.config.split, T), self.windows, T)  # [W, T]
 
     def _batches(self, share: float) -> Iterator[tuple[slice, RowRandom]]:
-        """Places among the windows, and their random numbers at this mask share."""
+        """Slices of the windows, each with its random numbers at this mask share."""
         size, device = self.evaluation.config.batch_size, self.evaluation.runtime.device
         for first in range(0, self.windows, size):
             count = min(size, self.windows - first)
@@ -289,8 +291,8 @@ class ErrorStudy:
         return self._scores[name, share]
 
     def correction_accuracy(self, share: float) -> float | None:
-        """How often a remasking model's most probable base token is the truth where a fill is wrong; None of a
-        classifier, which has no tokens, and where nothing is wrong."""
+        """The share of wrong positions where a remasking model's most probable base token is the truth. None for a
+        classifier, which predicts no tokens, and if nothing is wrong."""
         texts, runtime, model = self.filled(share), self.evaluation.runtime, self.remasking_model
         if model.config.mode is ModelMode.TOKEN_CLASSIFIER or not texts.wrong.any():
             return None
@@ -303,7 +305,7 @@ class ErrorStudy:
         return right / texts.wrong.sum().item()
 
     def cell(self, name: str, share: float) -> Cell:
-        """A detector at a mask share."""
+        """The cell of a detector at a mask share."""
         def compute() -> Result:
             texts, start = self.filled(share), time.perf_counter()
             scores = self.scores(name, share)
@@ -332,8 +334,8 @@ class ErrorStudy:
 
 
 def error_cells(evaluation: Evaluation) -> list[Cell]:
-    """A cell for every mask share and detector, and the critic's calibration where it is a checkpoint's and the text is
-    not its own."""
+    """A cell for each mask share and detector. A checkpoint's critic also has a calibration cell, unless the checkpoint
+    was trained on this split."""
     study = ErrorStudy(evaluation)
     cells = [study.cell(name, share) for share in SHARES for name in study.detectors]
     own = evaluation.config.model is not None or \
@@ -353,7 +355,7 @@ def arranged(rows: Sequence[Result]) -> list[Result]:
 
 
 def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
-    """Say how probable errors are calibrated, keep the critic's calibration, and draw the picture."""
+    """Report how well the probabilities are calibrated, save the critic's calibration, and draw the picture."""
     for row in rows:
         if row.get('mask_share') == SHOWN_SHARE and 'brier' in row:
             evaluation.say(f'{row["detector"]} at mask share {SHOWN_SHARE}: Brier score {row["brier"]:.4f}, expected '

@@ -43,7 +43,7 @@ def _draw(figure: 'Figure', rows: Sequence[Mapping[str, Any]], share: float) -> 
 
 
 def _draw_areas(axes: 'Axes', points: Sequence[Mapping[str, Any]], name: str, colour: str) -> None:
-    """One detector's line, its intervals as a band."""
+    """One detector's line, with its intervals as a band."""
     shares, values = ([row[key] for row in points] for key in ('mask_share', 'auroc'))
     axes.plot(shares, values, color=colour, linewidth=1.4, marker='o', markersize=3.5, label=name.replace('_', '-'))
     if all(row['auroc_interval'] for row in points):

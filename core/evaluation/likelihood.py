@@ -37,7 +37,7 @@ PICTURE_NAME = 'likelihood.png'
 
 
 class Likelihood(NamedTuple):
-    """nats float64 [W]: -log p per token of each window; trunk_calls per window; seconds for all."""
+    """nats float64 [W]: -log p per token of each window. trunk_calls: per window. seconds: for all windows."""
 
     nats: Tensor
     trunk_calls: int
@@ -45,7 +45,7 @@ class Likelihood(NamedTuple):
 
 
 def window_likelihoods(network: Network, windows: Tensor, scorer: Scorer, *, seed: int, batch_size: int) -> Likelihood:
-    """`Likelihood` of windows int64 [W, T]; window i has the random order of row i."""
+    """`Likelihood` of windows int64 [W, T]. Window i uses the random order of row i."""
     start, calls, parts, device = time.perf_counter(), network.trunk_calls, [], exact_device(scorer.allowed.device)
     for first in range(0, len(windows), batch_size):
         rows = windows[first:first + batch_size].to(device)
@@ -57,7 +57,7 @@ def window_likelihoods(network: Network, windows: Tensor, scorer: Scorer, *, see
 # The measure --------------------------------------------------------------------------------------------------------
 
 class LikelihoodResult(TypedDict):
-    """bits: per `unit`; seconds: of all windows; window_nats: of each window, per token."""
+    """bits: per `unit`. seconds: for all windows. window_nats: of each window, per token."""
 
     nats: float
     standard_error: float
@@ -69,8 +69,8 @@ class LikelihoodResult(TypedDict):
 
 
 def likelihood_cells(evaluation: Evaluation) -> list[Cell]:
-    """One cell for every policy, number of trunk calls and head that the options name; of a block model for every block
-    length too, and the trunk calls are those of a block."""
+    """One cell for each policy, number of trunk calls and head that the options name. For a block model also one for
+    each block length; its trunk calls are per block."""
     config, T = evaluation.config, evaluation.model.config.block_size
     if evaluation.checkpoint.kind not in (CheckpointKind.UNMASKING, CheckpointKind.BLOCK):
         raise UserError(f'the exact likelihood of reveal policies needs a diffusion checkpoint, but this one is '
@@ -99,7 +99,7 @@ def likelihood_cells(evaluation: Evaluation) -> list[Cell]:
 
 
 def _result(evaluation: Evaluation, windows: Tensor, scorer: Scorer) -> Result:
-    """One cell: the mean over windows with its standard error, and what it took."""
+    """The result of one cell: the mean over windows with its standard error, and the cost."""
     runtime, config = evaluation.runtime, evaluation.config
     network = Network(evaluation.model, TimingAccumulator(),
                       None if runtime.dtype is torch.float32 else runtime.dtype)
@@ -112,7 +112,7 @@ def _result(evaluation: Evaluation, windows: Tensor, scorer: Scorer) -> Result:
 
 
 def head_share(evaluation: Evaluation) -> float:
-    """The head's multiply-adds per token over the trunk's, neighbours read from a table; 0 without a head."""
+    """The head's multiply-adds per token divided by the trunk's; 0 without a head. Neighbours come from a table."""
     model = evaluation.model
     return model.sampler_operations_per_token() / model.operations_per_token() if evaluation.sampler_head else 0.0
 
@@ -123,13 +123,13 @@ def split_names(text: str) -> list[str]:
 
 
 def asked_calls(trunk_calls: Sequence[float] | None, length: int) -> list[float]:
-    """The asked numbers of trunk calls, each once; by default the powers of two up to `length`, and it."""
+    """The given numbers of trunk calls, each once. Default: the powers of two up to `length`, and `length` itself."""
     powers = [2 ** power for power in range(length.bit_length())]
     return list(dict.fromkeys(trunk_calls if trunk_calls is not None else [*powers, length]))
 
 
 def policy_problems(policies: Sequence[str]) -> list[str]:
-    """Policies that are unknown, or under which a text has no exact likelihood."""
+    """Messages about policies that are unknown, or under which a text has no exact likelihood."""
     problems = [] if policies else [f'policies is empty; name some of {", ".join(SCORING)}']
     for name in policies:
         if name not in POLICIES:
@@ -144,7 +144,7 @@ def policy_problems(policies: Sequence[str]) -> list[str]:
 
 
 def call_problems(calls: Sequence[float], length: int) -> list[str]:
-    """Numbers of trunk calls that are none."""
+    """Messages about impossible numbers of trunk calls."""
     problems = [] if calls else ['trunk_calls is empty; give numbers such as [1,2,4,8]']
     return problems + [f'trunk_calls holds {number:g}, but must hold whole numbers from 1 to the window length '
                        f'({length}): each call reveals at least one token' for number in calls
@@ -152,7 +152,7 @@ def call_problems(calls: Sequence[float], length: int) -> list[str]:
 
 
 def head_problems(heads: Sequence[str], sampler_head: bool) -> list[str]:
-    """Ways to fill that are unknown or that the checkpoint lacks."""
+    """Messages about heads that are unknown or that the checkpoint lacks."""
     problems = [f'heads holds {name!r}, but must be of {", ".join(HEADS)}' for name in heads if name not in HEADS]
     if not heads:
         problems.append(f'heads is empty; name some of {", ".join(HEADS)}')
@@ -173,12 +173,12 @@ def arranged(rows: Sequence[Result]) -> list[Result]:
 
 
 def _way(row: Result) -> str:
-    """The policy of a row, and the blocks that it was followed in."""
+    """The policy of a row, and its block length if it has one."""
     return f'{row["policy"]}, blocks of {row["block_length"]}' if 'block_length' in row else row['policy']
 
 
 def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
-    """Say what the head costs, and draw the picture."""
+    """Report what the head costs, and draw the picture."""
     if evaluation.sampler_head:
         evaluation.say(f"the sampler head takes {head_share(evaluation):.1%} of the trunk's multiply-adds per token "
                        f'(neighbours come from a table)')
@@ -189,7 +189,7 @@ def finish(evaluation: Evaluation, rows: Sequence[Result]) -> None:
 
 
 def draw(rows: Sequence[Result], x_label: str, y_label: str, picture: Path, say: Callable[[str], object]) -> None:
-    """Nats per token against trunk calls, one panel a policy, one line a head."""
+    """Nats per token against trunk calls: one panel for each policy, one line for each head."""
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in rows:
         name = {'none': 'without sampler head', 'wave': 'head, wave order',

@@ -17,7 +17,7 @@ Lines = Mapping[str, Sequence[tuple[float, float, float]]]  # name: (x, y, stand
 
 def plot_likelihood(panels: Mapping[str, Lines], picture: Path, x_label: str, y_label: str,
                     say: Callable[[str], object]) -> None:
-    """Lines with error bars, one panel for each title and all of one scale, x in powers of two."""
+    """Lines with error bars, one panel for each title. All panels have the same scale; x is in powers of two."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     save_picture(picture, (max(5, 3.4 * columns), 3.4 * rows),

@@ -1,8 +1,7 @@
 """What evaluate.py's measures share: the checkpoint under measurement, the cells of a measure, and the result cache.
 
-A measure is a list of cells. A cell is a setting and a function that computes its result; the run in
-core/evaluation/run.py computes only those that the cache lacks. A new measure is one `Measure` and one row of MEASURES
-there.
+A measure is a list of cells. A cell is a setting and a function that computes its result. core/evaluation/run.py
+computes only the results that the cache lacks. A new measure is one `Measure` and one row of MEASURES in that file.
 """
 
 import hashlib
@@ -35,10 +34,10 @@ Result = dict[str, Any]  # built-in types only, finite numbers only
 class Evaluation:
     """A checkpoint ready to be measured.
 
-    config: evaluate.py's flat dataclass of options; explicit: the options that were given; checkpoint: without a model
-    of its own meaning here, for kind, config and iteration; checkpoint_hash: SHA-256 of its file; model: in evaluation
-    mode on runtime's device, averaged weights; sampler_head: whether it has one whose training had begun; allowed bool
-    [V]: the base vocabulary; out_dir: where pictures go.
+    explicit: the options that were given. checkpoint: read for its kind, options and iteration, not for its weights.
+    checkpoint_hash: SHA-256 of its file. model: in evaluation mode on runtime's device, with averaged weights.
+    sampler_head: whether the model has one whose training had begun. allowed bool [V]: the base vocabulary. out_dir:
+    folder for pictures.
     """
 
     config: EvaluateConfig
@@ -55,14 +54,14 @@ class Evaluation:
     say: Callable[[str], None]
 
     def settings(self, **values: Any) -> Result:
-        """`values` with what every result depends on apart from the checkpoint: corpus, split and precision."""
+        """`values` and what else every result depends on, apart from the checkpoint: corpus, split and precision."""
         return {'dataset': self.corpus.name, 'data_hash': self.corpus.data_hash, 'split': self.config.split,
                 'dtype': self.config.dtype, **values}
 
 
 class Cell(NamedTuple):
-    """settings: everything that the result depends on apart from the checkpoint, in built-in types; kind: the TypedDict
-    that a result fits; compute: makes it; cost: its share of the work, for the progress bar, in any unit."""
+    """settings: everything that the result depends on apart from the checkpoint, in built-in types. kind: the TypedDict
+    of the result. compute: makes the result. cost: its share of the work, in any unit, for the progress bar."""
 
     settings: Result
     kind: type
@@ -71,9 +70,9 @@ class Cell(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """cells: what there is to compute; UserError where the measure does not suit the checkpoint. columns: the names
-    among settings and results that the printed table shows. summary: one line for --help. finish: pictures and reports
-    from all rows (settings and result in one dict each). arrange: the table's rows from these, where they differ."""
+    """cells: what to compute; raises UserError if the measure does not suit the checkpoint. columns: the settings and
+    results that the printed table shows. summary: one line for --help. finish: makes pictures and reports from all rows
+    (a row is a cell's settings and result in one dict). arrange: makes the table's rows from these, if they differ."""
 
     cells: Callable[[Evaluation], Sequence[Cell]]
     columns: tuple[str, ...]
@@ -83,7 +82,7 @@ class Measure(NamedTuple):
 
 
 class StoredResult(TypedDict):
-    """What the cache holds of a cell; result: of the cell's kind, and 'elapsed', the seconds that it took."""
+    """What the cache holds of a cell. result: of the cell's kind, with 'elapsed' added, the seconds that it took."""
 
     checkpoint: str
     measure: str
@@ -92,7 +91,7 @@ class StoredResult(TypedDict):
 
 
 class StoredResults(TypedDict):
-    """The contents of evaluation.json; format 2, without a checksum, is still read."""
+    """The contents of evaluation.json. Format 2 has no checksum and can still be read."""
 
     sha256: NotRequired[str]
     format: Literal[2, 3]
@@ -100,9 +99,9 @@ class StoredResults(TypedDict):
 
 
 class ResultCache:
-    """Results on disk by checkpoint hash, measure and settings; every new one is written at once, atomically.
+    """Results on disk by checkpoint hash, measure and settings. Each new result is written at once, atomically.
 
-    Several processes may add results to one file. say: gets a line where the file system has no locks for them.
+    Several processes may add results to one file. say: prints a line if the file system has no locks.
     """
 
     def __init__(self, path: Path, say: Callable[[str], object]) -> None:
@@ -110,7 +109,7 @@ class ResultCache:
         self._read()  # so that a damaged file is reported before hours of work
 
     def find(self, checkpoint_hash: str, measure: str, cell: Cell) -> Result | None:
-        """The result of a cell, None where there is none; UserError where what is stored is none of its kind."""
+        """The result of a cell; None if it is not stored. UserError if the stored result is not of the cell's kind."""
         entry = self._read().get(_key(checkpoint_hash, measure, cell.settings))
         if entry is None:
             return None
@@ -122,7 +121,7 @@ class ResultCache:
             raise self._damaged(error) from None
 
     def store(self, checkpoint_hash: str, measure: str, cell: Cell, result: Result) -> None:
-        """Add a result to what the file holds by now, another process's results included."""
+        """Add a result to the file, and keep the results that other processes have added meanwhile."""
         with self._lock.held():
             entries = self._read()
             entries[_key(checkpoint_hash, measure, cell.settings)] = {

@@ -1,5 +1,5 @@
-"""The measure `nelbo`: the bound of a diffusion or block checkpoint, the exact negative log-likelihood of a causal
-one."""
+"""The measure `nelbo`: an upper bound on the negative log-likelihood of a diffusion or block checkpoint. For a causal
+checkpoint it is exact."""
 
 from functools import partial
 from typing import TypedDict
@@ -23,7 +23,7 @@ class NelboResult(TypedDict):
 
 
 def nelbo_cells(evaluation: Evaluation) -> list[Cell]:
-    """One cell; of a block checkpoint one for each of its block lengths."""
+    """One cell; for a block checkpoint, one for each of its block lengths."""
     config = evaluation.config
     windows, lengths = config.windows or WINDOWS, evaluation.model.config.block_length
 

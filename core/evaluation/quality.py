@@ -1,7 +1,7 @@
 """The measures of evaluate.py that look at samples: quality, policies and curves.
 
-Their cells write texts (core/evaluation/written_samples.py) and measure them (core/evaluation/text_metrics.py); what
-they say of all cells is core/evaluation/quality_tables.py. A result has each metric as `name`, and its 95 %
+Their cells write texts (core/evaluation/written_samples.py) and measure them (core/evaluation/text_metrics.py).
+core/evaluation/quality_tables.py reports all cells together. A result holds each metric as `name`, and its 95 %
 interval as `name_interval`.
 """
 
@@ -34,7 +34,7 @@ REFERENCE_CURE = 'python train.py config/train_char_reference.py'
 CAUSAL_CURE = 'python train.py config/train_char_ar.py'
 REMASKING_CURE = CheckpointKind.REMASKING.command
 GREEDY_POLICY, GREEDY_CALLS = 'llada', 64
-MOST_EXPENSIVE = 64.0  # cost of a cell whose trunk calls nobody knows before
+MOST_EXPENSIVE = 64.0  # cost of a cell whose trunk calls are not known in advance
 
 
 Metrics = TypedDict('Metrics', {
@@ -43,13 +43,13 @@ Metrics = TypedDict('Metrics', {
 
 
 class TextResult(Metrics):
-    """Metrics of texts; there are no reference bits without a reference model. sample: the first text."""
+    """Metrics of texts. Reference bits need a reference model. sample: the first text."""
 
     sample: NotRequired[str]
 
 
 class WrittenResult(TextResult):
-    """Of texts that were written: calls of a batch, seconds of all texts."""
+    """Metrics and cost of generated texts. Calls are per batch, seconds for all texts."""
 
     trunk_calls: Annotated[float, Range(0.0)]
     network_calls: Annotated[float, Range(0.0)]
@@ -58,13 +58,13 @@ class WrittenResult(TextResult):
 
 
 class SettingResult(WrittenResult):
-    """options: of the policy, those that set its trunk calls."""
+    """options: the policy's options that set its trunk calls."""
 
     options: dict[str, float]
 
 
 class Study:
-    """What the cells of one run share, each part made when it is first needed."""
+    """What the cells of one run share. Each part is made when it is first needed."""
 
     def __init__(self, evaluation: Evaluation) -> None:
         config, checkpoint = evaluation.config, evaluation.checkpoint
@@ -85,7 +85,7 @@ class Study:
         self.budgets = {None: Budget(self.writer)} | {name: self._guided(name) for name in self.guidance}
 
     def _guidance(self, critic: bool) -> list[str]:
-        """--guidance: the names in it; where it was not given the one that sample.py takes."""
+        """The names in --guidance. Default: the guide that sample.py takes."""
         config = self.config
         names = [] if config.guidance is None else list(dict.fromkeys(config.guidance.split(',')))
         problems = [f'guidance names {name!r}, but must be some of {",".join(GUIDES)}' for name in names
@@ -112,7 +112,7 @@ class Study:
         return Budget(writer, guidance=name)
 
     def _optional(self, name: str, without: str, cure: str) -> Path | None:
-        """The path that an option names; None where it is a default that is not there."""
+        """The path that an option names. If it does not exist: None for the default, UserError for a given path."""
         path = Path(getattr(self.config, name))
         if path.exists():
             return path
@@ -136,7 +136,7 @@ class Study:
 
     @cached_property
     def reference_text(self) -> CopyIndex | None:
-        """What the reference model was trained on, as far as this corpus has it."""
+        """The reference model's training text; None if there is no such model, or the corpus does not hold the text."""
         corpus = self.evaluation.corpus
         if self.reference_path is None or 'ref' not in corpus.sizes:
             return None
@@ -151,7 +151,7 @@ class Study:
             reference=None if self.reference_path is None else checkpoint_hash(self.reference_path))
 
     def cell(self, name: str, wanted: int | None, temperature: float, guidance: str | None) -> Cell:
-        """A policy at a number of trunk calls, with the guidance that was asked for, if any was."""
+        """The cell of a policy at a number of trunk calls. guidance: None for a policy that has no guide."""
         def compute() -> Result:
             options, written = self.budgets[guidance].write(name, wanted, temperature)
             return {'options': options, **self.measured(written)}
@@ -168,7 +168,7 @@ class Study:
                 'self_confidence': written.self_confidence, **self.metrics(written.texts), 'sample': written.texts[0]}
 
     def metrics(self, texts: Sequence[str]) -> Result:
-        """Every metric and its interval, None for what is no number (a share of no words)."""
+        """Every metric and its interval. None if it is not a number, such as a share of no words."""
         found: Result = {}
         for name, estimate in measure_texts(texts, self.yardstick, self.config.seed).items():
             found[name] = estimate.value if math.isfinite(estimate.value) else None
@@ -210,7 +210,7 @@ class Study:
 
     @cached_property
     def trunk_calls(self) -> list[int]:
-        """The budgets: --trunk_calls, or `TRUNK_CALLS` as far as a text has so many tokens."""
+        """The budgets: --trunk_calls, or those of `TRUNK_CALLS` that do not exceed the tokens of a text."""
         length = self.writer.length
         asked = self.config.trunk_calls
         if asked is None:
@@ -222,7 +222,7 @@ class Study:
         return [int(calls) for calls in asked]
 
     def policies(self, usual: Sequence[str]) -> list[str]:
-        """--policies, or `usual` as far as the checkpoint can do them."""
+        """--policies, or those of `usual` that work with the checkpoint."""
         if self.config.policies is None:
             return [name for name in usual if self.writer.critic or not POLICIES[name].needs_critic]
         asked = self.config.policies.split(',')
@@ -244,7 +244,7 @@ class Study:
 
 
 def _option_problems(evaluation: Evaluation) -> list[str]:
-    """What is wrong with the options that samples have."""
+    """Messages about the options that concern samples."""
     config, problems = evaluation.config, []
     if config.num_samples < FEWEST_TEXTS:
         problems.append(f'num_samples is {config.num_samples}, but an interval needs at least {FEWEST_TEXTS}')

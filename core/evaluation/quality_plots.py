@@ -14,11 +14,11 @@ PANELS = (('reference_bits', 'reference bits per character'), ('entropy_3', 'tri
           ('copied_span', 'longest copied span, characters'), ('repetition', 'share of repeated 4-grams'))
 AXES = (('trunk_calls', 'trunk calls'), ('network_calls', 'network calls'), ('seconds', 'seconds'))
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, '#8C6D00', INK)
-MARKERS = 'osD^vPX*h<'  # with the colours, since eight colours alone are hard to tell apart
+MARKERS = 'osD^vPX*h<'  # used with the colours: eight colours alone are hard to tell apart
 
 
 class Curve(NamedTuple):
-    """A policy's points: costs by name, and the reference bits at each; all of one length, perhaps empty."""
+    """A policy's points. costs: by name. bits: reference bits. All lists have one length, which may be 0."""
 
     name: str
     costs: dict[str, list[float]]
@@ -27,7 +27,7 @@ class Curve(NamedTuple):
 
 def plot_quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], picture: Path,
                  say: Callable[[str], object]) -> None:
-    """A row of dots with their intervals per metric, one line per text."""
+    """One panel for each metric; in it a dot with its interval for each row."""
     panels = [(metric, title) for metric, title in PANELS if any(row.get(metric) is not None for row in rows)]
     save_picture(picture, (2.6 * len(panels) + 1.8, 0.34 * len(rows) + 1.2),
                  lambda figure: _draw_quality(figure, rows, names, panels), say)
@@ -51,7 +51,7 @@ def _draw_quality(figure: 'Figure', rows: Sequence[Mapping[str, Any]], names: Se
 
 def plot_curves(families: Mapping[str, Sequence[Curve]], controls: Mapping[str, float], picture: Path,
                 say: Callable[[str], object]) -> None:
-    """Reference bits at equal entropy against each cost: a line of panels per family, the others' curves in grey."""
+    """Reference bits at equal entropy against each cost. Each family has a row of panels; other families are grey."""
     shown = {family: found for family, curves in families.items() if (found := [one for one in curves if one.bits])}
     shown = shown or {'no curves': []}
     save_picture(picture, (12, 3.1 * len(shown)), lambda figure: _draw_curves(figure, shown, controls), say)

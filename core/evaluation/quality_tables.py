@@ -1,8 +1,7 @@
-"""What the samples' measures say: tables in Markdown, pictures, and the small records that docs keep.
+"""Reports of the measures of samples: Markdown tables, pictures, and the small records that docs keep.
 
-`rows` are settings and result of a cell in one dict, as core/evaluation/quality.py makes them; a control has a name
-under 'control', every other row one under 'policy'. All figures are read from rows, so a kept record makes the same
-page.
+A row is a cell's settings and result in one dict, as core/evaluation/quality.py makes it. A control has its name under
+'control'; every other row has a name under 'policy'. All figures come from rows, so a kept record gives the same page.
 """
 
 import json
@@ -37,7 +36,7 @@ Row = Mapping[str, Any]
 # Words --------------------------------------------------------------------------------------------------------------
 
 def name_of(row: Row) -> str:
-    """What a row is called in a table: a control's name, or the policy with the option that set its calls."""
+    """The name of a row in a table: a control's name, or the policy with the option that set its calls."""
     if 'control' in row:
         return row['control']
     return policy_of(row) + ''.join(f', {option} {value:.3g}' for option, value in row['options'].items()
@@ -45,19 +44,19 @@ def name_of(row: Row) -> str:
 
 
 def policy_of(row: Row) -> str:
-    """The policy of a row, and who guides it where that was asked for."""
+    """The policy of a row, and its guide if the row names one."""
     return row['policy'] + (f' ({row["guidance"]})' if 'guidance' in row else '')
 
 
 def shown(value: float | None, digits: int = 3) -> str:
-    """A figure, or a dash where there is none; whole numbers without decimals."""
+    """A figure, or a dash for None. Whole numbers have no decimals."""
     if value is None:
         return '-'
     return f'{value:.0f}' if value == int(value) and abs(value) >= 1 else f'{value:.{digits}f}'
 
 
 def one_line(text: str, most: int = SAMPLE) -> str:
-    """The start of a text as a table cell: code, a new line as a pilcrow."""
+    """The start of a text as a table cell, in backticks. A new line becomes a pilcrow."""
     plain = text[:most].replace('\n', '\u00b6').replace('|', '\\|').replace('`', "'")
     return f'`{plain}`'
 
@@ -69,7 +68,7 @@ def with_interval(row: Row, name: str) -> str:
 
 
 def setting_line(rows: Sequence[Row], command: str) -> list[str]:
-    """The command that made the rows and what they have in common."""
+    """The command that made the rows, and their common settings."""
     row = rows[0]
     head = 'through the sampler head' if row['sampler_head'] else 'without the sampler head'
     return [f'    {command}', '',
@@ -94,7 +93,7 @@ def policies_text(record: Row) -> str:
 
 
 def _policies_table(rows: Sequence[Row], costs: bool) -> list[str]:
-    """The rows of one budget; controls cost nothing that compares."""
+    """The table of one budget. Controls have no cost to compare."""
     bits = any(row.get('reference_bits') is not None for row in rows)
     head = ['policy' if costs else 'control', *(['trunk calls', 'network calls', 'seconds'] if costs else []),
             'self-confidence', *(['reference bits'] if bits else []), 'trigram entropy', 'corpus words', 'copied',
@@ -114,7 +113,7 @@ def _percent(value: float | None) -> str:
 
 
 def report_policies(evaluation: Evaluation, rows: Sequence[Result]) -> None:
-    """With --report: write the tables into the page, and the record into the page's folder."""
+    """With --report: write the tables into the page, and the record into its folder."""
     _publish(evaluation, 'policies', _record(evaluation, 'policies', rows), policies_text)
 
 
@@ -142,8 +141,8 @@ def draw_quality(evaluation: Evaluation, rows: Sequence[Result]) -> None:
 # Curves -------------------------------------------------------------------------------------------------------------
 
 class Equal(NamedTuple):
-    """A policy at one budget, every figure interpolated to the entropy of real text; figures None where the
-    temperatures do not reach it, and lowest and highest say how far they reach. name: the policy and its guidance."""
+    """A policy at one budget, with every figure interpolated to the entropy of real text. name: the policy and its
+    guide. lowest, highest: the range of entropy that the temperatures reach; outside it figures are None."""
 
     policy: str
     name: str
@@ -154,7 +153,7 @@ class Equal(NamedTuple):
 
 
 def at_equal_entropy(rows: Sequence[Row]) -> list[Equal]:
-    """Each policy and budget at the trigram entropy of real text of the same size, temperature being the dial."""
+    """Each policy and budget, interpolated over temperature to the trigram entropy of real text of the same size."""
     target = next(row['entropy_3'] for row in rows if row.get('control') == REAL)
     groups: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
@@ -206,7 +205,7 @@ def tell_curves(evaluation: Evaluation, rows: Sequence[Result]) -> None:
 
 
 def draw_curves(rows: Sequence[Row], picture: Path, say: Callable[[str], object]) -> None:
-    """Reference bits at equal entropy against every cost, a line of panels per family of policies."""
+    """Reference bits at equal entropy against each cost. Each family of policies has a row of panels."""
     curves: dict[tuple[str, str], list[dict[str, float | None]]] = {}
     for equal in at_equal_entropy(rows):
         if equal.figures['reference_bits'] is not None:
@@ -224,13 +223,13 @@ def draw_curves(rows: Sequence[Row], picture: Path, say: Callable[[str], object]
 # Files --------------------------------------------------------------------------------------------------------------
 
 def command_of(config: EvaluateConfig, explicit: Iterable[str], measure: str) -> str:
-    """The command line that computes this measure again, from evaluate.py's options and the names of those given."""
+    """The command line that computes this measure again. explicit: the names of the options that were given."""
     given = [f'--{name}={_argument(getattr(config, name))}' for name in explicit if name != 'measure']
     return ' '.join(['python evaluate.py', f'--measure={measure}', *given])
 
 
 def _argument(value: object) -> str:
-    """A value as the shell takes it."""
+    """A value in the form that a shell reads."""
     if isinstance(value, list):
         return f'"[{",".join(f"{one:g}" for one in value)}]"'
     return shlex.quote(str(value))
@@ -245,7 +244,7 @@ def _record(evaluation: Evaluation, measure: str, rows: Sequence[Row]) -> Result
 
 
 def rounded(value: object) -> object:
-    """Floats to six decimals: a record is read by people too."""
+    """Round floats to six decimals, since people read records too."""
     if isinstance(value, dict):
         return {name: rounded(one) for name, one in value.items()}
     if isinstance(value, list):
@@ -254,18 +253,18 @@ def rounded(value: object) -> object:
 
 
 def markers(measure: str) -> tuple[str, str]:
-    """The lines between which a page holds what evaluate.py writes of a measure."""
+    """The two lines of a page between which evaluate.py writes a measure."""
     return f'<!-- evaluate.py writes {measure} from here -->', f'<!-- evaluate.py writes {measure} to here -->'
 
 
 def check_page(evaluation: Evaluation, measure: str) -> None:
-    """UserError before any work where --report names a page that has no place for this measure."""
+    """Check --report before any work: UserError if its page has no place for this measure."""
     if evaluation.config.report is not None:
         split_at_markers(Path(evaluation.config.report), *markers(measure), PAGE)
 
 
 def _publish(evaluation: Evaluation, measure: str, record: Result, text: Callable[[Row], str]) -> None:
-    """The record to <measure>.json in the folder of --report's page, its text between the page's markers."""
+    """Write the record to <measure>.json in the folder of --report's page, and its text between the page's markers."""
     if evaluation.config.report is None:
         return
     page = Path(evaluation.config.report)

@@ -1,5 +1,4 @@
-"""What evaluate.py does: check the options, load checkpoint and corpus, compute what the cache lacks, tell it.
-"""
+"""What evaluate.py does: check the options, load checkpoint and corpus, compute what the cache lacks, report it."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +63,7 @@ def run_evaluation(config: EvaluateConfig, explicit: Mapping[str, str],
     evaluation = load_evaluation(config, explicit, say)
     _require_place(evaluation.out_dir / CACHE_NAME, config)
     cache, found = ResultCache(evaluation.out_dir / CACHE_NAME, say), {}
-    torch.set_flush_denormal(evaluation.runtime.device.type == 'cpu')  # numbers near zero cost a hundred times as much
+    torch.set_flush_denormal(evaluation.runtime.device.type == 'cpu')  # denormal numbers are a hundred times slower
     try:
         for name in MEASURES if config.measure == 'all' else (config.measure,):
             measure = MEASURES[name]
@@ -88,7 +87,7 @@ def run_evaluation(config: EvaluateConfig, explicit: Mapping[str, str],
 
 
 def _require_place(results: Path, config: EvaluateConfig) -> None:
-    """UserError before the work where its results could not be kept."""
+    """Check before the work: UserError if its results could not be written."""
     try:
         NewFile(results).discard()
     except OSError as error:
@@ -98,8 +97,7 @@ def _require_place(results: Path, config: EvaluateConfig) -> None:
 
 
 def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Callable[[str], None]) -> list[Result]:
-    """The rows of one measure of one checkpoint, from its cache as far as they are known; nothing is printed of
-    them."""
+    """The rows of one measure of one checkpoint. Known results come from its cache. The rows are not printed."""
     say(f'{config.measure} of {config.out_dir}/{config.checkpoint_name}')
     evaluation = load_evaluation(config, explicit, say)
     cache = ResultCache(evaluation.out_dir / CACHE_NAME, say)
@@ -111,7 +109,7 @@ def measured_rows(config: EvaluateConfig, explicit: Mapping[str, str], say: Call
 
 
 def option_problems(config: EvaluateConfig, explicit: Mapping[str, str]) -> list[str]:
-    """What is wrong with the options before any file is read."""
+    """Messages about wrong options; no file is read."""
     problems = bound_problems(config)
     problems += unknown_choice('measure', config.measure, (*MEASURES, ARENA, 'all'))
     if config.windows is not None and config.windows < 2:
@@ -136,8 +134,8 @@ def option_problems(config: EvaluateConfig, explicit: Mapping[str, str]) -> list
 
 
 def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Callable[[str], None]) -> Evaluation:
-    """The checkpoint and its corpus, or the pretrained model and its text, as the options name them; UserError where
-    they do not fit each other."""
+    """Load the checkpoint and its corpus, or the pretrained model and its text. UserError if they do not fit each
+    other."""
     device = torch.device(resolve_device(config.device))
     use_precision(device, config.dtype)
     if config.model is not None:
@@ -172,7 +170,7 @@ def load_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], say: Ca
 
 def load_pretrained_evaluation(config: EvaluateConfig, explicit: Mapping[str, str], device: torch.device,
                                say: Callable[[str], None]) -> Evaluation:
-    """A pretrained model and a text file. The text is measured in as many windows as are asked for, spread over it."""
+    """Load a pretrained model and a text file. The measured windows are spread over the text."""
     runtime = Runtime(device, DTYPES[config.dtype], False)
     base = load_with_head(Source.of(config), config.sampler_head, device, runtime.dtype)
     model, vocabulary = base.model, base.vocabulary
@@ -198,10 +196,10 @@ def load_pretrained_evaluation(config: EvaluateConfig, explicit: Mapping[str, st
 
 
 def compute_cells(evaluation: Evaluation, cache: ResultCache, name: str, cells: Sequence[Cell]) -> list[Result]:
-    """Settings and result of each cell in one dict, from the cache or computed now and kept there.
+    """Settings and result of each cell in one dict. Results that the cache lacks are computed and stored there.
 
-    `elapsed` is added to a result: the seconds that it took. A progress bar on a terminal, a line per new cell
-    otherwise.
+    `elapsed` is added to a result: the seconds that it took. A terminal shows a progress bar; elsewhere there is a line
+    for each new result. UserError if a result is not a finite number.
     """
     waiting = [cell for cell in cells if cache.find(evaluation.checkpoint_hash, name, cell) is None]
     if len(waiting) < len(cells):

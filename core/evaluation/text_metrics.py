@@ -1,20 +1,20 @@
-"""How good generated text is: pure metrics of texts, each with an interval over the texts.
+"""How good generated text is: metrics of texts alone, each with an interval over the texts.
 
-No single figure says it. A text that repeats what is common has few bits under a reference model; noise has a high
-entropy. So both are reported together, with repetition, with what was copied from the training text, and with controls
+No single figure is enough. A text that repeats common phrases has few bits under a reference model. Noise has a high
+entropy. So both are reported together, with repetition, copies from the training text, and controls
 (core/evaluation/written_samples.py).
 
     reference_bits           bits per character under a causal model that shares no data with the generator
     entropy_1 .. entropy_5   entropy in nats of the texts' n-grams of 1 to 5 characters (plug-in estimate)
     divergence_1 .. _5       Jensen-Shannon divergence in nats (0 to ln 2) of these n-grams from held-out text
-    distinct_1 .. _5         different n-grams over all n-grams
-    known_words              share of words that the training text has
-    copied_span              longest span in characters that the training text contains, mean over the texts
-    repetition               share of a text's 4-grams that it already had further to the left
+    distinct_1 .. _5         number of different n-grams, divided by the number of all n-grams
+    known_words              share of words that occur in the training text
+    copied_span              length in characters of the longest span from the training text, mean over the texts
+    repetition               share of 4-grams that occur earlier in the same text
 
-Plug-in entropy and distinct n-grams depend on how much text there is (a small sample cannot show rare n-grams), and
-divergence is above 0 even for real text. So figures compare only between samples of equal number and length, and with
-real text of the same size.
+Plug-in entropy and distinct n-grams depend on the amount of text: a small sample cannot show rare n-grams. Divergence
+is above 0 even for real text. So compare figures only between samples of equal number and length, and with real text of
+the same size.
 
 Letters: N texts, P n-grams of all texts, K kinds of n-gram, R half-samples.
 """
@@ -44,7 +44,7 @@ SIZES = (1, 2, 3, 4, 5)  # characters of the n-grams
 REPEATED = 4  # characters of the n-grams whose repetition is counted
 FEWEST_TEXTS = 8  # an interval over fewer says nothing
 REPLICATES = 400
-_INDEXED = 2**25  # training tokens that words and copies are looked up in; longer corpora are read so far
+_INDEXED = 2**25  # words and copies are looked up in at most so many training tokens
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 _ROWS = 64  # texts that the reference model reads at once
 
@@ -63,12 +63,12 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # how often each text counts, in
 
 
 def bootstrap(statistic: Statistic, texts: int, seed: int, replicates: int = REPLICATES) -> Estimate:
-    """The figure of all N `texts`, and its interval from `replicates` half-samples; UserError for fewer than 8 texts.
+    """The figure of all N `texts`, and its interval from `replicates` half-samples. UserError for fewer than 8 texts.
 
-    A resample with replacement holds texts twice, and how many varies; entropies and distinct n-grams then vary several
-    times as much as they do from sample to sample. So r = N // 2 texts are taken without replacement, and deviations
-    from the replicates' mean, times sqrt(r / (N - r)), are laid around the figure (delete-d jackknife, Shao and Wu
-    1989, eq. 2.2; the quantiles in place of a normal distribution).
+    A resample with replacement holds some texts twice, and their number varies. Entropies and distinct n-grams then
+    vary several times as much as from sample to sample. So each half-sample takes r = N // 2 texts without replacement.
+    The interval is the figure plus deviations from the half-samples' mean, times sqrt(r / (N - r)) (delete-d jackknife,
+    Shao and Wu 1989, eq. 2.2, with quantiles instead of a normal distribution).
     """
     if texts < FEWEST_TEXTS:
         raise UserError(f'{texts} texts are too few for an interval: give at least {FEWEST_TEXTS} (num_samples)')
@@ -83,7 +83,7 @@ def bootstrap(statistic: Statistic, texts: int, seed: int, replicates: int = REP
 
 
 def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray) -> Statistic:
-    """Sum of `numerators` [N] over sum of `denominators` [N]; not a number where the latter is 0."""
+    """Sum of `numerators` [N] divided by sum of `denominators` [N]; NaN if the latter is 0."""
     def statistic(weights: np.ndarray) -> np.ndarray:
         below = (weights @ denominators).astype(np.float64)
         return np.divide(weights @ numerators, below, out=np.full(len(weights), np.nan), where=below > 0)
@@ -94,8 +94,8 @@ def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray) -> Statistic
 # n-grams ------------------------------------------------------------------------------------------------------------
 
 class Grams(NamedTuple):
-    """kind int64 [P] in 0 .. K - 1 and text int64 [P] of every n-gram that lies within one text; first int64 [K]: a
-    place of each kind among the characters of all texts joined."""
+    """All n-grams that lie within one text. kind int64 [P]: in 0 .. K - 1. text int64 [P]: the index of its text.
+    first int64 [K]: a place of each kind in the characters of all texts joined."""
 
     kind: np.ndarray
     text: np.ndarray
@@ -107,7 +107,7 @@ class Grams(NamedTuple):
 
 
 class Texts:
-    """Texts and what several metrics read of them."""
+    """Texts, and what several metrics need of them."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = list(texts)
@@ -148,12 +148,12 @@ class GramTable:
             letter = _find(self._letters, codes[first + length - 1])
             key = np.where((name >= 0) & (letter >= 0), name * len(self._letters) + letter, -1)
             name = _find(self._keys[length], key)
-        counts = np.append(self._counts[size], 0)  # place -1 is what the text does not have
+        counts = np.append(self._counts[size], 0)  # place -1: n-grams that the text does not have
         return counts[name] / max(1, counts.sum())
 
 
 def _find(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """int64: the place of each wanted value in a sorted table, -1 where it is not there."""
+    """int64: the place of each wanted value in a sorted table; -1 if the table lacks it."""
     if not len(table):
         return np.full(len(wanted), -1)
     place = np.minimum(np.searchsorted(table, wanted), len(table) - 1)
@@ -161,7 +161,7 @@ def _find(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _per_resample(figure: Callable[[np.ndarray], float]) -> Statistic:
-    """A statistic from a figure of one vector of weights [N]."""
+    """The statistic that computes `figure` for each vector of weights [N]."""
     return lambda weights: np.array([figure(row) for row in weights])
 
 
@@ -194,14 +194,14 @@ def divergence(texts: Texts, size: int, held_out: GramTable) -> Statistic:
 
 
 def distinct(texts: Texts, size: int) -> Statistic:
-    """Different n-grams over all n-grams (distinct-n, Li et al. 2016)."""
+    """Number of different n-grams, divided by the number of all n-grams (distinct-n, Li et al. 2016)."""
     grams = texts.grams[size]
     return _per_resample(lambda weights: float((counts := grams.counts(weights)).astype(bool).sum()
                                                / max(1, counts.sum())))
 
 
 def repetition(texts: Texts) -> Statistic:
-    """Share of n-grams (n = 4) that their own text already had further to the left."""
+    """Share of 4-grams that occur earlier in the same text."""
     grams = texts.grams[REPEATED]
     own = np.unique(grams.text * max(1, len(grams.first)) + grams.kind) // max(1, len(grams.first))
     total = np.bincount(grams.text, minlength=len(texts.texts))
@@ -211,7 +211,7 @@ def repetition(texts: Texts) -> Statistic:
 # Words and copies ---------------------------------------------------------------------------------------------------
 
 def words_of(text: str) -> list[str]:
-    """Words in small letters; letters with apostrophes inside."""
+    """Words in lower case: letters, with apostrophes inside."""
     return [word.lower() for word in _WORD.findall(text)]
 
 
@@ -228,7 +228,7 @@ def known_words(texts: Texts, vocabulary: frozenset[str]) -> Statistic:
 
 
 def copied_span(texts: Texts, copies: CopyIndex) -> Statistic:
-    """Longest span of each text that the training text contains, in characters; the mean over the texts."""
+    """Length in characters of each text's longest span that occurs in the training text; the mean over the texts."""
     return ratio_of_sums(copies.longest(texts.texts), np.ones(len(texts.texts), dtype=np.int64))
 
 
@@ -236,7 +236,7 @@ def copied_span(texts: Texts, copies: CopyIndex) -> Statistic:
 
 @dataclass(frozen=True)
 class Reference:
-    """A causal model that scores text, whatever wrote it: it encodes the text with its own vocabulary."""
+    """A causal model that scores any text. It encodes the text with its own vocabulary."""
 
     model: GPT
     vocabulary: Vocabulary
@@ -244,12 +244,12 @@ class Reference:
     def nats(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Negative log-likelihood in nats and number of characters scored, float64 and int64 [N].
 
-        Every token but a text's first is scored once, given up to a block of tokens before it (half a block at least,
-        where there are so many). UserError names characters that the vocabulary lacks.
+        Each token except the first of a text is scored once, given the tokens before it: at most a block, and at least
+        half a block if there are so many. UserError if the vocabulary lacks a character.
         """
         ids = [self.vocabulary.encode_array(text) for text in texts]
         nats = np.zeros(len(texts))
-        order = sorted(range(len(texts)), key=lambda index: len(ids[index]))  # texts of like length go together
+        order = sorted(range(len(texts)), key=lambda index: len(ids[index]))  # texts of similar length go together
         device = next(self.model.parameters()).device
         allowed = allowed_ids(self.model.config.vocab_size, self.vocabulary.base_size, device)
         network = Network(self.model, TimingAccumulator(device))
@@ -269,13 +269,13 @@ class Reference:
 
 
 def reference_bits(texts: Texts, reference: Reference) -> Statistic:
-    """Bits per character under the reference model, every character but a text's first token's."""
+    """Bits per character under the reference model. The first token of each text is not scored."""
     nats, characters = reference.nats(texts.texts)
     return ratio_of_sums(nats / math.log(2), characters)
 
 
 def reference_doubts(texts: Sequence[str], reference_text: CopyIndex) -> list[str]:
-    """A warning where the reference model was trained on the texts themselves: it knows them by heart."""
+    """A warning if the reference model was trained on the texts themselves, so that it knows them by heart."""
     lengths = np.array([len(text) for text in texts])
     copied = reference_text.longest(texts) * 2 > lengths
     if not copied.any():
@@ -289,7 +289,7 @@ def reference_doubts(texts: Sequence[str], reference_text: CopyIndex) -> list[st
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What texts are measured against; without a reference model there are no reference bits."""
+    """What texts are compared with. Without a reference model there are no reference bits."""
 
     held_out: GramTable
     words: frozenset[str]
@@ -298,7 +298,7 @@ class Yardstick:
 
 
 def make_yardstick(corpus: Corpus, held_out: str = 'val', reference: Reference | None = None) -> Yardstick:
-    """Held-out n-grams from one split, words and copies from the training text (its first 2^25 tokens at most)."""
+    """N-grams from the split `held_out`, words and copies from the training text; at most 2^25 tokens of each."""
     def text_of(split: str) -> str:
         return corpus.vocabulary.decode(corpus.tokens(split)[:_INDEXED].tolist())
 
@@ -329,7 +329,7 @@ METRICS: dict[str, TextMetric] = {
 
 def measure_texts(texts: Sequence[str], yardstick: Yardstick, seed: int,
                   replicates: int = REPLICATES) -> dict[str, Estimate]:
-    """Every metric of `METRICS` (without a reference model all but its bits) with its interval."""
+    """Every metric of `METRICS` with its interval. UserError if a text has fewer than 5 characters."""
     if not texts or min(map(len, texts)) < max(SIZES):
         raise UserError(f'the shortest of {len(texts)} texts has {min(map(len, texts), default=0)} characters, but '
                         f'metrics need at least {max(SIZES)}: generate longer texts (sequence_length)')

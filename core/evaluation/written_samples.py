@@ -1,9 +1,9 @@
-"""Samples of many settings and their quality: which policy, how many trunk calls, what temperature.
+"""Samples of many settings. A setting is a policy, a number of trunk calls and a temperature.
 
-A setting is written by `write` (the loop of sample.py, core/sampling/generation.py) and measured by
-core/evaluation/text_metrics.py, with controls of the same number and length. Since a lower temperature alone
-improves the bits under a reference model, the settings of one policy and budget are compared at equal trigram entropy:
-temperature is swept and every figure interpolated to the entropy that real text of the same size has.
+`write` makes the texts of a setting with the loop of sample.py (core/sampling/generation.py);
+core/evaluation/text_metrics.py measures them. Controls have the same number and length of texts. A lower temperature
+alone improves the bits under a reference model. So policies and budgets are compared at equal trigram entropy: texts
+are written at several temperatures, and every figure is interpolated to the entropy of real text of the same size.
 
 Letters: B rows of a batch, L tokens of a text.
 """
@@ -42,7 +42,7 @@ from core.validation import fixed_windows
 from model import GPT
 
 TRIALS = 9  # most trials of a dial for one number of trunk calls
-DIALS: dict[str, tuple[str, Callable[[float], float]]] = {  # an adaptive policy's option, by x in [0, 1]: less, faster
+DIALS: dict[str, tuple[str, Callable[[float], float]]] = {  # an adaptive policy's option at x in [0, 1]; 0 is fastest
     'entropy_bounded': ('entropy_bound', lambda x: 10 ** (3 - 6 * x)),
     'fast_dllm_threshold': ('confidence_threshold', lambda x: x ** 3),
     'fast_dllm_factor': ('parallel_factor', lambda x: 10 ** (3 - 6 * x)),
@@ -53,9 +53,9 @@ DIALS: dict[str, tuple[str, Callable[[float], float]]] = {  # an adaptive policy
 
 @dataclass(frozen=True)
 class Writer:
-    """A model and what all its settings have in common. sampler_head and critic: whether they serve; allowed bool [V];
-    samples texts of `length` tokens in batches of at most batch_size; the text with index i depends on seed and i;
-    remasking_model: serves as the critic in place of the model's own head; schedule: the model's."""
+    """A model and what all its settings have in common. sampler_head, critic: whether they are used. allowed bool [V].
+    samples: the number of texts, each of `length` tokens, in batches of at most batch_size. Text i depends on seed and
+    i. remasking_model: is the critic instead of the model's own head. schedule: the model's."""
 
     model: GPT
     vocabulary: Vocabulary
@@ -72,8 +72,9 @@ class Writer:
 
 
 class Written(NamedTuple):
-    """What a setting made. trunk_calls and network_calls per batch, one call serving all its rows: the mean over the
-    batches; seconds of all batches, without scoring; self_confidence in nats per token, mean over the texts."""
+    """The texts of a setting and their cost. trunk_calls, network_calls: per batch, the mean over batches; one call
+    serves all rows of a batch. seconds: for all batches, without scoring. self_confidence: nats per token, the mean
+    over the texts."""
 
     texts: list[str]
     trunk_calls: float
@@ -83,7 +84,7 @@ class Written(NamedTuple):
 
 
 def write(writer: Writer, policy: Policy | None, temperature: float) -> Written:
-    """Texts from nothing, as `policy` says; a causal model's left to right, with no policy."""
+    """Write texts without a prompt, by `policy`. policy None: a causal model writes left to right."""
     model, vocabulary, device = writer.model, writer.vocabulary, writer.runtime.device
     autocast = None if writer.runtime.dtype is torch.float32 else writer.runtime.dtype
     network = Network(model, TimingAccumulator(device), autocast, remasking_model=writer.remasking_model)
@@ -112,17 +113,18 @@ def write(writer: Writer, policy: Policy | None, temperature: float) -> Written:
 # Budgets ------------------------------------------------------------------------------------------------------------
 
 class Budgeted(NamedTuple):
-    """written at `options`, those that came nearest to the wanted trunk calls."""
+    """options: those that came nearest to the wanted trunk calls. written: the texts at these."""
 
     options: dict[str, Any]
     written: Written
 
 
 def nearest_setting(calls: Callable[[float], float], wanted: float, most: float, known: dict[float, float]) -> float:
-    """The x in [0, 1] of those tried whose calls(x) come nearest to `wanted`; calls grow with x, from 1 to `most`.
+    """Of all x in [0, 1] that were tried, the one whose calls(x) is nearest to `wanted`.
 
-    known: calls of earlier trials, to which the new ones are added. By turns the middle of what lies around `wanted` is
-    tried and the place where a line through the logarithms of both ends has it, until one is within a sixteenth.
+    calls grows with x, from 1 to `most`. known: calls of earlier trials; new trials are added to it. The trials narrow
+    an interval around `wanted`. They take in turn the point where a line through the logarithms of both ends reaches
+    `wanted`, and the middle. The search ends within a sixteenth of `wanted`, or after `TRIALS` trials.
     """
     def distance(x: float) -> float:
         return abs(known[x] - wanted)
@@ -141,15 +143,15 @@ def nearest_setting(calls: Callable[[float], float], wanted: float, most: float,
 
 
 class Budget:
-    """Settings of one writer by policy, trunk calls and temperature; trials of a dial serve every budget. options: of
-    every policy, in addition to those of a setting."""
+    """Writes the texts of one writer by policy, trunk calls and temperature. Trials of a dial serve every budget.
+    options: for every policy, in addition to those of a setting."""
 
     def __init__(self, writer: Writer, **options: Any) -> None:
         self.writer, self.options = writer, options
         self._trials: dict[tuple[str, float], dict[float, Written]] = {}
 
     def write(self, name: str, calls: int | None, temperature: float) -> Budgeted:
-        """Write at `calls` trunk calls, if the policy has `iterations` or a dial; None: with the policy's defaults."""
+        """Write at about `calls` trunk calls, if the policy has `iterations` or a dial. None: the policy's defaults."""
         if name not in DIALS or calls is None:
             options = {} if calls is None else {'iterations': calls}
             return Budgeted(options, write(self.writer, self._policy(name, **options), temperature))
@@ -168,7 +170,7 @@ class Budget:
 
 
 def budgets_of(name: str, trunk_calls: Sequence[int]) -> list[int | None]:
-    """The budgets that make a difference to a policy: [None] where nothing says how many calls it makes."""
+    """The budgets that a policy can follow; [None] if no option sets its number of calls."""
     return list(trunk_calls) if 'iterations' in POLICIES[name].options or name in DIALS else [None]
 
 
@@ -187,7 +189,7 @@ def shuffled_characters(texts: Sequence[str], seed: int) -> list[str]:
 
 
 def shuffled_words(texts: Sequence[str], seed: int) -> list[str]:
-    """The words of each text in random order, white space where it was: spelling without grammar."""
+    """The words of each text in random order: spelling without grammar. White space stays in place."""
     generator, found = np.random.default_rng(seed), []
     for text in texts:
         pieces = re.split(r'(\s+)', text)  # words at even places
@@ -197,7 +199,7 @@ def shuffled_words(texts: Sequence[str], seed: int) -> list[str]:
 
 
 def load_causal(path: Path, runtime: Runtime, cure: str) -> tuple[Reference, dict[str, object]]:
-    """A causal checkpoint with its vocabulary, and the options that it was trained with."""
+    """Load a causal checkpoint with its vocabulary, and its training options. UserError for another kind."""
     checkpoint = load_checkpoint(path)
     if checkpoint.kind != CheckpointKind.CAUSAL:
         raise UserError(f'{path} is a checkpoint of kind {checkpoint.kind!r}, but a causal one is needed; make it '
@@ -209,9 +211,9 @@ def load_causal(path: Path, runtime: Runtime, cure: str) -> tuple[Reference, dic
 # Equal entropy ------------------------------------------------------------------------------------------------------
 
 def at_entropy(points: Sequence[tuple[float, float]], target: float) -> float | None:
-    """The figure at `target` from points (entropy, figure), linear between neighbours in order of entropy.
+    """The figure at entropy `target`, interpolated linearly between points (entropy, figure).
 
-    None where no two points have the target between them: nothing is extrapolated.
+    None if no two points have the target between them: there is no extrapolation.
     """
     entropies, figures = np.array(sorted(points), dtype=np.float64).reshape(-1, 2).T
     if not len(entropies) or not entropies[0] <= target <= entropies[-1]:
