@@ -47,6 +47,8 @@ class EvaluateConfig:
     guidance: str | None = option(None,
                                   'critic, model (remasking_checkpoint_name), self, random: who guides the policy '
                                   'remask, separated by commas; self by default, as in sample.py')
+    randomness_strength: float | None = option(
+        None, "share that the policy remask takes back by chance; sample.py's by default", minimum=0.0, maximum=1.0)
     use_sampler_head: bool = option(True, 'False: masked positions are drawn independently')
     temperature: float = option(SampleConfig.temperature, 'of quality and policies')
     temperatures: list[float] = option([0.7, 1.0, 1.4, 2.0], 'of curves, which go through them to equal entropy')

@@ -90,8 +90,10 @@ class Study:
         names = [] if config.guidance is None else list(dict.fromkeys(config.guidance.split(',')))
         problems = [f'guidance names {name!r}, but must be some of {",".join(GUIDES)}' for name in names
                     if name not in GUIDES]
-        if names and 'remask' not in (config.policies or 'remask').split(','):
-            problems.append(f'guidance is of the policy remask, but policies is {config.policies}; leave it out')
+        given = {'guidance': bool(names), 'randomness_strength': config.randomness_strength is not None}
+        if 'remask' not in (config.policies or 'remask').split(','):
+            problems += [f'{option} is of the policy remask, but policies is {config.policies}; leave it out'
+                         for option, here in given.items() if here]
         if 'critic' in names and not critic:
             problems.append(f'guidance names critic, but {config.checkpoint_name} has no trained one; leave it out')
         if 'model' in names and config.remasking_checkpoint_name is None:
@@ -109,7 +111,13 @@ class Study:
             require_block(model, f'remasking_checkpoint_name={config.remasking_checkpoint_name}',
                           min(self.writer.length, self.evaluation.model.config.block_size), 'a window of the generator')
         writer = replace(self.writer, critic=GUIDES[name].asks_critic, remasking_model=model)
-        return Budget(writer, guidance=name)
+        return Budget(writer, guidance=name, **self.randomness)
+
+    @property
+    def randomness(self) -> dict[str, float]:
+        """--randomness_strength where it was given: of every setting of the policy remask."""
+        given = self.config.randomness_strength
+        return {} if given is None else {'randomness_strength': given}
 
     def _optional(self, name: str, without: str, cure: str) -> Path | None:
         """The path that an option names. If it does not exist: None for the default, UserError for a given path."""
@@ -158,7 +166,7 @@ class Study:
 
         settings = {**self._common, 'policy': name, 'wanted_calls': wanted, 'temperature': temperature}
         if guidance is not None:
-            settings |= {'guidance': guidance, 'remasking': checkpoint_hash(helper_path(
+            settings |= {**self.randomness, 'guidance': guidance, 'remasking': checkpoint_hash(helper_path(
                 self.config.remasking_checkpoint_name, self.config.out_dir)) if guidance == 'model' else None}
         return Cell(settings, SettingResult, compute, float(wanted or MOST_EXPENSIVE))
 

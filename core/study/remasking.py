@@ -1,26 +1,38 @@
 """The sections of docs/results/remasking.md: remasking models, what guides remasking, and judges."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, NamedTuple
 
+from core.common.plots import INK, save_picture, tidy
 from core.common.tables import markdown_table
 from core.evaluation.error_detection import SHOWN_SHARE
-from core.evaluation.quality_tables import at_equal_entropy
-from core.study.pages import Experiment, Records, Section
+from core.evaluation.quality_plots import COLOURS, MARKERS
+from core.evaluation.quality_tables import REAL, at_equal_entropy
+from core.study.pages import Experiment, Records, Say, Section
 from core.study.records import Record
 from core.study.results import MAIN
 from core.study.words import SEEDS, calls_at, commands, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Which of them finds real errors ------------------------------------------------------------------------------------
 
 REMASKING_PAGE = 'docs/results/remasking.md'
 REMASKING = 'python train.py config/train_char_remasking.py'
+FROM_GENERATOR = "from the generator's weights"
+FROM = ' --remasking_corruption=model --init_from_checkpoint=out/ckpt_best.pt --learning_rate=0.006'
 KINDS = {
     'a-random': ('A, random', ' --remasking_loss_type=corrupted_only'),
     'b-random': ('B, random', ' --remasking_loss_type=all_positions'),
     'balanced-random': ('balanced, random', ''),
     'balanced-model': ('balanced, model', ' --remasking_corruption=model'),
-    'init-model': ("balanced, model, from the generator's weights",
-                   ' --remasking_corruption=model --init_from_checkpoint=out/ckpt_best.pt --learning_rate=0.006'),
+    'init-a': (f'A, model, {FROM_GENERATOR}', f'{FROM} --remasking_loss_type=corrupted_only'),
+    'init-b': (f'B, model, {FROM_GENERATOR}', f'{FROM} --remasking_loss_type=all_positions'),
+    'init-model': (f'balanced, model, {FROM_GENERATOR}', FROM),
+    'init-binary': (f'binary, balanced, model, {FROM_GENERATOR}', f'{FROM} --remasking_kind=binary'),
     'binary-model': ('binary, balanced, model', ' --remasking_kind=binary --remasking_corruption=model'),
 }
 
@@ -66,31 +78,44 @@ DETECTION = Section('detection', tuple(_remasking(kind, seed) for kind in KINDS 
 
 # Who guides remasking -----------------------------------------------------------------------------------------------
 
-GUIDES = {  # name: (policy, guidance, trunk calls); remasking asks a guide once between two trunk calls
-    'chance': ('remask', 'random', [7.0, 15.0, 31.0]),
-    'self-confidence': ('remask', 'self', [7.0, 15.0, 31.0]),
-    'critic': ('remask', 'critic', [4.0, 8.0, 16.0]),
-    'remasking model, token': ('remask', 'model', [4.0, 8.0, 16.0]),
-    'remasking model, binary': ('remask', 'model', [4.0, 8.0, 16.0]),
-    'remdm_loop': ('remdm_loop', None, [7.0, 15.0, 31.0]),
-    'llada, no remasking': ('llada', None, [7.0, 15.0, 31.0]),
-}
-GUIDE_MODELS = {'remasking model, token': 'init-model', 'remasking model, binary': 'binary-model'}
-SWEEPS = {'self-confidence': [1.2, 1.4, 1.7, 2.0, 2.5],
-          'llada, no remasking': [1.4, 2.0, 3.0, 4.5, 6.0]}  # others: USUAL_SWEEP
-USUAL_SWEEP = [0.8, 1.0, 1.2, 1.4, 1.7]
+class Guide(NamedTuple):
+    """policy and guidance: of evaluate.py, guidance None where the policy asks nobody; calls: of the trunk; model: the
+    remasking model that guides, a key of `KINDS`. Remasking asks a guide once between two trunk calls."""
+
+    policy: str
+    guidance: str | None
+    calls: list[float]
+    model: str | None = None
+    temperatures: list[float] = [0.8, 1.0, 1.2, 1.4, 1.7]
+
+
+ALONE, WITH_GUIDE = [7.0, 15.0, 31.0], [4.0, 8.0, 16.0]  # trunk calls of equal network calls
 NETWORK_CALLS = (7, 15, 31)
+BY_CHANCE = 0.4  # of the tokens taken back; at sample.py's own share guides differ less
+GUIDES = {
+    'chance': Guide('remask', 'random', ALONE),
+    'self-confidence': Guide('remask', 'self', ALONE, temperatures=[1.2, 1.4, 1.7, 2.0, 2.5]),
+    'critic': Guide('remask', 'critic', WITH_GUIDE),
+    'remasking model A': Guide('remask', 'model', WITH_GUIDE, 'init-a'),
+    'remasking model B': Guide('remask', 'model', WITH_GUIDE, 'init-b'),
+    'remasking model, balanced': Guide('remask', 'model', WITH_GUIDE, 'init-model'),
+    'remasking model, binary': Guide('remask', 'model', WITH_GUIDE, 'init-binary'),
+    'remdm_loop': Guide('remdm_loop', None, ALONE),
+    'llada, no remasking': Guide('llada', None, ALONE, temperatures=[1.4, 2.0, 3.0, 4.5, 6.0]),
+}
 
 
 def _guided(name: str, seed: int) -> Experiment:
-    policy, guidance, calls = GUIDES[name]
-    options = {'out_dir': 'out', 'checkpoint_name': 'ckpt_best.pt', 'policies': policy, 'trunk_calls': calls,
-               'temperatures': SWEEPS.get(name, USUAL_SWEEP), 'seed': seed}
+    guide = GUIDES[name]
+    options = {'out_dir': 'out', 'checkpoint_name': 'ckpt_best.pt', 'policies': guide.policy,
+               'trunk_calls': guide.calls, 'temperatures': guide.temperatures, 'seed': seed}
     training, checkpoint = MAIN, 'out/ckpt_best.pt'
-    if guidance is not None:
-        options['guidance'] = guidance
-    if name in GUIDE_MODELS:
-        model = _remasking(GUIDE_MODELS[name], seed)
+    if guide.guidance is not None:
+        options['guidance'] = guide.guidance
+    if guide.guidance not in (None, 'random'):
+        options['randomness_strength'] = BY_CHANCE
+    if guide.model is not None:
+        model = _remasking(guide.model, seed)
         training, checkpoint = model.training, model.checkpoint
         options['remasking_checkpoint_name'] = checkpoint
     return Experiment(f'{name} {seed}', training, checkpoint, 'curves', options)
@@ -113,7 +138,7 @@ def guides_text(records: Records) -> str:
                      *(['-'] * len(NETWORK_CALLS) if name == 'critic' else gaps),
                      '-' if wanted is None or not means else calls_at(means, wanted)])
     rows = next(iter(records.values()))['rows']
-    real = next(row for row in rows if row.get('control') == 'real text')
+    real = next(row for row in rows if row.get('control') == REAL)
     head = ['guide', *(f'{calls} network calls' for calls in NETWORK_CALLS),
             *(f'minus critic, {calls}' for calls in NETWORK_CALLS), 'calls for the bits of the critic at 31']
     return '\n'.join([*commands(records), '', f'{real["samples"]} texts of {real["length"]} tokens a setting and seed, '
@@ -137,8 +162,34 @@ def _mean_at(seeds: Sequence[Mapping[int, float]], calls: int) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def draw_guides(records: Records, folder: Path, say: Say) -> None:
+    """Reference bits against trigram entropy, a panel for each number of network calls: means over seeds at each
+    temperature."""
+    save_picture(folder / 'remask_guides.png', (12, 4), lambda figure: _draw_guides(figure, records), say)
+
+
+def _draw_guides(figure: 'Figure', records: Records) -> None:
+    real = next(row for row in next(iter(records.values()))['rows'] if row.get('control') == REAL)
+    panels = figure.subplots(1, len(NETWORK_CALLS), sharex=True, sharey=True)
+    for place, (axes, calls) in enumerate(zip(panels, NETWORK_CALLS)):
+        for number, (name, guide) in enumerate(GUIDES.items()):
+            rows = [row for seed in SEEDS for row in records.get(f'{name} {seed}', {'rows': []})['rows']
+                    if row.get('wanted_calls') == guide.calls[place]]
+            points = [[mean(row[figure] for row in rows if row['temperature'] == temperature)
+                       for figure in ('entropy_3', 'reference_bits')]
+                      for temperature in sorted({row['temperature'] for row in rows})]
+            axes.plot(*zip(*points), color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
+                      markersize=4, linewidth=1.2, label=name)
+        axes.axvline(real['entropy_3'], color=INK, linewidth=0.9, linestyle=(0, (5, 3)), label='real text')
+        axes.set_title(f'{calls} network calls', color=INK, fontsize=10)
+        axes.set_xlabel('trigram entropy, nats', color=INK)
+        tidy(axes, 'both')
+    panels[0].set_ylabel('reference bits per character', color=INK)
+    panels[-1].legend(frameon=False, fontsize=8, labelcolor=INK, loc='center left', bbox_to_anchor=(1.0, 0.5))
+
+
 GUIDANCE = Section('guides', tuple(_guided(name, seed) for name in GUIDES for seed in SEEDS), guides_text,
-                   page=REMASKING_PAGE)
+                   draw_guides, REMASKING_PAGE)
 
 
 # Judges -------------------------------------------------------------------------------------------------------------

@@ -254,6 +254,15 @@ def test_who_guides_the_remasking_is_compared(runs):
     assert counts['model'] <= min(counts.values())
 
 
+def test_what_is_taken_back_by_chance_can_be_chosen(runs):
+    """With all of it by chance, self-confidence guides nothing; each share is a result of its own."""
+    chosen = {'measure': 'quality', 'policies': 'remask', 'trunk_calls': [6.0], 'temperature': 2.0}
+    by_lot = evaluate(**chosen, guidance='random')['quality'][-1]
+    samples = {share: evaluate(**chosen, guidance='self', randomness_strength=share)['quality'][-1]['sample']
+               for share in (0.0, 1.0)}
+    assert samples[1.0] == by_lot['sample'] != samples[0.0]
+
+
 def test_the_reference_model_is_trained_on_ref_alone(small_corpus):
     configuration = configure(TrainConfig, [str(ROOT / 'config' / 'train_char_reference.py'), '--device=cpu'])
     config = configuration.config
@@ -284,6 +293,8 @@ def test_the_reference_model_is_trained_on_ref_alone(small_corpus):
     ({'measure': 'quality', 'guidance': 'oracle'}, ["'oracle'", 'critic,model,self,random']),
     ({'measure': 'quality', 'guidance': 'model'}, ['remasking_checkpoint_name', 'config/train_char_remasking.py']),
     ({'measure': 'quality', 'guidance': 'self', 'policies': 'llada'}, ['policy remask', 'llada']),
+    ({'measure': 'quality', 'randomness_strength': 0.4, 'policies': 'llada'}, ['randomness_strength', 'llada']),
+    ({'measure': 'quality', 'randomness_strength': 1.5}, ['randomness_strength', '1.5']),
     ({'measure': 'quality', 'remasking_checkpoint_name': 'x.pt'}, ['does not apply', 'guidance=model']),
     ({'measure': 'quality', 'report': 'page.md'}, ['report', 'measure=policies']),
     ({'measure': 'policies', 'report': 'page.md'}, ['page.md', 'docs/results/policies.md']),
