@@ -395,7 +395,7 @@ def four_at_once(nelbo: float) -> dict[str, float]:
     largest, three in a group of four. While much is masked, they lie above the NELBO, which is their mean over all mask
     shares. A drawn token has a probability of about exp(-NELBO).
     """
-    return {'entropy_bound': 4.3 * nelbo, 'confidence_threshold': min(1.0, 1.07 * math.exp(-nelbo))}
+    return {'entropy_bound': 4.3 * nelbo, 'confidence_threshold': min(1.0, 1.055 * math.exp(-nelbo))}
 
 
 def adaptive_defaults(config: SampleConfig, nelbo: float | None) -> tuple[SampleConfig, list[str]]:
