@@ -179,7 +179,7 @@ def _draw_guides(figure: 'Figure', records: Records) -> None:
                        for figure in ('entropy_3', 'reference_bits')]
                       for temperature in sorted({row['temperature'] for row in rows})]
             axes.plot(*zip(*points), color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
-                      markersize=4, linewidth=1.2, label=name)
+                      linestyle='-' if number < len(COLOURS) else '--', markersize=4, linewidth=1.2, label=name)
         axes.axvline(real['entropy_3'], color=INK, linewidth=0.9, linestyle=(0, (5, 3)), label='real text')
         axes.set_title(f'{calls} network calls', color=INK, fontsize=10)
         axes.set_xlabel('trigram entropy, nats', color=INK)
