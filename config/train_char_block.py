@@ -11,7 +11,7 @@ sampler_order = 'left_to_right'
 sampler_context_left = 7  # all others of a block
 sampler_context_right = 0
 sampler_gate = True
-sampler_gradient = 'trunk'  # the trunk learns what the head needs of it
+sampler_gradient = 'trunk'  # the trunk learns what the head needs
 sampler_n_embd = 3 * n_embd
 
 if device == 'cpu':

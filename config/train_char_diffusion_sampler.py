@@ -6,7 +6,7 @@ out_dir = 'out'
 
 add_sampler_head = True
 start_sampler_iteration = 1000
-sampler_n_embd = 3 * n_embd  # what neighbours tell each other needs width (docs/LOG.md)
+sampler_n_embd = 3 * n_embd  # the head needs width to use its neighbours (docs/LOG.md)
 add_critic_head = True
 start_critic_iteration = 3000
 end_critic_iteration = 5000

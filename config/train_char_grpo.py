@@ -1,6 +1,6 @@
 # Policy gradient: a trained generator learns from the judge of its texts (docs/reinforcement.md). First
 #     python train.py config/train_char_diffusion_sampler.py
-#     python train.py config/train_char_judge.py                    (its first lines say what it begins with)
+#     python train.py config/train_char_judge.py                    (its first lines say what it needs first)
 # Without a judge: --reward=line_ends. Shape and corpus are those of the generator.
 # Two CPU cores: 60 iterations of about 3 seconds of processor time each. One GPU: not measured yet.
 out_dir = 'out-grpo'
@@ -26,7 +26,7 @@ max_iters = 200
 eval_interval = 50
 eval_iters = 2
 log_interval = 10
-sample_length = 0  # the text of the preview is drawn by another policy
+sample_length = 0  # another policy would draw the preview
 
 if device == 'cpu':
     batch_size = 16

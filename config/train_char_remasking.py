@@ -1,4 +1,4 @@
-# A remasking model: which tokens of a text are wrong (docs/remasking.md).
+# A remasking model says which tokens of a text are wrong (docs/remasking.md).
 # Variants, each by one flag: --remasking_loss_type=corrupted_only (A), all_positions (B) or balanced;
 # --remasking_corruption=model (errors of the main checkpoint, which train_char_diffusion_sampler.py makes);
 # --remasking_corruption=shuffled (tokens of nearby places) or mixed (each way at a third of the places);

@@ -1,8 +1,9 @@
 # GPT-2's smallest shape as a diffusion model of OpenWebText: 124 million parameters, 1,024 tokens, a sampler head.
-# First: python data/openwebtext/prepare.py, or the same with --input FILE ... for text at hand.
+# First: python data/openwebtext/prepare.py, or the same with --input FILE ... for your own text.
 # Eight GPUs: torchrun --nproc_per_node=8 train.py config/train_gpt2_diffusion.py; not measured yet.
-# Two CPU cores: a reduced shape; plays of 1.35 million tokens: 10.85 nats a token, 6.55 after 100 iterations, 6.39
-# after 400, at 1 to 2.5 s each. One step of the full shape's 12 rows: 102 s and 18.6 GB (docs/memory.md).
+# Two CPU cores: a reduced shape, on plays of 1.35 million tokens: 10.85 nats a token at first, 6.55 after 100
+# iterations, 6.39 after 400, at 1 to 2.5 s each. One step of the full shape, 12 rows: 102 s and 18.6 GB
+# (docs/memory.md).
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 
@@ -34,7 +35,7 @@ if device == 'cpu':
     max_iters = 18000 // 40
     start_sampler_iteration = 3000 // 40
     warmup_iters = 20
-    learning_rate = 12e-3  # narrower, hence higher
+    learning_rate = 12e-3  # higher, because the model is narrower
     eval_interval = 1000 // 10
     eval_iters = 8
     ema_decay = 0.99

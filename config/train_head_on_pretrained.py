@@ -5,7 +5,7 @@ model = ''  # give --model=FOLDER_OR_NAME
 out_dir = 'out-head'
 
 add_sampler_head = True
-sampler_kind = 'layer_neighbours'  # sees all tokens drawn since the trunk call, and those next to its own apart
+sampler_kind = 'layer_neighbours'  # sees all tokens drawn since the trunk call, and its neighbours separately
 sampler_context = 4
 sampler_gate = True  # chooses how far to trust the trunk, which was not trained to see everything masked
 sampler_output = 'shared_detached'  # reads the trunk's output matrix; own pays for small vocabularies

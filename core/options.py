@@ -80,7 +80,7 @@ class TrainConfig:
     remasking_corruption: Literal['random', 'shuffled', 'model', 'mixed'] = option(
         'random', 'wrong tokens drawn at random, from nearby places, by the model of corruption_checkpoint, or each way '
         'at a third of the places')
-    corruption_checkpoint: str | None = option(None, 'a generator whose errors are learned; judges learn random ones too',
+    corruption_checkpoint: str | None = option(None, 'generator whose errors are learned; judges learn random ones too',
         path=True)
     # policy gradients, training_type=grpo (docs/reinforcement.md)
     reward: str = option(

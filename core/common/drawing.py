@@ -1,4 +1,4 @@
-"""Exact draws of tokens from logits: what may come out, how probable it was, and one uniform number for each.
+"""Exact draws of tokens from logits: which tokens can come out, how probable each was, one uniform number for each.
 
 Letters: B batch (rows), T sequence length, V vocabulary with the special ids, N positions picked out of a batch.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from core.common.choosing import tie_tolerance, up_to_cut
 from core.common.precision import to_exact
 
-TOKEN_TOLERANCE = tie_tolerance(torch.float32)  # a network of lower precision gives many ids the very same logit
+TOKEN_TOLERANCE = tie_tolerance(torch.float32)  # a network of lower precision gives many ids exactly the same logit
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class DrawRule:
     repetition_penalty: float = 1.0
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
-        """`allowed_log_probabilities` float64 [..., V] of logits [..., V], but for a penalty on repetition."""
+        """`allowed_log_probabilities` float64 [..., V] of logits [..., V], without the penalty on repetition."""
         return allowed_log_probabilities(to_exact(logits), self.allowed, self.temperature, self.top_k, self.top_p)
 
 
 class Draws(NamedTuple):
-    """tokens int64 [...]; log_probabilities float64 [...] under the distribution they were drawn from; confidence
-    float64 [...], the log-probability under the model itself (temperature 1, nothing cut), one scale for all draws."""
+    """tokens int64 [...]. log_probabilities float64 [...]: under the distribution that they were drawn from. confidence
+    float64 [...]: under the model itself (temperature 1, nothing cut), so that all draws have one scale."""
 
     tokens: Tensor
     log_probabilities: Tensor
@@ -56,9 +56,8 @@ def allowed_log_probabilities(logits: Tensor, allowed: Tensor, temperature: floa
     """Normalised log-probabilities, float64 [..., V], of logits [..., V]; minus infinity for ids that cannot come out.
 
     First the temperature, then top_k, then top_p (each renormalised). Temperature 0 gives the most probable id all
-    the weight. Of ids whose logits are no further apart than `tolerance` the lowest come first
-    (core/common/choosing.py). Logits that are not a number stay so, hence a broken network shows in the
-    log-probabilities of draws.
+    the weight. Logits that differ by at most `tolerance` count as equal; then the lowest ids come first
+    (core/common/choosing.py). NaN stays NaN, so the log-probabilities of draws show that a network is broken.
     """
     log_probabilities = torch.where(to_exact(allowed), to_exact(logits), -math.inf).double()  # [..., V]
     if temperature == 0:
@@ -87,22 +86,24 @@ def nucleus(log_probabilities: Tensor, top_p: float, tolerance: float) -> Tensor
 def draw_tokens(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
     """int64 [...]: exact draws by inverse distribution function, one number of `uniform` [...] in (0, 1) per draw.
 
-    No Gumbel noise, so no lowered temperature by rounding (Zheng et al. 2024).
+    Gumbel noise is not used: its rounding lowers the temperature (Zheng et al. 2024).
     """
     return _first_beyond(log_probabilities.detach().exp().cumsum(-1), uniform)
 
 
 def surplus(target: Tensor, draft: Tensor) -> Tensor:
-    """[..., V]: the positive part of p - q, up to a factor, of log-probabilities target and draft [..., V]; p where
-    nothing is left, which is so of equal distributions up to rounding."""
+    """[..., V]: the positive part of p - q, not normalised; target and draft [..., V] are log p and log q. If nothing
+    is left, as with equal distributions, it is p."""
     rest = (target.exp() - draft.exp()).clamp(min=0)
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, target.exp())
 
 
 def kept_or_drawn(target: Tensor, draft: Tensor, drafts: Tensor, uniform: tuple[Tensor, Tensor]) -> Tensor:
-    """int64 [N]: each of drafts int64 [N], tokens drawn from `draft`, where it is kept, else one from the surplus of
-    `target` over it; so their law is `target`. Log-probabilities [N, V]; two uniform numbers [N] for each position
-    (Leviathan et al. 2023, Chen et al. 2023: a draft x is kept with probability min(1, p(x) / q(x)))."""
+    """int64 [N]: tokens distributed as `target` p, made from drafts int64 [N] that were drawn from `draft` q.
+
+    A draft x is kept with probability min(1, p(x) / q(x)). Otherwise a token is drawn from the surplus of p over q
+    (Leviathan et al. 2023, Chen et al. 2023). Log-probabilities [N, V]; two uniform numbers [N] for each position.
+    """
     ratio = (target - draft).gather(-1, drafts[:, None]).squeeze(-1)
     return torch.where(uniform[0].log() < ratio, drafts, draw_tokens(surplus(target, draft).log(), uniform[1]))
 
@@ -110,8 +111,7 @@ def kept_or_drawn(target: Tensor, draft: Tensor, drafts: Tensor, uniform: tuple[
 def _first_beyond(cumulative: Tensor, uniform: Tensor) -> Tensor:
     """int64 [...]: the first id whose cumulative weight [..., V] exceeds `uniform` [...] times the total.
 
-    The weight rises there, so an id of weight zero never comes out, whatever the rounding. Id 0 where weights are not
-    numbers.
+    The cumulative weight rises at this id. So an id of weight zero never comes out, even with rounding. NaN: id 0.
     """
     wanted = uniform[..., None] * cumulative[..., -1:]  # [..., 1]
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).remainder_(cumulative.size(-1))
@@ -132,9 +132,9 @@ def revealed_ids(tokens: Tensor, vocab_size: int, mask_token_id: int | None) -> 
 
 
 class Chosen(NamedTuple):
-    """Tokens int64 [N] and what tells how probable they were, for `completed`: scores float64 [N, V], log-probabilities
-    up to a constant of the row; total [N, 1], the sum of scores.exp(); model_scores [N, V] under the model itself, None
-    where they are the same."""
+    """Tokens int64 [N], and what `completed` needs to find how probable they were. scores float64 [N, V]:
+    log-probabilities up to a constant of each row. total [N, 1]: the sum of scores.exp(). model_scores [N, V]: the
+    scores under the model itself; None if they are the same."""
 
     tokens: Tensor
     scores: Tensor
@@ -151,13 +151,13 @@ def choose_tokens(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor 
 
 
 def place_tokens(logits: Tensor, rule: DrawRule, tokens: Tensor, seen: Tensor | None) -> Chosen:
-    """The given tokens int64 [N] in place of drawn ones, else as `choose_tokens`."""
+    """As `choose_tokens`, with the given tokens int64 [N] instead of drawn ones."""
     scores, model_scores = _scores(logits, rule, seen)  # [N, V]
     return Chosen(tokens, scores, scores.exp().sum(-1, keepdim=True), model_scores)
 
 
 def completed(parts: Sequence[Chosen]) -> Draws:
-    """The tokens of all `parts`, one or more, with their log-probabilities, which nothing waits for while drawing."""
+    """The tokens of all `parts` (at least one) with their log-probabilities. While drawing, nothing waits for these."""
     tokens, scores, total = (torch.cat(columns) for columns in zip(*(part[:3] for part in parts)))
     found = scores.gather(-1, tokens[:, None]) - total.log()  # [N, 1]
     confidence = found.detach()
@@ -173,8 +173,8 @@ def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = 
 
 
 def _scores(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities float64 [N, V] under `rule`, and under the model itself: each up to a constant of its row that
-    makes the highest 0. The second is None where the rule changes nothing."""
+    """Log-probabilities float64 [N, V] under `rule`, and under the model itself. Each row is shifted so that its
+    highest is 0. The second is None if the rule changes nothing."""
     tolerance, logits = min(TOKEN_TOLERANCE, tie_tolerance(logits.dtype)), to_exact(logits)
     model_scores = torch.where(to_exact(rule.allowed), logits, -math.inf).double()
     model_scores = model_scores - model_scores.amax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Problems that the user can cure, and how a script reports them. Standard library only; every room may import this."""
+"""Problems that the user can cure, and how a script reports them. Standard library only; any module may import it."""
 
 import os
 import re
@@ -15,25 +15,25 @@ class UserError(ValueError):
 
 
 def raise_problems(problems: Sequence[str]) -> None:
-    """Raise one `UserError` that lists all `problems`, one per line; do nothing where there are none."""
+    """Raise one `UserError` that lists all `problems`, one per line. Without problems do nothing."""
     if problems:
         raise UserError('\n'.join(problems))
 
 
-# What allocators say that have no error of their own: torch's on CPU and GPU, cuBLAS's and C++'s; sizes beyond 64 bits.
+# Messages of allocators without an error class: torch's on CPU and GPU, cuBLAS's and C++'s; and of sizes over 64 bits.
 _NO_MEMORY = ("can't allocate memory", 'not enough memory', 'out of memory', 'std::bad_alloc', 'ALLOC_FAILED',
               'Storage size calculation overflowed', 'integer multiplication overflow', 'Cannot allocate memory',
               'array is too big', 'Maximum allowed dimension exceeded', 'nvalid buffer size')
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory was asked for that is not there, by whichever library."""
+    """Whether `error`, from any library, says that there is not enough memory."""
     said = isinstance(error, (RuntimeError, OSError, ValueError)) and not isinstance(error, UserError)
     return isinstance(error, MemoryError) or said and any(words in str(error) for words in _NO_MEMORY)
 
 
 def out_of_memory(error: BaseException, lower: Sequence[str]) -> str:
-    """The words for memory that ran out; `lower` names the options that need less of it when lowered."""
+    """The message when memory ran out. `lower` names options; lower values of them need less memory."""
     asked = re.search(r'allocate ([\d.]+ ?[kKMGTPE]?i?[Bb]\w*)', str(error))
     amount = f', as {asked[1]} were asked for at once' if asked else ''
     *others, last = lower or ('the amount of data',)
@@ -43,11 +43,12 @@ def out_of_memory(error: BaseException, lower: Sequence[str]) -> str:
 def run_script(main: Callable[[list[str]], None], lower: Sequence[str] = ()) -> NoReturn:
     """Call `main` with the command line and end the process.
 
-    A `UserError` becomes plain words and exit code 2, and so does memory that ran out: `lower` names the options that
-    need less of it when lowered. An interrupt becomes code 130, a reader of the output that has gone (`| head`) 141.
+    A `UserError` becomes plain words and exit code 2. So does memory that ran out: `lower` names options, and lower
+    values of them need less memory. The exit code is 130 for an interrupt, and 141 if the reader of the output has gone
+    (`| head`).
 
-    Import what takes seconds inside `main`, so that an interrupt meanwhile ends as quietly. Of the ranks that torchrun
-    starts, which meet the same problem, the first of each machine says it.
+    Slow imports belong inside `main`, so that an interrupt during them ends quietly too. All ranks that torchrun starts
+    meet the same problem, and the first of each machine reports it.
     """
     attach_streams()
     interrupted = _note_interrupts()
@@ -74,7 +75,7 @@ def run_script(main: Callable[[list[str]], None], lower: Sequence[str] = ()) -> 
 
 
 def _note_interrupts() -> list[int]:
-    """A list that is empty until Ctrl-C, which goes on to raise KeyboardInterrupt."""
+    """A list that is empty until Ctrl-C. Ctrl-C still raises KeyboardInterrupt."""
     noted: list[int] = []
 
     def handler(number: int, frame: object) -> None:

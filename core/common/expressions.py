@@ -20,7 +20,7 @@ SHOWN_NAMES = 5  # of a long list
 
 
 class Refused(Exception):
-    """A value or expression that is not accepted; the message says what is, without the place."""
+    """A value or expression that is not accepted. The message says what is accepted; it does not name the place."""
 
 
 _COMPARISONS: dict[type, Callable[[Any, Any], Any]] = {
@@ -78,7 +78,7 @@ def check_expression(expression: ast.expr, known: Collection[str]) -> None:
 
 
 def evaluate(node: ast.expr, names: Mapping[str, object], depth: int = 0) -> Any:
-    """The value of a checked expression. Raises `Refused` where it has none or is too large."""
+    """The value of a checked expression. Raises `Refused` if it has none or is too large."""
     if depth > DEEPEST_EXPRESSION:
         raise Refused('the expression is nested too deeply; write it in steps')
     match node:
@@ -160,7 +160,7 @@ def shown(value: Any) -> str:
 
 
 def shown_name(name: str | Path) -> str:
-    """A name or path for a message, as written where that is printable and short."""
+    """A name or path for a message: unchanged if it is printable and short."""
     text = str(name)
     return text if text.isprintable() and 0 < len(text) <= 200 else shown(text)
 
@@ -172,15 +172,15 @@ def shown_names(names: Sequence[str]) -> str:
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:
-    """The name most like `name` in spelling, or None where none is near."""
+    """The name that is most like `name` in spelling, or None if no name is similar."""
     by_lower_case = {candidate.lower(): candidate for candidate in names}
     found = difflib.get_close_matches(name[:100].lower(), by_lower_case, n=1, cutoff=0.5)
     return by_lower_case[found[0]] if found else None
 
 
 def unknown_choice(option: str, value: str, names: Iterable[str]) -> list[str]:
-    """What is wrong with the value of an option that is to be one of `names`, the rows of a table: a sentence in a list,
-    an empty list where nothing is."""
+    """What is wrong with the value of an option that must be one of `names`, the rows of a table: a list of one
+    sentence, or an empty list."""
     names = list(names)
     if value in names:
         return []
@@ -190,7 +190,7 @@ def unknown_choice(option: str, value: str, names: Iterable[str]) -> list[str]:
 
 
 def excerpt(text: str) -> str:
-    """What a file from elsewhere says, for a message: on one line, printable, and not too long."""
+    """Text of a foreign file for a message: on one line, printable, and not too long."""
     text = one_line(text)
     return text if len(text) <= LARGEST_EXCERPT else f'{text[:LARGEST_EXCERPT]}...'
 

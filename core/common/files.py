@@ -1,12 +1,12 @@
-"""The one way in which the program writes files: whole or not at all, whatever fails meanwhile, and nothing but files.
+"""The one way in which the program writes files: whole or not at all, whatever fails.
 
     write_whole(path, text_or_bytes)                         one file at once
     with atomic_writer(path) as file: ...                    one file in parts
     with atomic_files([first, second]) as (one, two): ...    several that get their names together, in this order
 
-A new file is written under a temporary name in the same folder, brought to the disk, and renamed onto a regular file or
-onto nothing. Symbolic links stay and their targets are replaced; devices, pipes and the process's own output streams
-are written to. A process that is killed leaves `<name>.<token>.saving.tmp`.
+A new file is written under a temporary name in the same folder and synced to the disk. Then it is renamed, and replaces
+a regular file or nothing. A symbolic link stays, and its target is replaced. Devices, pipes and the process's own
+output streams are written to directly. A killed process leaves `<name>.<token>.saving.tmp`.
 """
 
 import errno
@@ -23,8 +23,8 @@ from core.common.errors import UserError
 from core.common.printing import complain_once
 
 TEMPORARY_SUFFIX = '.saving.tmp'  # what a save that was killed leaves
-LONGEST_STEM = 120  # bytes of a name that its temporary name repeats; a name may have 255 with all that follows
-# Files that no output named by the user may replace: checkpoints, corpora, programs and configs, files of a run.
+LONGEST_STEM = 120  # bytes of a name that its temporary name begins with; a whole name may have 255
+# Files that an output of the user's must not replace: checkpoints, corpora, programs and configs, files of a run.
 OTHERS_SUFFIXES = frozenset({'.pt', '.safetensors', '.bin', '.pkl', '.py', '.lock', '.damaged'})
 OTHERS_NAMES = frozenset({'config.json', 'environment.json', 'metrics.jsonl', 'run.lock', 'evaluation.json',
                           'calibration.json',
@@ -33,18 +33,18 @@ PROGRAM = Path(__file__).resolve().parents[2]
 PROGRAM_PARTS = ('.git', 'config', 'core', 'tests', 'LICENSE', 'README.md', 'pyproject.toml', 'requirements.txt')
 NOT_OFFERED = frozenset(getattr(errno, name)
                         for name in ('EINVAL', 'ENOSYS', 'ENOTSUP', 'EOPNOTSUPP', 'ENOLCK', 'EBADF')
-                        if hasattr(errno, name))  # of an fsync or a lock that a file system does not have
+                        if hasattr(errno, name))  # errors of an fsync or a lock that the file system lacks
 
 
 class NewFile:
-    """A file on its way to `path`: `file` takes its bytes, `finish` brings them to the disk, `settle` gives the name.
+    """A file that will be `path`: `file` takes its bytes, `finish` syncs them to the disk, `settle` gives it the name.
 
-    Until `settle` an earlier `path` is as it was; `discard` gives up. Where `path` is a device, a pipe or a stream of
-    this process there is nothing to rename, and the bytes go there at once.
+    Until `settle` an earlier `path` is unchanged; `discard` gives up. If `path` is a device, a pipe or a stream of this
+    process, nothing is renamed, and the bytes go there at once.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where `path` cannot be written."""
+        """Raises OSError if `path` cannot be written."""
         self.path, self.temporary = path, None
         stream = own_stream(path)
         if stream is not None:
@@ -65,7 +65,7 @@ class NewFile:
                 os.chmod(self.temporary, stat.S_IMODE(mode))
 
     def finish(self, verify: Callable[[Path], object] | None = None) -> None:
-        """Bring all to the disk and let `verify` read it back; nothing more can be written."""
+        """Sync everything to the disk and let `verify` read it back. After this nothing can be written."""
         self.file.flush()
         if self.temporary is not None:
             _sync(self.file.fileno(), self.target.parent)
@@ -81,7 +81,7 @@ class NewFile:
             sync_folder(self.target.parent)
 
     def discard(self) -> None:
-        """Remove what has not settled; never raises."""
+        """Remove the file unless it has settled; never raises."""
         with suppress(OSError):
             self.file.close()
         if self.temporary is not None:
@@ -93,7 +93,7 @@ class NewFile:
 def atomic_writer(path: Path, verify: Callable[[Path], object] | None = None) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` only when all of it is on the disk and `verify` has not objected.
 
-    Whatever fails, the earlier `path` stays as it was. Raises UserError where the disk is full or the folder is not
+    Whatever fails, an earlier `path` stays unchanged. Raises UserError if the disk is full or the folder is not
     writable.
     """
     with atomic_files([path], verify) as (file,):
@@ -103,7 +103,7 @@ def atomic_writer(path: Path, verify: Callable[[Path], object] | None = None) ->
 @contextmanager
 def atomic_files(paths: Sequence[Path], verify: Callable[[Path], object] | None = None) -> Iterator[list[BinaryIO]]:
     """Binary files that become `paths`, in this order, only when all of them are on the disk and `verify` has not
-    objected to one. Whatever fails before, the earlier files stay as they were; as `atomic_writer` otherwise.
+    objected to any. If something fails before, earlier files stay unchanged. Otherwise as `atomic_writer`.
     """
     with ExitStack() as cleaning:
         at = Path(paths[0])
@@ -130,19 +130,19 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name in the folder of `path`, for the file that is to become it."""
+    """A new name in the folder of `path`, for the file that will become `path`."""
     stem = os.fsdecode(os.fsencode(path.name)[:LONGEST_STEM])
     return path.with_name(f'{stem}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}')
 
 
 def sync_folder(folder: Path) -> None:
-    """Put renames in `folder` on the disk, where the system can: not on Windows, nor on some network drives."""
+    """Sync renames in `folder` to the disk, if the system can. Windows and some network drives cannot."""
     if os.name != 'posix':
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
-        return  # a folder that may be written to and not read has no handle to sync
+        return  # a folder that is writable but not readable cannot be opened
     try:
         _sync(descriptor, folder)
     finally:
@@ -155,8 +155,8 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def belongs_elsewhere(path: Path) -> bool:
-    """Whether the file `path` is by its name one that another command wrote, or one of the program's own."""
-    marker = path.name == 'run.json' and path.with_name('run.lock').exists()  # of a run folder, else any name
+    """Whether the name of the file `path` is that of another command's output, or of a file of the program."""
+    marker = path.name == 'run.json' and path.with_name('run.lock').exists()  # in a run folder; else any name
     return marker or path.suffix.lower() in OTHERS_SUFFIXES or path.name in OTHERS_NAMES or _is_of_the_program(path)
 
 
@@ -168,7 +168,7 @@ def _is_of_the_program(path: Path) -> bool:
 
 
 def why_unwritable(path: str) -> str | None:
-    """Why no file `path` could be written, with a cure, None where it could; what is there stays as it is."""
+    """Why a file `path` could not be written, with a cure; None if it could. An existing file stays unchanged."""
     if not path:
         return 'a file needs a name; is a variable of the shell empty? Leave the option out to write none'
     try:
@@ -183,7 +183,7 @@ def why_unwritable(path: str) -> str | None:
                     'another name')
         if mode is None or stat.S_ISREG(mode):
             NewFile(place).discard()
-        elif not os.access(place, os.W_OK):  # a pipe is not opened, which could wait for a reader
+        elif not os.access(place, os.W_OK):  # a pipe is not opened: that could wait for a reader
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         return f'it cannot be written: {_reason(error)}'
@@ -209,7 +209,7 @@ _CURES = {
 
 
 def _mode(path: Path) -> int | None:
-    """The kind and permissions of what `path` leads to; None where there is nothing."""
+    """The kind and permissions of what `path` leads to; None if there is nothing."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
@@ -217,7 +217,7 @@ def _mode(path: Path) -> int | None:
 
 
 def own_stream(path: Path) -> int | None:
-    """The number of this process's output stream that `path` is, such as /dev/stdout, if it is one."""
+    """The number of the output stream of this process that `path` names, such as /dev/stdout; None if it names none."""
     for stream, opened in ((1, sys.stdout), (2, sys.stderr)):
         with suppress(OSError):
             if opened is not None and os.path.samestat(os.fstat(stream), os.stat(path)):
@@ -226,7 +226,7 @@ def own_stream(path: Path) -> int | None:
 
 
 def _sync(descriptor: int, folder: Path) -> None:
-    """fsync. Where the file system has none, a line says so and the file is written without it."""
+    """fsync. If the file system has none, a line says so and the file is written without it."""
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One process at a time at what several may change, on file systems that have locks and on those that have none."""
+"""Locks: only one process at a time changes a shared file. They also work on file systems that have no locks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ import filelock
 from core.common.files import NOT_OFFERED
 from core.common.printing import complain_once
 
-PATIENCE = 60.0  # seconds; who holds a lock only reads and writes small files
+PATIENCE = 60.0  # seconds; a process that holds a lock only reads and writes small files
 
 
 @contextmanager
 def held(path: Path, refused: Callable[[Exception], object]) -> Iterator[None]:
-    """Hold the lock that the file `path` stands for inside the `with` block; waits for other processes.
+    """Hold the lock of the file `path` inside the `with` block; waits for other processes.
 
-    Where it is not to be had, `refused` gets the error and may raise: `filelock.Timeout` where another process keeps
-    it, else what the file system says that has no locks. Otherwise the work goes on without.
+    If locking fails, `refused` gets the error: `filelock.Timeout` if another process keeps the lock, or the error of a
+    file system that has no locks. Unless `refused` raises, the block runs without a lock.
     """
     lock = filelock.FileLock(path, timeout=PATIENCE)
     try:
@@ -52,8 +52,8 @@ class ChangeLock:
 
 
 def take(descriptor: int, folder: Path) -> bool:
-    """Whether this process has the lock of an open file in `folder` now, without waiting, until the file is closed.
-    Where the file system has no locks, the answer is yes, and a line says so once. OSError for any other fault."""
+    """Take the lock of an open file in `folder`, without waiting, until the file is closed. Returns whether that
+    worked. If the file system has no locks, the answer is yes, and a line says so once. OSError for any other fault."""
     try:
         return filelock.lock_descriptor(descriptor, blocking=False)
     except OSError as error:

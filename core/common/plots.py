@@ -1,7 +1,7 @@
 """One way to draw a picture: its figure, its look and its file.
 
-Pictures are extras: whatever fails while one is drawn, a sentence says so and the work goes on. Matplotlib takes
-seconds to import, so it is imported where a picture is drawn.
+Pictures are extras: if drawing one fails, a sentence says so and the work goes on. Matplotlib takes seconds to import,
+so it is imported only when a picture is drawn.
 """
 
 import os
@@ -42,7 +42,7 @@ def save_picture(path: Path, size: tuple[float, float], draw: 'Callable[[Figure]
 def _new_figure(size: tuple[float, float]) -> 'Figure':
     """An empty figure that needs no screen.
 
-    A notebook leaves the name of its own screen in MPLBACKEND, and Matplotlib cannot be imported where that is unknown.
+    A notebook sets MPLBACKEND to its own backend. If Matplotlib does not know that backend, importing it fails.
     """
     screen = os.environ.pop('MPLBACKEND', None)
     try:

@@ -1,9 +1,9 @@
 """Where exact arithmetic is done: the one place that knows which devices have no float64.
 
 Random numbers, draws, scores, likelihoods and sums of validation are float64. On a processor and on a CUDA GPU they
-stay where the network is. Apple GPUs ('mps') have no float64: there the network's outputs come to the processor as they
-are, and everything exact is computed there, with the same operations. So whoever takes outputs of a network out of it
-calls `to_exact` first, and tensors that are made for them are made on `exact_device`.
+stay where the network is. Apple GPUs ('mps') have no float64. Their network's outputs are copied to the processor,
+which computes everything exact with the same operations. So code that uses a network's outputs calls `to_exact` first,
+and makes new tensors for them on `exact_device`.
 """
 
 import torch
@@ -13,11 +13,11 @@ _WITHOUT_FLOAT64 = ('mps',)
 
 
 def exact_device(device: torch.device | str) -> torch.device:
-    """Where float64 belongs that goes with tensors on `device`."""
+    """The device for the float64 tensors of a network on `device`."""
     device = torch.device(device)
     return torch.device('cpu') if device.type in _WITHOUT_FLOAT64 else device
 
 
 def to_exact(tensor: Tensor) -> Tensor:
-    """`tensor` [...] where float64 exists: itself, or its copy on the processor; values and dtype stay."""
+    """`tensor` [...] on a device that has float64: itself, or its copy on the processor. Values and dtype stay."""
     return tensor.to(exact_device(tensor.device))

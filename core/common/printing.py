@@ -1,6 +1,6 @@
 """The one way to the terminal: lines that no text, encoding or lost reader can break. Standard library only.
 
-Files keep a text as it is; on the terminal its control characters are shown escaped, since they could move the cursor,
+Files keep a text unchanged. On the terminal its control characters are escaped, because they could move the cursor,
 change the title or hide what follows.
 """
 
@@ -13,7 +13,7 @@ from typing import TextIO, TypeVar
 
 Answer = TypeVar('Answer')
 
-# Control characters but tab and newline, lone surrogates, and format characters that reorder, hide or break a line.
+# Control characters except tab and newline, lone surrogates, and format characters that reorder, hide or break a line.
 _UNSAFE = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff'
                      '\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]')
 _said: set[str] = set()  # by `complain_once`
@@ -21,7 +21,7 @@ LONGEST_REASON = 200  # characters of an error in one line
 
 
 def escaped(text: str, sign: str | None = None) -> str:
-    r"""`text` with each character that a terminal would obey as '\x1b', '\u202e' and so on, or as `sign`.
+    r"""`text`, with each character that a terminal would obey written as '\x1b', '\u202e' and so on, or as `sign`.
 
     Newlines and tabs stay.
     """
@@ -34,7 +34,7 @@ def _escape(character: str) -> str:
 
 
 def encodable(text: str, encoding: str | None) -> str:
-    """`text` with what `encoding` does not have escaped too; None, a stream without one, has every character."""
+    """`text`, with the characters escaped that `encoding` lacks. None: the stream can write every character."""
     return text if encoding is None else text.encode(encoding, 'backslashreplace').decode(encoding)
 
 
@@ -45,7 +45,7 @@ class OutputLost(OSError):
 def say(text: str = '') -> None:
     """Print a line, or several, to standard output, at once.
 
-    Raises BrokenPipeError where its reader has gone, OutputLost where it cannot be written for another reason.
+    Raises BrokenPipeError if its reader has gone, OutputLost if it cannot be written for another reason.
     """
     with _losing_output():
         _write(sys.stdout, text)
@@ -69,7 +69,7 @@ def _losing_output() -> Iterator[None]:
 
 
 def say_if_heard(text: str = '') -> None:
-    """`say` for work that goes on without a reader: what cannot be written is dropped, from then on without an attempt.
+    """`say` for work that goes on without a reader. If a line cannot be written, it and all later ones are dropped.
     """
     _write_or_drop(sys.stdout, text)
 
@@ -104,7 +104,7 @@ def _write_or_drop(stream: TextIO, text: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let what `stream` still holds, and all that comes, go nowhere."""
+    """Discard what `stream` still holds, and everything that is written to it later."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -114,9 +114,9 @@ def silence(stream: TextIO) -> None:
 
 
 def attach_streams() -> None:
-    """Give a process that was started without standard streams (`>&-`, a service) ones that lead nowhere.
+    """If the process was started without standard streams (`>&-`, a service), give it streams that lead nowhere.
 
-    Else the next file that is opened takes the descriptor, and what is printed goes into it.
+    Otherwise the next file that is opened would take the descriptor, and printed lines would go into it.
     """
     for number, name in enumerate(('stdin', 'stdout', 'stderr')):
         try:
@@ -132,14 +132,14 @@ def attach_streams() -> None:
 
 # Decoration -------------------------------------------------------------------------------------------------------
 
-failed_decorations: dict[str, BaseException] = {}  # what `optional` has caught and said, by what failed
+failed_decorations: dict[str, BaseException] = {}  # errors that `optional` has caught and told, by what failed
 
 
 def optional(what: str, call: Callable[[], Answer], tell: Callable[[str], None] = complain) -> Answer | None:
-    """The answer of `call`, or None where it fails: for pictures, progress bars and other services that no run needs.
+    """The answer of `call`, or None if it fails: for pictures, progress bars and other services that no run needs.
 
-    `what`, what did not come about, and the error are told in one line, the first time that it fails. Even SystemExit
-    is caught, which libraries raise; an interrupt is not.
+    `what` says what is missing. The first failure tells it in one line, with the error. SystemExit is caught too,
+    because libraries raise it; an interrupt is not.
     """
     try:
         return call()

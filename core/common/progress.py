@@ -1,4 +1,4 @@
-"""A progress bar that can fail without anyone's work failing with it."""
+"""A progress bar. If it fails, the work goes on."""
 
 import sys
 import time
@@ -14,10 +14,10 @@ FEWEST_SECONDS = 10  # between two lines, so that short work prints none
 
 
 class ProgressBar:
-    """tqdm on standard error where that is a terminal and `wanted`, else nothing or lines; a context manager.
+    """tqdm on standard error if that is a terminal and a bar is `wanted`, else lines or nothing. A context manager.
 
-    total: what the bar counts to; tell: where there is no terminal, gets a line at every tenth of the work, but none
-    within `FEWEST_SECONDS` of the one before; look: further arguments of tqdm. The first failure ends the bar.
+    total: what the bar counts to. tell: without a terminal, gets a line at every tenth of the work, at least
+    `FEWEST_SECONDS` after the last line. look: further arguments of tqdm. The first failure ends the bar.
     """
 
     def __init__(self, total: float, wanted: bool = True, tell: Callable[[str], None] | None = None,
@@ -53,7 +53,7 @@ class ProgressBar:
             self._lines.reach(self._lines.position + step)
 
     def note(self, text: str) -> None:
-        """`text`, such as a rate, is shown after the bar or in the lines from now on."""
+        """Show `text`, such as a rate, after the bar or in the lines from now on."""
         self._try(lambda bar: bar.set_postfix_str(text, refresh=False))
         if self._lines is not None:
             self._lines.note = text
@@ -74,7 +74,7 @@ class ProgressBar:
 
 
 class _Tenths:
-    """Says a line whenever another tenth of the work from `start` to `total` is done."""
+    """Tells a line whenever another tenth of the work from `start` to `total` is done."""
 
     def __init__(self, total: float, start: float, what: str, tell: Callable[[str], None]) -> None:
         self._total, self._start, self._what, self._tell = total, start, what, tell

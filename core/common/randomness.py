@@ -1,7 +1,7 @@
 """Random numbers by counter: a number depends on (seed, iteration, global row, purpose, column) and on nothing else.
 
-So micro-steps, ranks, resumes, evaluation and sampling in between change nothing, and a row's numbers do not depend on
-the batch around it. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
+So the numbers do not depend on micro-steps, ranks or resumes, on evaluation and sampling in between, or on the batch
+around a row. The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
 written with 64-bit integer tensor operations, so a CPU and a GPU give the same numbers.
 
 Letters: B rows, W columns asked for.
@@ -28,7 +28,7 @@ class Purpose(IntEnum):
     DATA = 1        # which windows of the corpus a row reads
     TIME = 2        # the shared offset of the low-discrepancy times
     MASK = 3        # which positions are masked, and with which token a position is replaced
-    NEIGHBOUR = 4   # which masked neighbours the sampler head is shown
+    NEIGHBOUR = 4   # which masked neighbours the sampler head sees
     CRITIC_FILL = 5  # draws that fill the masks for the critic
     DROPOUT = 6
     VALIDATION = 7  # number and choice of masked positions in validation
@@ -70,13 +70,14 @@ class RowRandom:
         return replace(self, iteration=iteration)
 
     def apart(self, number: int) -> 'RowRandom':
-        """The same rows at the same iteration with other numbers for each `number` but 0."""
+        """The same rows at the same iteration, with different random numbers for each `number`. 0 changes nothing."""
         return replace(self, seed=self.seed + number * _APART)
 
     def uniform(self, purpose: Purpose, width: int, stream: int = 0) -> Tensor:
-        """float64 [B, width], uniform on the open interval (0, 1) in steps of 2^-32; equal arguments, equal numbers.
+        """float64 [B, width], uniform on the open interval (0, 1) in steps of 2^-32.
 
-        `stream` (0 .. 2^16 - 1) separates several draws of one purpose at one iteration, as for groups or blocks.
+        Equal arguments give equal numbers. `stream` (0 .. 2^16 - 1) separates several draws of one purpose at one
+        iteration, as for groups or blocks.
         """
         blocks = (width + 3) // 4
         rows = to_exact(self.rows)

@@ -22,14 +22,14 @@ from core.common.printing import counted
 # Dense bfloat16 peak, operations per second, by vendors' data sheets; any other device is measured.
 PEAK_RATES = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
 PAYING_ITERATIONS = 200  # compiling costs about this many iterations of a small model
-COMPILING_SECONDS = 60  # about, for a stage of training or for the network of sampling; a line says so before
+COMPILING_SECONDS = 60  # roughly, for a stage of training or the network of sampling; a line says so first
 PAYING_WIDTH = 256  # a narrower model gains nothing from bfloat16 on a CPU with AMX
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 def resolve_device(name: str) -> str:
-    """'auto' becomes 'cuda' where there is such a GPU, 'mps' where there is an Apple GPU, else 'cpu'; UserError for a
-    device that is not there."""
+    """'auto' becomes 'cuda' if there is a CUDA GPU, 'mps' if there is an Apple GPU, else 'cpu'. UserError if the
+    machine lacks the device."""
     present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
         return next(kind for kind, there in present.items() if there)
@@ -46,8 +46,9 @@ def resolve_device(name: str) -> str:
 
 
 def use_precision(device: torch.device, dtype: str) -> None:
-    """What every script does before its first matrix product. dtype: its option; UserError if it is float16 and the
-    device cannot compute in it. A CUDA GPU multiplies float32 matrices as TF32 from now on, with a float32 sum."""
+    """Set how matrices are multiplied; every script calls this before its first product. dtype: its option. UserError
+    if it is float16 and the device cannot compute in it. From now on a CUDA GPU multiplies float32 matrices as TF32,
+    with a float32 sum."""
     if dtype == 'float16' and device.type != 'cuda':
         raise UserError("dtype is 'float16', but only CUDA GPUs compute in it; take --dtype=float32 or "
                         '--dtype=bfloat16')
@@ -65,12 +66,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` of the processor on `device`; from pinned memory, without waiting, where that is a CUDA GPU."""
+    """`tensor`, which is on the processor, moved to `device`; to a CUDA GPU from pinned memory, without waiting."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else tensor.to(device)
 
 
 def has_foreach(device: torch.device) -> bool:
-    """Whether torch works on lists of tensors at once there."""
+    """Whether torch has operations on lists of tensors for `device`."""
     return device.type != 'mps'
 
 
@@ -115,11 +116,11 @@ class Runtime:
         return int(self.total(torch.tensor([count], dtype=torch.int64, device=self.device)))
 
     def matrix_dtype(self) -> torch.dtype:
-        """What the optimizer multiplies matrices in: bfloat16 where the forward pass does, else float32."""
+        """What the optimizer multiplies matrices in: bfloat16 if the forward pass uses it, else float32."""
         return torch.bfloat16 if self.dtype is torch.bfloat16 else torch.float32
 
     def matrix_rate(self) -> tuple[float, str]:
-        """(operations per second that mfu is a share of, words for where the figure comes from)."""
+        """(operations per second that count as an mfu of 1, words that say where this figure comes from)."""
         if self.device.type == 'cuda' and self.dtype is not torch.float32:
             name = torch.cuda.get_device_name(self.device)
             for known, rate in PEAK_RATES.items():
@@ -199,10 +200,10 @@ _LARGEST_KEPT, _MOST_KEPT = 1 << 30, 2 ** 31 - 1  # bytes; the latter is the mos
 
 
 def _keep_freed_memory() -> None:
-    """Let this process keep, for its next step, the memory that a step frees, unless the environment says otherwise.
+    """Let this process keep the memory that a step frees for the next step, unless the environment says otherwise.
 
-    By default glibc gives every block of more than 32 MiB back, and the system clears each of its pages again when the
-    next step takes it: some 300,000 page faults a step of 6 layers, 384 channels (docs/performance.md).
+    By default glibc returns every block of more than 32 MiB to the system. When the next step takes it, the system
+    clears all its pages again: some 300,000 page faults a step of 6 layers and 384 channels (docs/performance.md).
     """
     if platform.libc_ver()[0] == 'glibc' and not {'MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_'} & set(os.environ):
         library = ctypes.CDLL(None)
@@ -211,7 +212,8 @@ def _keep_freed_memory() -> None:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether `error` says that another rank has gone away or not answered in time (gloo and NCCL have no one kind)."""
+    """Whether `error` says that another rank has gone away or not answered in time. gloo and NCCL share no error class.
+    """
     return isinstance(error, distributed.DistError) or any(words in str(error) for words in _LOST_RANK)
 
 
@@ -233,7 +235,7 @@ def is_compile_error(error: BaseException) -> bool:
 @contextmanager
 def handling(signals: Iterable[signal.Signals], handler: Callable[[int, object], None]) -> Iterator[None]:
     """Let `handler` handle the signals inside the block. A signal that was ignored when the process started stays
-    ignored, as nohup wants it for a closed window. Ctrl-C is always handled."""
+    ignored; nohup needs this when its window is closed. Ctrl-C is always handled."""
     before = {number: signal.getsignal(number) for number in signals}
     before = {number: old for number, old in before.items() if number == signal.SIGINT or old is not signal.SIG_IGN}
     try:
@@ -277,7 +279,7 @@ def _choose_compile(device: torch.device, wanted: bool | None, iterations: int) 
 
 
 def compile_problem(device: str) -> str | None:
-    """Why torch.compile does not work on 'cpu' or 'cuda', or None where it does: a tiny kernel is compiled once.
+    """Why torch.compile does not work on 'cpu' or 'cuda', or None if it works. Compiles a tiny kernel once to find out.
 
     A compiler may exist and still lack something: Python's headers, OpenMP's headers, a folder that it can write to.
     """

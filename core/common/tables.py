@@ -1,4 +1,4 @@
-"""Markdown that the program writes: tables, and reports between two marker lines of a page whose rest is by hand."""
+"""Markdown that the program writes: tables, and reports between two marker lines of a page that is written by hand."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -32,7 +32,7 @@ class TimingAccumulator:
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """Add the time of the `with` block to `stage`, also where the block raises."""
+        """Add the time of the `with` block to `stage`, also if the block raises."""
         synchronize(self.device)
         self._inner.append(0.0)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""JSON files whose contents are described by types and checked where they are read; some with a checksum.
+"""JSON files whose contents have types, which are checked when a file is read; some files have a checksum.
 
     class Entry(TypedDict):
         nats: Annotated[float, Range(0.0, 100.0)]
@@ -6,8 +6,8 @@
 
     entry = checked(read_json(path), Entry)
 
-What is described: bool, int, float (whole numbers too), str, None, list[...], dict[str, ...], TypedDict, unions of
-these, Literal, and `object` for any JSON value. Numbers are finite. Whatever is wrong becomes one `Unfit`.
+The types are bool, int, float (whole numbers too), str, None, list[...], dict[str, ...], TypedDict, unions of these,
+Literal, and `object` for any JSON value. Numbers are finite. Any fault raises `Unfit`.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypeVar, Un
 Value = TypeVar('Value')
 
 LARGEST_FILE = 2 ** 28  # bytes; thousands of results have a few million
-FARTHEST = 1e30  # largest number where no range says less
+FARTHEST = 1e30  # largest number without a range of its own
 LONGEST_TEXT = 1_000_000  # characters
 MOST_ITEMS = 1_000_000
 DEEPEST = 50  # levels of lists and objects
@@ -54,7 +54,7 @@ Interval = Annotated[list[float], Items(2, 2)]  # low and high end
 
 
 def read_json(path: Path) -> object:
-    """The JSON value in a file. Raises `Unfit` for what is no file, too large, no JSON or nested too deeply."""
+    """The JSON value in a file. Raises `Unfit` if there is no file, or a file that is too large, no JSON or too deep."""
     try:
         if not path.is_file():
             raise Unfit('it is no regular file' if path.exists() else 'there is no such file')
@@ -99,7 +99,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
 # Types --------------------------------------------------------------------------------------------------------------
 
 def checked(value: object, kind: type[Value], place: str = 'it') -> Value:
-    """`value` itself, which fits the type `kind`; raises `Unfit` that names the first place where it does not."""
+    """`value` itself, if it fits the type `kind`. Else raises `Unfit`, which names the first place that is wrong."""
     problem = _problem(value, kind, place, 0)
     if problem is not None:
         raise Unfit(problem)
@@ -107,7 +107,7 @@ def checked(value: object, kind: type[Value], place: str = 'it') -> Value:
 
 
 def _problem(value: object, kind: Any, place: str, depth: int) -> str | None:
-    """What is wrong with `value` as a `kind`, the rule of its own first, then those of its parts."""
+    """What is wrong with `value` as a `kind`: its own rule is checked first, then those of its parts."""
     if depth > DEEPEST:
         return f'{place} is nested too deeply'
     notes: list[object] = []

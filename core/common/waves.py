@@ -1,4 +1,4 @@
-"""The order of a fill, from the pattern of masks alone: waves, groups, and filling on from the left.
+"""The order of a fill: waves, groups, and fills that continue from the left. It depends on the pattern of masks only.
 
 Letters: B batch (rows), T sequence length.
 """
@@ -13,23 +13,23 @@ Order = Literal['wave', 'left_to_right']
 
 
 def distance_to_last(flags: Tensor, missing: int) -> Tensor:
-    """int64 [B, T]: steps back to the last True of flags [B, T]; `missing` or more where there is none on the left."""
+    """int64 [B, T]: steps back to the last True of flags [B, T]; `missing` or more if there is none on the left."""
     position = torch.arange(flags.size(1), device=flags.device)
     return position - torch.where(flags, position, -missing).cummax(1).values
 
 
 def distance_to_next(flags: Tensor, missing: int) -> Tensor:
-    """int64 [B, T]: steps ahead to the next True of flags [B, T]; `missing` or more where there is none."""
+    """int64 [B, T]: steps ahead to the next True of flags [B, T]; `missing` or more if there is none."""
     return distance_to_last(flags.flip(1), missing).flip(1)
 
 
 def wave_schedule(masked: Tensor, order: Order = 'wave') -> Tensor:
     """int64 [B, T]: the wave that fills each position of masked bool [B, T], from 1 on; 0 where nothing is masked.
 
-    'wave': the distance to the nearest revealed token; where two fronts meet at two adjacent positions of equal
-    distance, the right one waits one wave. 'left_to_right': the distance from the last revealed token on the left; a
-    gap at the row's start has none and is filled from its right end towards the left, so that every position still has
-    a filled neighbour. Either way no two adjacent positions share a wave. Every row needs a revealed token.
+    'wave': the distance to the nearest revealed token. If two adjacent positions have equal distances, the right one
+    waits one wave. 'left_to_right': the distance from the last revealed token on the left. A gap at the row's start has
+    no such token, so it is filled from its right end to the left. In both orders every position has a filled neighbour,
+    and no two adjacent positions share a wave. Every row needs a revealed token.
     """
     T = masked.size(1)
     left = distance_to_last(~masked, missing=2 * T)  # [B, T]
@@ -54,14 +54,15 @@ def group_schedule(positions: Tensor, order: Order = 'wave') -> Tensor:
 
 
 def follow_on_schedule(masked: Tensor, positions: Tensor, left: int) -> Tensor:
-    """int64 [B, T]: the stage that fills each position of a group through a head that was trained from left to right
-    and sees `left` neighbours there; 0 outside the group, 1 from `lm_head`, 2 and above by the head in that order.
+    """int64 [B, T]: the stage that fills each position of a group, for a head that was trained from left to right and
+    sees `left` neighbours on the left. 0: outside the group. 1: drawn from `lm_head`. 2 and above: drawn by the head,
+    in this order.
 
     masked, positions: bool [B, T]. The head draws a position unless its left neighbour stays masked. It also draws at a
-    row's start, which it has seen in training. A position waits for all positions that the head sees on its
-    left, so positions farther apart than that can share a stage.
+    row's start, which it has seen in training. A position waits for all positions that the head sees on its left.
+    Positions that are farther apart can share a stage.
     """
-    stays = F.pad(masked & ~positions, (1, 0))[:, :-1]  # [B, T], the left neighbour is masked and no part of the group
+    stays = F.pad(masked & ~positions, (1, 0))[:, :-1]  # [B, T], the left neighbour is masked and outside the group
     by_head = positions & ~stays
     since = F.pad(distance_to_last(by_head, missing=2 * left) + 1, (1, 0), value=2 * left)[:, :-1]  # to the last before
     number = by_head.cumsum(1)
@@ -96,7 +97,7 @@ class Turns(NamedTuple):
 
 def fill_turns(group: Tensor, order: Order) -> Turns:
     """`Turns` of groups int64 [B, T]. 'left_to_right': by place. 'wave': by the distance from the middle of a run of
-    adjacent positions of one group, and by place among those of one distance."""
+    adjacent positions of one group; positions of equal distance come by place."""
     T = group.size(1)
     place = torch.arange(T, device=group.device)
     if order == 'left_to_right':
@@ -109,10 +110,10 @@ def fill_turns(group: Tensor, order: Order) -> Turns:
 
 
 def sees_in_turn(masked: Tensor, turns: Turns, within: Tensor | None = None) -> Tensor:
-    """bool [B, T, T]: whether a position (second index) knows the token at another one (third) when it is drawn: one
-    that is not masked, or one that its own group has drawn before.
+    """bool [B, T, T]: whether a position (second index) knows the token at another position (third index) when it is
+    drawn. It knows tokens that are not masked, and tokens that its own group has drawn before.
 
-    masked bool [B, T]; within bool [B, T, T]: where it may look at all, None for everywhere.
+    masked bool [B, T]. within bool [B, T, T]: where it may look at all; None: everywhere.
     """
     group, turn = turns
     drawn = (group[:, None] == group[..., None]) & (turn[:, None] < turn[..., None]) & (group >= 0)[:, None]
