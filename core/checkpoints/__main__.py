@@ -3,7 +3,7 @@
     python -m core.checkpoints verify out/ckpt.pt                read every byte again and say what the file holds
     python -m core.checkpoints export out/ckpt_best.pt FOLDER    weights as safetensors, the rest as JSON, for sharing
     python -m core.checkpoints export out/ckpt_best.pt FOLDER --to=hf    for the transformers library
-    python -m core.checkpoints convert OLD.pt NEW_FILE           the older format (docs/names.md) in today's
+    python -m core.checkpoints convert OLD.pt NEW_FILE           from the older format (docs/names.md) to today's
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     convert.add_argument('--meta', help='meta.pkl that the model was trained with; by default data/<dataset>/meta.pkl')
     options = parser.parse_args(arguments)
     checkpoint = path_argument('checkpoint', options.checkpoint)
-    from core.checkpoints.checkpoint import export_checkpoint, verify_checkpoint  # after the options, as in train.py
+    from core.checkpoints.checkpoint import export_checkpoint, verify_checkpoint  # options come first, as in train.py
     from core.checkpoints.sharing import CONFIG_FILE, WEIGHTS_FILE
 
     if options.command == 'verify':

@@ -1,7 +1,7 @@
-"""Checkpoints: saved so that no failure loses the previous one, and read so that no file can do harm.
+"""Saves and reads checkpoints. A failed save never loses the previous one, and a file can do no harm when it is read.
 
-A checkpoint is one zip file as `torch.save` writes it. Every member carries a CRC-32, which `torch.load` ignores and
-which is compared here before anything is unpickled; unpickling admits tensors and built-in types only.
+A checkpoint is one zip file as `torch.save` writes it. Every member carries a CRC-32. `torch.load` ignores it; this
+module compares it before anything is unpickled. Unpickling admits tensors and built-in types only.
 """
 
 import os
@@ -30,7 +30,7 @@ HOW_TO_TRAIN = CheckpointKind.UNMASKING.command
 
 @dataclass
 class Checkpoint:
-    """Everything a run needs to go on, or a sampler to start. All values are tensors or built-in types."""
+    """Everything that a run needs to resume, or a sampler to start. All values are tensors or built-in types."""
 
     kind: str                             # one of CheckpointKind
     model_config: dict[str, object]       # of `model_config_to_dict`
@@ -49,18 +49,18 @@ class Checkpoint:
     extra: dict[str, object] = field(default_factory=dict)
 
     def to_payload(self) -> dict[str, object]:
-        """What is written: the fields, plain, with the format version."""
+        """What is written to the file: the fields in plain types, and the format version."""
         return {'format_version': FORMAT_VERSION, **{one.name: getattr(self, one.name) for one in fields(self)},
                 'kind': str(self.kind), 'model': dict(self.model), 'ema': None if self.ema is None else dict(self.ema)}
 
     @property
     def resumable(self) -> bool:
-        """Whether a run can go on from it; otherwise it holds weights to sample from."""
+        """Whether a run can resume from it. Otherwise it only holds weights to sample from."""
         return bool(self.optimizers) and self.extra.get('resumable', True) is True
 
     @classmethod
     def from_payload(cls, payload: object, source: Path) -> 'Checkpoint':
-        """Read what `to_payload` made; `source` names the file in a `UserError`. Weights get their plain names."""
+        """Read what `to_payload` made. source: the file, for a `UserError`. Weights get their plain names."""
         if not isinstance(payload, dict) or type(payload.get('format_version')) is not int:
             cure = f'try: python -m core.checkpoints convert {source} NEW_FILE' \
                 if isinstance(payload, dict) and 'model_args' in payload else f'train again with: {HOW_TO_TRAIN}'
@@ -81,12 +81,12 @@ class Checkpoint:
         return cls(**values)
 
     def weights(self, use_ema: bool = True) -> dict[str, Tensor]:
-        """The averaged weights where there are any and they are wanted, else the last ones."""
+        """The averaged weights if there are any and `use_ema` is True, otherwise the last ones."""
         return self.ema if use_ema and self.ema is not None else self.model
 
     def noise_schedule(self) -> NoiseSchedule:
-        """The one that the model was trained with; linear where the run had no such option. UserError for one that this
-        program does not know."""
+        """The schedule that the model was trained with; linear if the run had no such option. UserError if this program
+        does not know it."""
         name = self.config.get('noise_schedule', 'linear')
         if not isinstance(name, str) or name not in SCHEDULES:
             raise UserError(f'the checkpoint was trained with noise_schedule={shown(name)}, but this program knows '
@@ -116,7 +116,7 @@ class CheckpointSummary:
 # ---------------------------------------------------------------- saving
 
 class _Sink:
-    """Passes bytes on and keeps the first failure, which `torch.save` would cover with a complaint about positions."""
+    """Passes bytes on and keeps the first failure. `torch.save` would replace it by an error about positions."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -125,7 +125,7 @@ class _Sink:
     def write(self, data: bytes) -> int:
         try:
             return self.file.write(data)
-        except BaseException as failure:  # an interrupt is lost in the same way
+        except BaseException as failure:  # an interrupt would be lost too
             self.failure = self.failure or failure
             raise
 
@@ -136,9 +136,9 @@ class _Sink:
 def save_checkpoint(path: Path | str, payload: Mapping[str, object]) -> None:
     """Write `Checkpoint.to_payload()` to `path`: temporary file, fsync, verification, rename, fsync of the folder.
 
-    What is written can be loaded, as it holds tensors and built-in types only; that the disk holds what was written is
-    what the checksums say once they are read back. Raises UserError where it cannot be written or does not verify; an
-    earlier file of that name is then unharmed.
+    The payload must hold only tensors and built-in types, so that it can be loaded. The verification reads the file
+    back and compares its checksums. UserError if the file cannot be written or does not verify. An earlier file of that
+    name is then unharmed.
     """
     stranger = _stranger(payload)
     if stranger is not None:
@@ -161,7 +161,7 @@ def save_checkpoint(path: Path | str, payload: Mapping[str, object]) -> None:
 
 
 def _stranger(value: object, place: str = 'payload') -> str | None:
-    """The first place in `value` that holds neither a tensor nor a built-in type; None where all do."""
+    """The first place in `value` that holds neither a tensor nor a built-in type; None if there is no such place."""
     if isinstance(value, Mapping):
         parts = [part for key, one in value.items() for part in ((f'{place}: a key', key), (f'{place}[{key!r}]', one))]
     elif type(value) in (list, tuple):
@@ -182,7 +182,7 @@ _PLAIN = (str, int, float, bool, bytes, type(None))
 # ---------------------------------------------------------------- reading
 
 def verify_checkpoint(path: Path | str) -> CheckpointSummary:
-    """Read all of the file at `path`, compare every checksum and check its header; UserError where anything is wrong.
+    """Read the whole file at `path`, compare every checksum and check its header. UserError if anything is wrong.
 
     Nothing is unpickled before the checksums agree, and the tensors are mapped, not copied.
     """
@@ -196,8 +196,8 @@ def verify_checkpoint(path: Path | str) -> CheckpointSummary:
 def load_checkpoint(path: Path | str, device: torch.device | str = 'cpu') -> Checkpoint:
     """The checkpoint at `path`: a file of `save_checkpoint`, or a folder (or its weights file) of `export_checkpoint`.
 
-    Tensors come to `device`. UserError where it is missing, damaged, of another format, or holds anything but tensors
-    and built-in types.
+    Tensors are loaded to `device`. UserError if the checkpoint is missing, damaged, of another format, or holds
+    anything but tensors and built-in types.
     """
     return _load(Path(path), mapped=False, device=device)
 
@@ -212,7 +212,7 @@ def _load(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
 
 
 def _exported_weights(folder: Path) -> Path:
-    """The file of weights in an exported folder. UserError where it is another folder."""
+    """The weights file of an exported folder. UserError for any other folder."""
     if not (folder / WEIGHTS_FILE).is_file():
         there = sorted(one.name for one in folder.glob('*.pt'))
         raise UserError(f'{folder} is a folder without {WEIGHTS_FILE}; '
@@ -225,15 +225,15 @@ def _read(path: Path, mapped: bool, device: torch.device | str) -> Checkpoint:
 
 
 def read_payload(path: Path, mapped: bool = False, device: torch.device | str = 'cpu') -> object:
-    """What a file of `torch.save` holds, whoever wrote it: checksums first, then tensors and built-in types only.
-    UserError where it is missing, damaged, or holds anything else."""
+    """What a file of `torch.save` holds, whoever wrote it. Checksums are compared first; then only tensors and built-in
+    types are read. UserError if it is missing, damaged, or holds anything else."""
     if not path.is_file():
         raise UserError(f'there is no checkpoint {path}; make one with: {HOW_TO_TRAIN}, or with the config '
                         f'that writes into {path.parent}')
     _compare_checksums(path)
     try:
         return torch.load(path, map_location=device, mmap=mapped, weights_only=True)
-    except Exception as error:  # any failure on bytes that others may have written means the same to the user
+    except Exception as error:  # others may have written the file; all failures mean the same to the user
         raise UserError(f'{path} holds something other than tensors and plain values, or is no checkpoint '
                         f'({type(error).__name__}); it was not loaded; take another, or train with: '
                         f'{HOW_TO_TRAIN}') from error
@@ -247,7 +247,7 @@ def _compare_checksums(path: Path) -> None:
                             if one.compress_type != zipfile.ZIP_STORED or _checksum(file, one) != one.CRC), None)
     except PermissionError as error:
         raise UserError(f'cannot read {path}: {error.strerror}; allow it or name another checkpoint') from error
-    except Exception as error:  # zipfile raises a dozen kinds on bytes at random
+    except Exception as error:  # zipfile raises a dozen kinds of errors on random bytes
         raise UserError(f'{path} ({path.stat().st_size} bytes) is damaged, cut off or no checkpoint '
                         f'({excerpt(str(error))}); {_IF_DAMAGED}') from error
     if damaged is not None:
@@ -255,7 +255,7 @@ def _compare_checksums(path: Path) -> None:
 
 
 def _checksum(file: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """CRC-32 of the bytes of a stored member. `zipfile` computes it too, in several times the time."""
+    """CRC-32 of the bytes of a stored member. `zipfile` computes it too, but takes several times as long."""
     file.seek(member.header_offset)
     name_length, extra_length = struct.unpack('<26xHH', file.read(30))  # the member's own header, then its bytes
     file.seek(name_length + extra_length, os.SEEK_CUR)
@@ -288,10 +288,10 @@ def normalise_names(state: Mapping[str, Tensor], source: Path) -> dict[str, Tens
 
 
 def export_checkpoint(path: Path | str, folder: Path | str) -> Path:
-    """Write the checkpoint's weights (averaged where there are any) and its description into `folder`; returns it.
+    """Write the checkpoint's weights (averaged if there are any) and its description into `folder`. Returns `folder`.
 
-    One can sample, evaluate and initialise from the folder, but not resume. UserError where it holds other files than
-    an earlier export's.
+    One can sample, evaluate and initialise from the folder, but not resume. UserError if it holds files that no earlier
+    export wrote.
     """
     return write_folder(Path(folder), load_checkpoint(path).to_payload())
 

@@ -1,4 +1,4 @@
-"""Where a run happens, for its environment.json: versions, the program's revision, the command line, the machine."""
+"""What environment.json records of a run: versions, the program's revision, the command line, the machine."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ RECORDED_PACKAGES = ('torch', 'numpy', 'safetensors', 'tiktoken', 'wandb')
 
 
 def environment() -> dict[str, object]:
-    """Where a run happens: versions, git revision, command line, machine. Built-in types only."""
+    """The environment of a run: versions, git revision, command line, machine. Built-in types only."""
     versions = {'python': platform.python_version()}
     for package in RECORDED_PACKAGES:
         try:
@@ -27,7 +27,7 @@ def environment() -> dict[str, object]:
 
 
 def git_revision(root: Path = ROOT) -> str | None:
-    """The commit of the program in `root`, with ' (changed)' where tracked files differ from it.
+    """The commit of the program in `root`, with ' (changed)' if tracked files differ from it.
 
     None unless `root` is the top of a repository that tracks the program: a copy inside another repository has no
     revision.
@@ -44,7 +44,7 @@ def git_revision(root: Path = ROOT) -> str | None:
 
 
 def _git(root: Path, *words: str) -> str | None:
-    """What git says in `root`, whatever repository the environment names; None where it fails or is not installed."""
+    """The output of git in `root`, without the environment's GIT_ variables; None if it fails or is not installed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith('GIT_')}
     try:
         return subprocess.run(['git', '-C', str(root), *words], capture_output=True, encoding='utf-8', timeout=10,

@@ -1,6 +1,6 @@
-"""Models that serve another model: a remasking model or a judge serves a generator, a generator serves a training.
+"""Models that help another model: a remasking model or a judge helps a generator, a generator helps a training.
 
-Each is read from a checkpoint that says its kind; what does not fit is refused in one sentence.
+Each comes from a checkpoint, which records its kind. A model that does not fit is refused in one sentence.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ REMASKING_KINDS = (CheckpointKind.REMASKING, CheckpointKind.CLASSIFIER, Checkpoi
 
 
 def load_remasking_model(name: str, out_dir: Path | str, vocabulary: Vocabulary, device: torch.device) -> GPT:
-    """The remasking model of any kind in the checkpoint `name`, a file in out_dir or a path of its own."""
+    """The remasking model of any kind in the checkpoint `name`, a file in out_dir or any other path."""
     return _load(name, 'remasking_checkpoint_name', out_dir, REMASKING_KINDS, 'tells no wrong tokens', vocabulary,
                  device)[0]
 
 
 def load_judge(name: str, out_dir: Path | str, vocabulary: Vocabulary, device: torch.device) -> GPT:
-    """The judge in the checkpoint `name`, a file in out_dir or a path of its own."""
+    """The judge in the checkpoint `name`, a file in out_dir or any other path."""
     return _load(name, 'judge_checkpoint_name', out_dir, (CheckpointKind.JUDGE,), 'judges no text', vocabulary,
                  device)[0]
 
@@ -46,14 +46,14 @@ def load_generator(name: str, vocabulary: Vocabulary, device: torch.device,
 
 
 def helper_path(name: str, out_dir: Path | str) -> Path:
-    """The checkpoint `name`: in out_dir if it is there, else a path of its own."""
+    """The path of the checkpoint `name`: in out_dir if it exists there, otherwise `name` itself."""
     path = Path(out_dir) / name
     return path if path.exists() else Path(name)
 
 
 def _load(name: str, option: str, out_dir: Path | str, kinds: Sequence[CheckpointKind], complaint: str,
           vocabulary: Vocabulary, device: torch.device) -> tuple[GPT, int]:
-    """The model without gradients, and the iteration that it is of."""
+    """The model without gradients, and its iteration."""
     checkpoint = _read(name, option, out_dir, kinds, complaint)
     if checkpoint.vocabulary_hash != vocabulary.hash:
         size = Vocabulary.from_meta(checkpoint.vocabulary).base_size
@@ -64,7 +64,7 @@ def _load(name: str, option: str, out_dir: Path | str, kinds: Sequence[Checkpoin
 
 
 def _read(name: str, option: str, out_dir: Path | str, kinds: Sequence[CheckpointKind], complaint: str) -> Checkpoint:
-    """The checkpoint, which is of one of `kinds`."""
+    """The checkpoint. UserError if it is missing or not of one of `kinds`."""
     path = helper_path(name, out_dir)
     cure = kinds[0].command
     if not path.exists():
@@ -83,7 +83,7 @@ def read_generator(name: str, option: str) -> Checkpoint:
 
 
 def require_block(model: GPT, option: str, length: int, what: str) -> None:
-    """UserError unless `model` can read `length` tokens at once; `what` says of what."""
+    """UserError unless `model` can read `length` tokens at once. what: what these tokens are, for the message."""
     if model.config.block_size < length:
         raise UserError(f'{option} has a block_size of {model.config.block_size}, but must read {length} tokens at '
                         f'once ({what}); shorten the text, or give a model trained with --block_size={length} or more')
@@ -91,8 +91,8 @@ def require_block(model: GPT, option: str, length: int, what: str) -> None:
 
 def one_shot_fill(model: GPT, use_sampler_head: bool, base_size: int,
                   autocast: Callable[[], AbstractContextManager]) -> Callable[[Tensor, Tensor, RowRandom], Tensor]:
-    """A `Corruption.fill`: what the generator `model` writes at the masked positions of a text in one trunk call, drawn
-    at temperature 1 as inference draws. Takes and gives tensors on the CPU; the network computes where it lies."""
+    """A `Corruption.fill`: the generator `model` fills the masked positions of a text in one trunk call, at temperature
+    1, as inference does. It takes and returns tensors on the CPU. The network computes on its own device."""
     weight = model.transformer['wte'].weight
     rule = DrawRule(allowed_ids(weight.size(0), base_size, weight.device))
 

@@ -8,10 +8,10 @@ from model import ModelMode
 
 
 class CheckpointKind(StrEnum):
-    """What a model was trained for, one row a kind.
+    """What a model was trained for, one row for each kind.
 
-    mode: what its last layer predicts; writes_text: whether it is a generator; command: trains one; use: the option of
-    sample.py that takes one; classes: of a classifier's output.
+    mode: what its last layer predicts. writes_text: whether it is a generator. command: trains such a model. use: the
+    option of sample.py that takes its checkpoint. classes: number of classes of a classifier's output.
     """
 
     mode: ModelMode
@@ -23,7 +23,7 @@ class CheckpointKind(StrEnum):
     # a diffusion model that reveals masked tokens
     UNMASKING = ('unmasking', ModelMode.LANGUAGE_MODEL, True, 'python train.py config/train_char_diffusion_sampler.py',
                  '--checkpoint_name')
-    # masked diffusion inside blocks, which come from left to right
+    # masked diffusion inside blocks; the blocks follow each other from left to right
     BLOCK = ('block', ModelMode.LANGUAGE_MODEL, True, 'python train.py config/train_char_block.py', '--checkpoint_name')
     # logits over base vocabulary and the wrong id
     REMASKING = ('remasking', ModelMode.LANGUAGE_MODEL, False, 'python train.py config/train_char_remasking.py',
@@ -32,7 +32,7 @@ class CheckpointKind(StrEnum):
     CLASSIFIER = ('classifier', ModelMode.TOKEN_CLASSIFIER, False,
                   'python train.py config/train_char_remasking.py --remasking_kind=binary',
                   '--remasking_checkpoint_name')
-    # right, or which source wrote a wrong token
+    # classes: a right token, or the source of a wrong one
     MULTICLASS = ('multiclass', ModelMode.TOKEN_CLASSIFIER, False,
                   'python train.py config/train_char_remasking.py --remasking_kind=multiclass '
                   '--remasking_corruption=mixed', '--remasking_checkpoint_name', 4)
@@ -54,7 +54,7 @@ class CheckpointKind(StrEnum):
         return self.mode is not ModelMode.LANGUAGE_MODEL
 
     def next_command(self, out_dir: str) -> str:
-        """What to type once a run in `out_dir` has trained such a model."""
+        """The command to type after a run in `out_dir` has trained such a model."""
         if self.writes_text:
             return f'python sample.py --out_dir={shlex.quote(out_dir)}'
         judged = '--quality_metric=judge ' if self is CheckpointKind.JUDGE else ''

@@ -1,9 +1,9 @@
-"""Checkpoints of the older format, as nanoGPT and the design documents write it, made into today's.
+"""Converts checkpoints of the older format, which nanoGPT and the design documents use, to today's.
 
 Such a file holds `model` (weights, perhaps under names that begin with `_orig_mod.`), `model_args` (the model's
-options), `iter_num` and `config` (the run's options). It has no vocabulary, which its corpus's meta.pkl has, and its
-special ids may come in any order after the base vocabulary. Weights are moved, never changed: where the old network
-computes something else than `GPT`, the file is refused.
+options), `iter_num` and `config` (the run's options). It has no vocabulary; the meta.pkl of its corpus has it. Its
+special ids may come in any order after the base vocabulary. Weights are moved, never changed. If the old network
+computes something other than `GPT`, the file is refused.
 
 Letters: V0 base vocabulary, V all ids of the old model, D = n_embd.
 """
@@ -40,10 +40,10 @@ class Older(NamedTuple):
 
 
 def convert_checkpoint(path: Path, new: Path, meta: Path | None = None) -> Checkpoint:
-    """Write the older checkpoint at `path` to the file `new` in today's format; returns what was written.
+    """Write the older checkpoint at `path` to the file `new` in today's format. Returns what was written.
 
-    meta: the meta.pkl that the model was trained with; by default that of nanoGPT in the folder of the corpus that the
-    file names. UserError with the reason where the file cannot be converted, and where there is something at `new`.
+    meta: the meta.pkl that the model was trained with. Default: nanoGPT's meta.pkl in the folder of the corpus that the
+    checkpoint names. UserError with the reason if the file cannot be converted, and if `new` exists.
     """
     if new.exists():
         raise UserError(f'{new} exists, and nothing is replaced; name a new file')
@@ -68,8 +68,8 @@ def convert_checkpoint(path: Path, new: Path, meta: Path | None = None) -> Check
 
 
 def read_older(path: Path) -> Older:
-    """The older checkpoint at `path`; UserError for a file of another format, or with anything but tensors and plain
-    values in it."""
+    """The older checkpoint at `path`. UserError if the file has another format, or holds anything but tensors and plain
+    values."""
     with torch.serialization.safe_globals([ModelMode]):  # an enum of text, which `model_args` may hold
         payload = read_payload(path)
     if isinstance(payload, dict) and 'format_version' in payload:
@@ -89,7 +89,7 @@ def read_older(path: Path) -> Older:
 
 
 def _require_same_network(weights: Mapping[str, Tensor], path: Path) -> None:
-    """UserError where the weights show that the old network computes something else than `GPT`."""
+    """UserError if the weights show that the old network computes something other than `GPT`."""
     train = f'train again with: {CheckpointKind.UNMASKING.command}'
     if 'transformer.h.0.attn.query_norm.weight' not in weights:
         raise UserError(f"{path} cannot be converted: its network is built as GPT-2 is, without normalised queries and "
@@ -102,7 +102,7 @@ def _require_same_network(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _structure_of(older: Older, path: Path) -> dict[str, object]:
-    """Fields of `GPTConfig` that the old options may leave out, where the weights show them."""
+    """Fields of `GPTConfig` that the old options may lack, found from the weights. UserError if others are missing."""
     args, weights = older.model_args, older.weights
     needed = ['attention_type'] + (['sampler_residual'] if any(name.startswith('sampler_head.') for name in weights)
                                    else [])
@@ -115,8 +115,8 @@ def _structure_of(older: Older, path: Path) -> dict[str, object]:
 
 
 def _vocabulary_of(older: Older, path: Path, meta: Path | None) -> Vocabulary:
-    """The vocabulary that the model was trained with. A corpus of this program's is taken only where it is named: one of
-    the same name need not have the same characters."""
+    """The vocabulary that the model was trained with. A corpus of this program is used only if `meta` names it, since a
+    corpus of the same name may have other characters."""
     dataset = older.config.get('dataset')
     if meta is None and type(dataset) is not str:
         raise UserError(f'{path} does not name its corpus; add --meta=... of the meta.pkl that it was trained with')
@@ -136,8 +136,8 @@ def _vocabulary_of(older: Older, path: Path, meta: Path | None) -> Vocabulary:
 
 
 def _rows_of(older: Older, vocabulary: Vocabulary, path: Path) -> list[int | None]:
-    """For each of today's ids the old one, None where the old model has none. UserError unless the old ids are the base
-    vocabulary and special ids that the file names."""
+    """The old id of each of today's ids; None if the old model lacks it. UserError unless the old ids are the base
+    vocabulary and the special ids that the file names."""
     base, size = vocabulary.base_size, len(older.weights['transformer.wte.weight'])
     ids = [older.model_args.get(f'{name}_token_id') for name in SPECIAL_NAMES]
     if ids == [None] * len(ids) and size - base in (1, 2):  # mask, and wrong, follow the base vocabulary
@@ -151,7 +151,7 @@ def _rows_of(older: Older, vocabulary: Vocabulary, path: Path) -> list[int | Non
 
 
 def _moved(tensor: Tensor, rows: list[int | None]) -> Tensor:
-    """float32 [V0 + 4, D]: the rows of tensor [V, D] under today's ids, zeros for an id that is new."""
+    """float32 [V0 + 4, D]: the rows of tensor [V, D] in the order of today's ids, with zeros for new ids."""
     index = torch.tensor([0 if row is None else row for row in rows])
     new = torch.tensor([row is None for row in rows])
     return tensor.float()[index].masked_fill(new[:, None], 0.0)

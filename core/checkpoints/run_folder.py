@@ -1,11 +1,11 @@
-"""A run's folder: one run at a time writes to it, and its newest usable checkpoint is always found.
+"""A run's folder. One run at a time writes to it, and its newest usable checkpoint is always found.
 
 ckpt.pt is the latest checkpoint, ckpt_previous.pt the one before, ckpt_best.pt the one with the lowest validation
-value, ckpt_<label>_<iteration>.pt the last snapshots; environment.json and config.json say what made them.
+value, ckpt_<label>_<iteration>.pt the last snapshots. environment.json and config.json record what made them.
 
-A run owns the files of OWN in a folder that bears its marker, run.json, and no other file. A run from scratch in the
-folder of an earlier one moves nothing before its own first checkpoint is on the disk; then the earlier run's files go
-into a new folder earlier_run_<date>_<time>, which the program never touches again.
+A run's folder has its marker, run.json. The run owns only the files there whose names match OWN. A run from scratch in
+the folder of an earlier run moves nothing before its own first checkpoint is on the disk. Then the earlier run's files
+go into a new folder earlier_run_<date>_<time>, which the program never touches again.
 """
 
 import json
@@ -30,7 +30,7 @@ LATEST, PREVIOUS, BEST = 'ckpt.pt', 'ckpt_previous.pt', 'ckpt_best.pt'
 CONFIG, ENVIRONMENT, METRICS, PICTURE = 'config.json', 'environment.json', 'metrics.jsonl', 'loss.png'
 LOCK_FILE = 'run.lock'
 MARKER, PROGRAM, FOLDER_FORMAT = 'run.json', 'masked-diffusion-gpt', 1
-EARLIER_RUN = 'earlier_run'  # begins the name of the folder that a replaced run is moved to
+EARLIER_RUN = 'earlier_run'  # the start of the name of the folder that a replaced run is moved to
 
 _SNAPSHOT = rf'ckpt_(?:{"|".join(CheckpointKind)})[a-z_]*_\d+\.pt'
 _CHECKPOINT = re.compile(rf'ckpt(_previous|_best)?\.pt|{_SNAPSHOT}')
@@ -39,17 +39,17 @@ _TEMPORARY = re.compile(rf'(?:{OWN.pattern}|run\.json)(\.\w+{re.escape(TEMPORARY
 
 
 class RunFolder:
-    """The folder at `path`, made if need be, and held by this process until `close` or its end, however it ends.
+    """The folder at `path`, made if it is missing. This process holds it until `close`, or until the process ends.
 
-    UserError where another process holds it, it is not writable, or it holds other files than a run's. With `resume`
-    it must hold a run. Of several ranks only the writing one opens it. Call `begin`, or `latest` and
-    `write_description`, before anything is saved.
+    UserError if another process holds it, it is not writable, or it holds files that are not a run's. With `resume` it
+    must hold a run. Of several ranks only the one that writes opens it. Before the first save, call `begin`, or
+    `latest` and `write_description`.
     """
 
     def __init__(self, path: Path | str, resume: bool = False) -> None:
         self.path = Path(path)
         self._earlier: list[str] = []        # files of a run that this one will replace
-        self._waiting: dict[str, Path] = {}  # this run's files that have no place yet, by name
+        self._waiting: dict[str, Path] = {}  # temporary paths of this run's files, by final name
         self._holding_back = False           # whether files wait until the first checkpoint is whole
         require_run(self.path, resume)
         try:
@@ -73,9 +73,9 @@ class RunFolder:
             raise
 
     def _hold(self) -> None:
-        """Keep other runs out, and leave word of who does; UserError where one holds the folder already."""
+        """Lock the folder, and write this process's id into the lock. UserError if another run holds the folder."""
         if not take(self._lock, self.path):
-            with suppress(OSError):  # Windows lets nobody read what is locked
+            with suppress(OSError):  # on Windows nobody can read a locked file
                 holder = os.read(self._lock, 32).decode(errors='replace').strip()
             raise UserError(f'{self.path} is in use by another run (process {holder or "unknown"}); wait for it, or '
                             f'choose another folder with --out_dir=...')
@@ -83,7 +83,7 @@ class RunFolder:
         os.write(self._lock, f'{os.getpid()}\n'.encode())
 
     def close(self) -> None:
-        """Let another run have the folder; a run that never saved leaves an earlier one as it was."""
+        """Release the folder. If this run never saved, an earlier run stays as it was."""
         for path in self._waiting.values():
             with suppress(OSError):
                 path.unlink()
@@ -100,8 +100,8 @@ class RunFolder:
     # ---- beginning and going on
 
     def begin(self, config: Mapping[str, object], overwrite: bool = False) -> None:
-        """Before a run from scratch with the options `config`. UserError where an earlier one has saved something,
-        unless `overwrite`; what it has recorded is moved aside when this run first saves."""
+        """Begin a run from scratch with the options `config`. UserError if an earlier run has saved something, unless
+        `overwrite`. The first save of this run moves the earlier run's files aside."""
         files = sorted(one.name for one in self.path.iterdir() if OWN.fullmatch(one.name))
         saved = [name for name in files if _CHECKPOINT.fullmatch(name)]
         if saved and not overwrite:
@@ -114,7 +114,7 @@ class RunFolder:
         self.write_description(config)
 
     def latest(self, say: Callable[[str], None]) -> Path:
-        """As `latest_checkpoint`; a damaged file is renamed to <name>.damaged, so that no save keeps it."""
+        """As `latest_checkpoint`. A damaged file is renamed to <name>.damaged, so that no save keeps it."""
         summary, damaged = _newest(self.path, say)
         if (self.path / BEST).exists() and not _is_whole(self.path / BEST, say):
             damaged.append(self.path / BEST)
@@ -130,30 +130,30 @@ class RunFolder:
             write_whole(self.place(name), json.dumps(values, indent=2, ensure_ascii=False) + '\n')
 
     def place(self, name: str) -> Path:
-        """Where this run writes its file `name` now. In the folder of an earlier run that is a temporary name until the
-        first save."""
+        """The path where this run writes its file `name` now. In the folder of an earlier run it is a temporary path
+        until the first save."""
         if not self._holding_back:
             return self.path / name
         return self._waiting.setdefault(name, temporary_name(self.path / name))
 
     @property
     def replaces(self) -> bool:
-        """Whether an earlier run's files still have their places."""
+        """Whether an earlier run's files are still in their places."""
         return bool(self._earlier)
 
     def has_best(self) -> bool:
-        """Whether this run's best checkpoint is there."""
+        """Whether this run has a best checkpoint."""
         return not self._earlier and (self.path / BEST).exists()
 
     # ---- saving
 
     def save(self, latest: Checkpoint, best: Checkpoint | None = None, snapshot: Checkpoint | None = None,
              label: str = '', keep: int = 1) -> Path | None:
-        """Save `best` as ckpt_best.pt, `snapshot` as ckpt_<label>_<iteration>.pt, and last `latest` as ckpt.pt.
+        """Save `best` as ckpt_best.pt, `snapshot` as ckpt_<label>_<iteration>.pt, and finally `latest` as ckpt.pt.
 
-        The ckpt.pt that was there becomes ckpt_previous.pt, once the new one has verified. Of the label's snapshots
-        the last `keep` (at least 1) stay. A first save gets its names together: a kill leaves none of it or all.
-        Returns the folder that the files of an earlier run have now gone to, if there were any.
+        The old ckpt.pt becomes ckpt_previous.pt after the new one is verified. The last `keep` (at least 1) snapshots
+        of the label stay. The files of a first save get their names together: a kill leaves all of them or none.
+        Returns the folder that an earlier run's files were moved to; None if there were none.
         """
         assert keep >= 1 and re.fullmatch(r'\w*', label)
         self._holding_back |= not (self.path / LATEST).exists()
@@ -187,9 +187,9 @@ class RunFolder:
             raise unwritable(path, error) from error
 
     def _settle_all(self) -> Path | None:
-        """Move the earlier run's files aside, if there is one, and this run's to their places; returns where they are.
+        """Move an earlier run's files aside and this run's files to their places. Returns the earlier files' folder.
 
-        All moves are written down first, and whoever opens the folder next makes those that a kill left out.
+        All moves are first recorded in the marker. After a kill, the next process that opens the folder completes them.
         """
         aside, displaced = _free(self.path / f'{EARLIER_RUN}_{time.strftime("%Y-%m-%d_%H%M%S")}'), bool(self._earlier)
         try:
@@ -205,8 +205,8 @@ class RunFolder:
         return aside if displaced else None
 
     def _make(self, moves: list[list[str]]) -> None:
-        """Make those of the moves that are not made yet. The first ones fill a new folder, the others empty names that
-        only this run has, so that each shows whether it was made."""
+        """Make the moves that are not made yet. A move into an earlier run's new folder is made if its target exists;
+        any other move is made if its source, a name that only this run has, is gone."""
         for source, target in moves:
             made = os.path.lexists(self.path / target) if '/' in target else not os.path.lexists(self.path / source)
             if not made and os.path.lexists(self.path / source):
@@ -229,7 +229,7 @@ class RunFolder:
 # ---- whose folder it is
 
 def require_run(path: Path, resume: bool) -> None:
-    """UserError unless `path` holds a run, or (unless `resume`) nothing."""
+    """UserError unless `path` holds a run. Without `resume` it may also hold nothing."""
     if not path.exists():
         if resume:
             raise UserError(f'there is no run folder {path} to resume from; name another one with --out_dir=..., or '
@@ -240,7 +240,7 @@ def require_run(path: Path, resume: bool) -> None:
     if _read_marker(path) is not None:
         return
     names = sorted(one.name for one in path.iterdir() if one.name != LOCK_FILE and not _TEMPORARY.fullmatch(one.name)
-                   and own_stream(one) is None)  # `train.py > out/log.txt` has made its log already
+                   and own_stream(one) is None)  # with `train.py > out/log.txt` the log exists already
     foreign = _foreign_descriptions(path)
     described = not foreign and (path / CONFIG).exists() and (path / ENVIRONMENT).exists()
     if described or (not names and not resume):
@@ -249,13 +249,13 @@ def require_run(path: Path, resume: bool) -> None:
     if whole and not foreign:
         return
     if resume and not whole:
-        _newest(path, lambda line: None)  # says what is wrong
+        _newest(path, lambda line: None)  # raises an error that tells what is wrong
     raise UserError(f'{path} holds files that no run of this program wrote ({shown_names(foreign or names)}), so it is '
                     f'left alone; choose a new or an empty folder with --out_dir=...')
 
 
 def _read_marker(path: Path) -> dict[str, object] | None:
-    """What run.json in `path` says, None where there is none; UserError where another program wrote it."""
+    """The content of run.json in `path`; None if there is none. UserError if another program wrote it."""
     marker = path / MARKER
     if not marker.exists():
         return None
@@ -277,14 +277,14 @@ def _read_marker(path: Path) -> dict[str, object] | None:
 
 
 def described_by(folder: Path) -> Path:
-    """The config.json of the run in `folder`; where a kill left its first save's renames out, under its other name."""
+    """The path of config.json of the run in `folder`. It is the temporary path if a kill interrupted the first save."""
     moves = (_read_marker(folder) or {}).get('moves', [])
     waiting = [folder / source for source, target in moves if target == CONFIG and (folder / source).exists()]
     return waiting[0] if waiting else folder / CONFIG
 
 
 def _is_move(source: str, target: str) -> bool:
-    """Whether a run that replaces another one moves `source` to `target`: an own file aside, a new one to its place."""
+    """Whether a run that replaces another one makes this move: an old file aside, or a new file to its place."""
     aside, _, name = target.rpartition('/')
     if aside:
         return name == source and bool(OWN.fullmatch(name) and re.fullmatch(rf'{EARLIER_RUN}_[\w-]+', aside))
@@ -292,7 +292,7 @@ def _is_move(source: str, target: str) -> bool:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename; a relative symbolic link goes on to lead where it led."""
+    """Rename. A relative symbolic link still leads to the same file."""
     if source.parent == target.parent or not source.is_symlink() or os.path.isabs(os.readlink(source)):
         os.replace(source, target)
     else:
@@ -301,7 +301,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _foreign_descriptions(path: Path) -> list[str]:
-    """Files in `path` that have a run's names and not its contents, as far as those can be told."""
+    """Files in `path` that have a run's names, but visibly not a run's contents."""
     foreign = [name for name, keys in ((CONFIG, {'out_dir', 'dataset', 'n_layer'}),
                                        (ENVIRONMENT, {'versions', 'command_line'}))
                if (path / name).exists() and not keys <= set(read_json(path / name) or ())]
@@ -316,7 +316,7 @@ def _foreign_descriptions(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, object] | None:
-    """The object that the JSON file at `path` holds; None where it holds none."""
+    """The object in the JSON file at `path`; None if there is no object."""
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError, OSError):
@@ -333,7 +333,7 @@ def _is_whole(path: Path, say: Callable[[str], None] = lambda line: None) -> boo
 
 
 def _free(path: Path) -> Path:
-    """`path`, or where it is taken the first of path2, path3 ... that is not."""
+    """`path` if it is free, otherwise the first free one of path2, path3 ..."""
     number, free = 1, path
     while os.path.lexists(free):
         number += 1
@@ -344,10 +344,10 @@ def _free(path: Path) -> Path:
 # ---- finding checkpoints
 
 def find_checkpoint(out_dir: Path | str, name: str, given: bool) -> tuple[Path, list[str]]:
-    """The checkpoint that out_dir and checkpoint_name mean, and lines to say about it; `given`: the user named it.
+    """The path of the checkpoint `name`, and lines to print about it. given: the user named it.
 
-    It is a file or an exported folder in out_dir, or a path of its own. Where nothing was named, an exported folder
-    serves as out_dir, and the latest checkpoint of a run that has no best one yet. UserError where there is none.
+    It is a file or an exported folder in out_dir, or any other path. If the user named none, out_dir may itself be an
+    exported folder. A run without a best checkpoint then gives its latest one. UserError if there is no checkpoint.
     """
     folder = Path(out_dir)
     path = folder / name
@@ -371,10 +371,10 @@ def find_checkpoint(out_dir: Path | str, name: str, given: bool) -> tuple[Path, 
 
 
 def latest_checkpoint(folder: Path | str, say: Callable[[str], None]) -> Path:
-    """The checkpoint to resume from: of ckpt.pt and ckpt_previous.pt the one that verifies and has gone furthest.
+    """The checkpoint to resume from: the one of ckpt.pt and ckpt_previous.pt that is undamaged and has more iterations.
 
-    Goes by the iteration inside the file, not by its date. `say` is told where a damaged file was passed over.
-    UserError where neither can be used.
+    The iteration inside the file counts, not its date. say: prints a line if a damaged file was left out. UserError if
+    neither can be used.
     """
     return _newest(Path(folder), say)[0].path
 
@@ -400,7 +400,7 @@ def _newest(folder: Path, say: Callable[[str], None]) -> tuple[CheckpointSummary
                         f'--init_from_checkpoint={path} --out_dir=...'
                         + (f', or move it away to go on from {other.path} (iteration {other.iteration})'
                            if other else ''))
-    newest = max(resumable, key=lambda summary: summary.iteration)  # the first, ckpt.pt, among equals
+    newest = max(resumable, key=lambda summary: summary.iteration)  # ckpt.pt if both are equal
     for problem in problems:
         say(f'{problem.splitlines()[0]}; going on from {newest.path} (iteration {newest.iteration})')
     return newest, damaged

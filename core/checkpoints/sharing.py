@@ -1,7 +1,7 @@
-"""Checkpoints for others: a folder of safetensors and JSON, which need no unpickling and no program of ours.
+"""Checkpoints for sharing: a folder of safetensors and JSON. Reading it needs no unpickling and not this program.
 
-model.safetensors holds each tensor once; config.json the rest, the vocabulary and the weights' SHA-256 included,
-without optimizer state.
+model.safetensors holds each tensor once. config.json holds the rest, such as the vocabulary and the SHA-256 of the
+weights. The optimizer state is left out.
 """
 
 import base64
@@ -19,7 +19,7 @@ from core.common.expressions import excerpt, shown_names
 from core.common.files import atomic_files, unwritable
 
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'  # an exported folder
-_LEFT_OUT = ('model', 'ema', 'optimizers', 'scaler', 'guard')  # of an exported description
+_LEFT_OUT = ('model', 'ema', 'optimizers', 'scaler', 'guard')  # fields that an exported description does not hold
 
 
 def _require_export_folder(folder: Path) -> None:
@@ -39,8 +39,8 @@ def _require_export_folder(folder: Path) -> None:
 
 
 def write_folder(folder: Path, payload: Mapping[str, object]) -> Path:
-    """Write what `Checkpoint.to_payload` made into `folder`, with the averaged weights where there are any; returns it.
-    UserError where the folder holds other files than an earlier export's."""
+    """Write what `Checkpoint.to_payload` made into `folder`, with averaged weights if there are any. Returns `folder`.
+    UserError if the folder holds files that no earlier export wrote."""
     _require_export_folder(folder)
     weights = payload['model'] if payload['ema'] is None else payload['ema']
     tensors, tied, first_names = {}, {}, {}
@@ -50,7 +50,7 @@ def write_folder(folder: Path, payload: Mapping[str, object]) -> Path:
             tied[name] = first_names[place]
         else:
             first_names[place] = name
-            tensors[name] = tensor.contiguous().clone()  # views of one storage become tensors of their own
+            tensors[name] = tensor.contiguous().clone()  # views of one storage become separate tensors
     data = safetensors.torch.save(tensors)
     description = {name: payload[name] for name in payload if name not in _LEFT_OUT}
     description |= {'tied': tied, 'averaged': payload['ema'] is not None, 'sha256': hashlib.sha256(data).hexdigest()}
@@ -65,7 +65,7 @@ def write_folder(folder: Path, payload: Mapping[str, object]) -> Path:
 
 
 def read_folder(folder: Path, device: torch.device | str) -> dict[str, object]:
-    """The payload of a checkpoint from what `write_folder` wrote. UserError where it is damaged or no export."""
+    """The payload of a checkpoint that `write_folder` wrote. UserError if the folder is damaged or no export."""
     source = folder / WEIGHTS_FILE
     try:
         data = source.read_bytes()
@@ -89,7 +89,7 @@ def read_folder(folder: Path, device: torch.device | str) -> dict[str, object]:
 
 
 def _to_json(value: object) -> object:
-    """`value` in what JSON can say: bytes as base64, dicts with other keys than strings as pairs, tuples as lists."""
+    """`value` in types that JSON has: bytes become base64, tuples lists, dicts with keys other than strings pairs."""
     if isinstance(value, bytes):
         return {'$bytes': base64.b64encode(value).decode()}
     if isinstance(value, dict):
@@ -102,7 +102,7 @@ def _to_json(value: object) -> object:
 
 
 def _from_json(value: object) -> object:
-    """The reverse of `_to_json`, with lists for tuples."""
+    """The reverse of `_to_json`, except that tuples stay lists."""
     if isinstance(value, list):
         return [_from_json(one) for one in value]
     if isinstance(value, dict):

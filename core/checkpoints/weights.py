@@ -1,4 +1,4 @@
-"""Models and weights from checkpoints: build, load, initialise, and check that a run can go on."""
+"""Models and weights from checkpoints: build, load, initialise, and check that a run can resume."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -30,14 +30,14 @@ def model_config_to_dict(config: GPTConfig) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """A field's value as JSON has it too."""
+    """A field's value in types that JSON has."""
     if isinstance(value, Enum):
         return value.value
     return list(value) if isinstance(value, tuple) else value
 
 
 def model_config_from_dict(values: Mapping[str, object], source: Path | str) -> GPTConfig:
-    """The reverse of `model_config_to_dict`; a field that is missing takes its default, an unknown one is an error."""
+    """The reverse of `model_config_to_dict`. A missing field takes its default; an unknown field is a UserError."""
     unknown = [str(name) for name in values if name not in {one.name for one in fields(GPTConfig)}]
     if unknown:
         raise UserError(f'{source} describes its model with unknown options ({shown_names(unknown)}); '
@@ -63,7 +63,7 @@ def build_model(checkpoint: Checkpoint, device: torch.device | str = 'cpu', use_
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
-    """Copy `weights` into `model`; UserError that lists the names unless they are the model's, shapes included."""
+    """Copy `weights` into `model`. UserError that lists the weights whose names or shapes differ from the model's."""
     own = model.state_dict()
     missing = _missing(own, weights)
     superfluous = [name for name in weights if name not in own]
@@ -75,10 +75,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
 
 
 def initialise_from(model: nn.Module, path: Path | str, vocabulary_hash: str, say: Callable[[str], None]) -> None:
-    """Start `model` from the weights (averaged where there are any) of the checkpoint at `path`.
+    """Start `model` from the weights (averaged if there are any) of the checkpoint at `path`.
 
-    Heads, which are all weights outside `transformer`, may differ: a head that the checkpoint lacks keeps its fresh
-    weights, a head that the model lacks is dropped, and `say` gets a line about it. Any other difference is a
+    Heads may differ; they are all weights outside `transformer`. A head that the checkpoint lacks keeps its fresh
+    weights. A head that the model lacks is dropped. `say` prints a line about each. Any other difference is a
     UserError, and so is another vocabulary.
     """
     checkpoint = load_checkpoint(path)
@@ -105,14 +105,14 @@ def initialise_from(model: nn.Module, path: Path | str, vocabulary_hash: str, sa
 
 def check_resume(saved: Checkpoint, model_config: Mapping[str, object], vocabulary_hash: str, data_hash: str,
                  force: bool = False, dataset: str | None = None) -> list[str]:
-    """Lines to print about a run that goes on from `saved` with other options or (if forced) other data.
+    """Lines to print about a run that resumes from `saved` with other options or (with `force`) other data.
 
-    UserError if the architecture or the heads differ. UserError if corpus or vocabulary differ, unless `force`, which
-    does not help if the vocabularies differ in size. `dataset` is the name of the corpus now.
+    UserError if the architecture or the heads differ, or if the vocabularies differ in size. Without `force` also if
+    corpus or vocabulary differ. dataset: the name of the corpus now.
     """
     other_vocabulary, before_name = saved.vocabulary_hash != vocabulary_hash, saved.config.get('dataset')
     before = {**{one.name: one.default for one in fields(GPTConfig)}, **saved.model_config}  # it may lack newer fields
-    from_corpus = VOCABULARY_FIELDS if other_vocabulary else frozenset()  # these differ for that reason
+    from_corpus = VOCABULARY_FIELDS if other_vocabulary else frozenset()  # these differ because the vocabulary does
     differences = {name: f'{shown_name(name)}: {shown(before.get(name))} in the checkpoint, '
                          f'{shown(model_config.get(name))} now'
                    for name in sorted({*saved.model_config, *model_config}, key=str)
@@ -139,7 +139,7 @@ def check_resume(saved: Checkpoint, model_config: Mapping[str, object], vocabula
 
 
 def _missing(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """Names of `own` that `weights` gives neither under that name nor under that of a tied tensor."""
+    """Names of `own` whose tensor `weights` lacks, both under this name and under the name of a tied tensor."""
     given = {tensor.data_ptr() for name, tensor in own.items() if name in weights}
     return [name for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in given]
 

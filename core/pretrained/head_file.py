@@ -1,5 +1,5 @@
-"""Heads that were trained on a pretrained trunk, in files of their own: weights as safetensors, the rest as JSON
-next to them, with the name and the hash of the base model that they belong to."""
+"""Files of heads that were trained on a pretrained trunk. The weights are safetensors. A JSON file next to them holds
+the rest, with the name and the hash of the base model."""
 
 import hashlib
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ MODULES = ('sampler_head.', 'critic_head.')
 
 
 class Description(TypedDict):
-    """What the JSON file holds. heads: `HEAD_FIELDS`; weights: SHA-256 of the safetensors file; next_token and
+    """What the JSON file holds. heads: `HEAD_FIELDS`. weights: SHA-256 of the safetensors file. next_token,
     mask_token_id: how the base model was read."""
 
     sha256: str
@@ -46,7 +46,7 @@ class Description(TypedDict):
 
 
 class HeadFile(NamedTuple):
-    """A head read from `path`: what describes it, and its weights by their names in `PretrainedTrunk`."""
+    """A head read from `path`: its description, and its weights by their names in `PretrainedTrunk`."""
 
     path: Path
     description: Description
@@ -59,7 +59,7 @@ class HeadFile(NamedTuple):
 
 
 def head_weights(model: PretrainedTrunk) -> dict[str, Tensor]:
-    """The weights of the heads alone, by name."""
+    """The weights of the heads only, by name."""
     return {name: weight for name, weight in model.state_dict().items() if name.startswith(MODULES)}
 
 
@@ -73,14 +73,14 @@ class Base(NamedTuple):
 
 
 def base_of(pretrained: Pretrained) -> Base:
-    """The model as a head's file names it."""
+    """The model in the form that a head's file records."""
     return Base(pretrained.source.model, pretrained.hash, pretrained.model.next_token)
 
 
 def save_head(path: Path, base: Base, shape: tuple[GPTConfig, Mapping[str, Any]], weights: Mapping[str, Tensor],
               steps: int) -> None:
-    """Write heads with `weights` to `path`, the description next to it; shape: the config that has `HEAD_FIELDS`, and
-    fields that take the place of its own."""
+    """Write heads with `weights` to `path`, and the description next to it. shape: a config with `HEAD_FIELDS`, and
+    values that replace fields of it."""
     config, changes = shape
     data = safetensors.torch.save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()})
     description = {
@@ -93,7 +93,7 @@ def save_head(path: Path, base: Base, shape: tuple[GPTConfig, Mapping[str, Any]]
 
 
 def read_head(name: str) -> HeadFile:
-    """The head in the safetensors file `name`. UserError where it or its description is missing or damaged."""
+    """The head in the safetensors file `name`. UserError if it or its description is missing or damaged."""
     path = Path(name)
     try:
         stored = read_json(path.with_suffix(DESCRIPTION))
@@ -114,7 +114,8 @@ def read_head(name: str) -> HeadFile:
 
 
 def put_on(head: HeadFile, base: Pretrained) -> None:
-    """Give `base`, whose model was built with the head's fields, its weights. UserError for a head of another base."""
+    """Load the head's weights into `base`. Its model was built with the head's fields. UserError if the head belongs to
+    another base model."""
     stated, model = head.description, base.model
     if stated['base_hash'] != base.hash:
         raise UserError(f'sampler_head {head.path} was trained on {stated["base_model"]} (hash '
@@ -133,7 +134,7 @@ def put_on(head: HeadFile, base: Pretrained) -> None:
 
 
 def load_with_head(source: Source, head: str | None, device: torch.device, dtype: torch.dtype | None) -> Pretrained:
-    """The model of `source` with the head in the file `head`, if there is one; weights in `dtype`, None for float32."""
+    """The model of `source`, with the head in the file `head` unless that is None. dtype: of weights; None: float32."""
     found = None if head is None else read_head(head)
     base = load_pretrained(source, device, dtype or torch.float32, {} if found is None else found.fields)
     if found is None:

@@ -1,7 +1,7 @@
-"""A model in Hugging Face's form, from a folder or by its name on the hub, as a trunk of this program.
+"""Loads a model in Hugging Face's form, from a folder or by its name on the hub, as a trunk of this program.
 
-Nothing is converted or written but what the hub's own cache keeps. Everything is read with `trust_remote_code` off and
-pickles with `weights_only`, unless the user says otherwise of the first.
+Nothing is converted. Only the hub's own cache is written. Pickles are read with `weights_only`. `trust_remote_code` is
+off unless the user turns it on.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Predicts = Literal['auto', 'own', 'next']
-USUAL_LENGTH = 512  # tokens at once where a model could read more and nobody asks for it
+USUAL_LENGTH = 512  # tokens at once if no length is given, and the limit of a model that states none
 INSTALL = "pip install 'transformers' 'tokenizers'"
 SHIFTED = ('dream',)  # model types whose hidden states predict the next position
 UNSHIFTED = ('llada',)  # causal by their class, bidirectional by their code
@@ -41,9 +41,9 @@ _FILES = ('*.json', '*.txt', '*.model', '*.py', '*.jinja')  # what is fetched wi
 
 @dataclass(frozen=True)
 class Source:
-    """Which model, and what its files do not say. model: folder or hub name; predicts: whether a hidden state predicts
-    its own position or the next, of causal architectures; mask_token: the text of the mask token where the tokenizer
-    names none."""
+    """Which model, and what its files do not tell. model: folder or hub name. predicts: of causal architectures,
+    whether a hidden state predicts its own position or the next. mask_token: the text of the mask token if the
+    tokenizer names none."""
 
     model: str
     trust_remote_code: bool = False
@@ -58,8 +58,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model ready to serve. folder: where its files are; said: what is to be said about it; head: SHA-256 (hex) of
-    the weights of the heads that it was given, empty without any."""
+    """A loaded model. folder: holds its files. said: lines to print about it. head: SHA-256 (hex) of the weights of its
+    heads; empty without heads."""
 
     source: Source
     folder: Path
@@ -76,15 +76,15 @@ class Pretrained:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) over config and weights files: which base model a head belongs to."""
+        """SHA-256 (hex) over config and weights files. It identifies the base model of a head."""
         return folder_hash(self.folder)
 
 
 def load_pretrained(source: Source, device: torch.device, dtype: torch.dtype = torch.float32,
                     heads: Mapping[str, Any] = MappingProxyType({}), seed: int = 1337) -> Pretrained:
-    """The model of `source` on `device`, its weights in `dtype`; heads: fields of `GPTConfig` that ask for heads.
+    """The model of `source` on `device`, its weights in `dtype`. heads: fields of `GPTConfig` that ask for heads.
 
-    UserError for a model that is missing, damaged, of another kind, or in need of what was not allowed.
+    UserError if the model is missing, damaged, of another kind, or needs remote code that is not allowed.
     """
     _require_library()
     folder = find_folder(source)
@@ -119,7 +119,7 @@ def load_pretrained(source: Source, device: torch.device, dtype: torch.dtype = t
 
 
 def pretrained_problems(options: object, explicit: Mapping[str, str]) -> list[str]:
-    """Options of a script that do not go with `model`, or only with it."""
+    """Messages about options of a script that exclude `model`, or that need it."""
     if options.model is None:
         return [f'{name} was given, but applies only with model; add --model=FOLDER_OR_NAME or leave {name} out'
                 for name in (*_OF_MODELS, 'text_file', 'window_length', 'sampler_head') if name in explicit]
@@ -140,7 +140,7 @@ def _require_library() -> None:
 
 
 def find_folder(source: Source) -> Path:
-    """The folder of a model's files: what is named, or what the hub's cache holds of a name after fetching it."""
+    """The folder of a model's files: the one that is named, or the one in the hub's cache after fetching."""
     folder = Path(os.path.expanduser(source.model))
     if folder.exists():
         if not folder.is_dir():
@@ -160,13 +160,13 @@ def find_folder(source: Source) -> Path:
 
 
 def _fetched(name: str) -> Path:
-    """The hub's files of a model, pickled weights only where there are no others."""
+    """The folder with the hub's files of a model. Pickled weights are fetched only if there are no others."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*_FILES, '*.safetensors'], etag_timeout=10))
         return folder if weights_of(folder) else Path(snapshot_download(name, allow_patterns=[*_FILES, '*.bin']))
-    except Exception as error:  # the hub's client raises kinds of its own, its network library's and the system's
+    except Exception as error:  # the hub's client raises its own errors, its network library's and the system's
         if is_out_of_memory(error):
             raise
         raise UserError(f'{name} is no folder here and could not be fetched from the hub '
@@ -181,7 +181,7 @@ def folder_hash(folder: Path) -> str:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """The weights files: safetensors where there are any, else pickled ones."""
+    """The weights files: safetensors if there are any, otherwise pickled ones."""
     return sorted(folder.glob('*.safetensors')) or sorted(folder.glob('pytorch_model*.bin'))
 
 
@@ -189,7 +189,7 @@ def weights_of(folder: Path) -> list[Path]:
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Without the library's own progress bars and warnings; this program prints what matters of them."""
+    """Turn off the library's own progress bars and warnings. This program prints what matters."""
     from transformers.utils import logging
 
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -204,7 +204,7 @@ def _quiet_library() -> Iterator[None]:
 
 
 def _unreadable(source: Source, part: str, error: Exception) -> UserError:
-    """The words for what the library refused."""
+    """The error for a part of the model that the library refused."""
     if is_out_of_memory(error):
         raise error
     if 'trust_remote_code' in str(error) and not source.trust_remote_code:
@@ -220,7 +220,7 @@ def _read_config(source: Source, folder: Path) -> 'PretrainedConfig':
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code, local_files_only=True)
-    except Exception as error:  # remote code and the library raise anything
+    except Exception as error:  # remote code and the library can raise anything
         raise _unreadable(source, 'config', error) from error
     if config.is_encoder_decoder:
         raise UserError(f'{source.model} is an encoder with a decoder ({config.model_type}), which writes left to '
@@ -238,20 +238,20 @@ def _read_tokenizer(source: Source, folder: Path) -> 'PreTrainedTokenizerBase':
 
 
 def _is_masked_class(config: 'PretrainedConfig') -> bool:
-    """Whether the library has, or the folder brings, a masked language model of this config."""
+    """Whether the library or the folder has a masked language model for this config."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING or 'AutoModelForMaskedLM' in _remote(config)
 
 
 def _remote(config: 'PretrainedConfig') -> Mapping[str, str]:
-    """The classes that the folder brings by itself, by the library's names."""
+    """The classes whose code is in the folder, by the library's names."""
     return getattr(config, 'auto_map', None) or {}
 
 
 def _class_of(source: Source, config: 'PretrainedConfig') -> type:
-    """The library's class that reads a model of this config. UserError for a causal model of which nobody says that it
-    was trained as a diffusion model."""
+    """The library's class that reads a model of this config. UserError for a causal model, unless it is known or an
+    option tells that it was trained as a diffusion model."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if _is_masked_class(config):
@@ -271,7 +271,7 @@ def _predicts_next(source: Source, config: 'PretrainedConfig') -> bool:
 
 
 def _read_network(source: Source, folder: Path, config: 'PretrainedConfig', dtype: torch.dtype) -> 'PreTrainedModel':
-    """The library's model with all its weights. UserError where some are missing, which would be random ones."""
+    """The library's model with all its weights. UserError if some are missing; the library would make them random."""
     kind = _class_of(source, config)
     config.use_cache = False
     try:
@@ -296,7 +296,7 @@ def _vocabulary_size(network: 'PreTrainedModel') -> int:
 
 
 def _mask_token(source: Source, tokenizer: 'PreTrainedTokenizerBase', network: 'PreTrainedModel') -> int:
-    """The mask token's id: the one that is named, the tokenizer's, or the config's."""
+    """The mask token's id: the user's, else the tokenizer's, else the config's."""
     if source.mask_token is not None:
         token = tokenizer.get_vocab().get(source.mask_token)
         if token is None:
@@ -315,7 +315,7 @@ def _mask_token(source: Source, tokenizer: 'PreTrainedTokenizerBase', network: '
 
 
 def _framing_of(tokenizer: 'PreTrainedTokenizerBase') -> Framing:
-    """What the tokenizer puts around a text."""
+    """The tokens that the tokenizer puts around a text."""
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     for probe in ('A', 'a', '.'):
         bare = tokenizer(probe, add_special_tokens=False, verbose=False)['input_ids']
@@ -327,7 +327,7 @@ def _framing_of(tokenizer: 'PreTrainedTokenizerBase') -> Framing:
 
 
 def _longest(source: Source, network: 'PreTrainedModel', tokenizer: 'PreTrainedTokenizerBase', framing: Framing) -> int:
-    """Most tokens of text at once: the model's limit without the frame."""
+    """Most tokens of text that the model reads at once: its limit minus the frame."""
     limits = [getattr(network.config, name) for name in LENGTHS if getattr(network.config, name, None)]
     limits += [module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
                for name, module in network.named_modules()
@@ -340,13 +340,13 @@ def _longest(source: Source, network: 'PreTrainedModel', tokenizer: 'PreTrainedT
 
 
 def _head_count(config: 'PretrainedConfig', width: int) -> int:
-    """How many attention heads a head of ours has that reads rows: the model's number where it divides the width."""
+    """How many attention heads a sampler head that reads rows has: as many as the model if the width allows, else 1."""
     count = getattr(config, 'num_attention_heads', None) or 1
     return count if width % count == 0 and width // count % 2 == 0 else 1
 
 
 def _trial(vocabulary: TokenizerVocabulary, length: int) -> Tensor:
-    """int64 [2, length]: two texts that differ in the last token alone, where there are several tokens."""
+    """int64 [2, length]: two texts that differ only in the last token, if the vocabulary has several tokens."""
     ids = vocabulary.allowed.nonzero().squeeze(1)
     first = ids[torch.arange(length) * 7919 % len(ids)]
     other = first.clone()

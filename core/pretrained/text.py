@@ -1,4 +1,4 @@
-"""A text file of the user's in the tokens of a pretrained model: what is evaluated, and what a head learns from.
+"""The user's text file in the tokens of a pretrained model, for evaluation and for training a head.
 
 Letters: W windows, T window length.
 """
@@ -15,12 +15,12 @@ from core.data.text_files import text_blocks, text_paths
 from core.pretrained.vocabulary import TokenizerVocabulary
 
 LONGEST_TEXT = 100_000_000  # characters
-USUAL_WINDOW = 128  # tokens of a window where a text has no lines of its own and nobody asks for a length
+USUAL_WINDOW = 128  # tokens of a window of running text if no length is given
 
 
 class TextTokens(NamedTuple):
-    """A text in tokens. ids int64 [tokens]; stride: windows of `length` tokens begin at its multiples: 1 in running
-    text, `length` where each line is a text of its own; said: what is to be said of it."""
+    """A text in tokens. ids int64 [tokens]. stride: windows of `length` tokens begin at its multiples. It is 1 in
+    running text, and `length` if each line is a separate text. said: lines to print about the text."""
 
     ids: np.ndarray
     length: int
@@ -29,7 +29,7 @@ class TextTokens(NamedTuple):
 
     @property
     def windows(self) -> int:
-        """How many windows there are at most, overlapping ones of running text counted too."""
+        """The number of windows. Overlapping windows of running text count too."""
         return (len(self.ids) - self.length) // self.stride + 1
 
     def spread(self, count: int) -> np.ndarray:
@@ -38,7 +38,7 @@ class TextTokens(NamedTuple):
         return self.ids[starts[:, None] + np.arange(self.length)]
 
     def parted(self, share: float) -> tuple['TextTokens', 'TextTokens']:
-        """The text without its last part, and that part: `share` of the tokens, whole windows."""
+        """The text without its last part, and that part: `share` of the tokens, but at least one window."""
         last = max(self.length, int(len(self.ids) * share) // self.stride * self.stride)
         return self._replace(ids=self.ids[:-last]), self._replace(ids=self.ids[-last:])
 
@@ -46,9 +46,9 @@ class TextTokens(NamedTuple):
 def read_text(name: str, vocabulary: TokenizerVocabulary, longest: int, length: int | None) -> TextTokens:
     """The tokens of the text file `name` for a model that reads `longest` tokens at once, in windows of `length`.
 
-    Where the vocabulary has no line break, as that of a protein model, every line is a text of its own: its first
-    `length` tokens count, and shorter lines are left out; without `length` the shortest line gives it. UserError for
-    what the model cannot read.
+    If the vocabulary has no line break, as in protein models, each line is a separate text. Its first `length` tokens
+    are used, and shorter lines are left out. Without `length` the shortest line sets it. UserError if the model cannot
+    read the text.
     """
     path, = text_paths([name])
     text = ''.join(text_blocks(path))
@@ -77,7 +77,7 @@ def read_text(name: str, vocabulary: TokenizerVocabulary, longest: int, length: 
 
 
 def text_corpus(name: str, tokens: np.ndarray, vocabulary: TokenizerVocabulary) -> Corpus:
-    """Windows int64 [W, T] of a text file as a corpus, whose every split they are."""
+    """Windows int64 [W, T] of a text file as a corpus. Each of its splits holds all windows."""
     text = [vocabulary.decode(row) for row in tokens.tolist()]
     ids = tokens.astype(np.uint32).flatten()
     ids.flags.writeable = False

@@ -1,10 +1,10 @@
-"""A model of the transformers library as the rest of the program sees a model: an adapter.
+"""An adapter that makes a model of the transformers library look like a model of this program.
 
 `PretrainedTrunk` offers what `GPT` offers to samplers, likelihoods, validation and heads: `config`, `encode`,
-`lm_head`, `neighbour_embedding`, `sampler_head`, `critic_head`. The library's own modules compute, unchanged; its
+`lm_head`, `neighbour_embedding`, `sampler_head`, `critic_head`. The library's own modules compute, unchanged. Their
 weights stay frozen.
 
-Letters: B batch, T sequence length, P and S tokens that the model wants before and after a text, V vocabulary, D width,
+Letters: B batch, T sequence length, P and S tokens of the frame before and after a text, V vocabulary, D width,
 N positions picked out of a batch.
 """
 
@@ -22,11 +22,11 @@ from core.sampler_head import SamplerHead, initialise_sampler_head
 from model import GPTConfig, GPTOutput, KeyValueCache
 
 TRIAL_TOKENS = 6
-TRIAL_TOLERANCE, COARSE_TOLERANCE = 1e-5, 0.02  # by how much logits computed in two ways differ: float32, 16 bits
+TRIAL_TOLERANCE, COARSE_TOLERANCE = 1e-5, 0.02  # of logits computed in two ways: float32, 16 bits
 
 
 class Framing(NamedTuple):
-    """What a model reads around every text: ids before it, ids after it, and the id that fills shorter rows up."""
+    """The frame that a model reads around each text: ids before it, ids after it, and the id that pads shorter rows."""
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
@@ -34,9 +34,9 @@ class Framing(NamedTuple):
 
 
 class Tap(nn.Module):
-    """Takes the place of the output matrix in the library's model and keeps what comes in, the hidden states [..., D].
+    """Replaces the output matrix in the library's model, and keeps its input, the hidden states [..., D].
 
-    So logits are computed where they are asked for and nowhere else.
+    So logits are computed only where they are needed.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Tap(nn.Module):
         return hidden_states[..., :1]
 
     def take(self) -> Tensor:
-        """What came in, once."""
+        """The hidden states of the last call. They can be taken once. UserError if there are none."""
         seen, self.seen = self.seen, None
         if seen is None:
             raise UserError('the model computes its logits without its output layer, so hidden states cannot be read; '
@@ -57,12 +57,12 @@ class Tap(nn.Module):
 
 
 class PretrainedTrunk(nn.Module):
-    """The frozen model, with heads of our own where `config` asks for them; `seed` decides the heads' first weights.
+    """The frozen model, with this program's heads if `config` asks for them. seed: of the heads' first weights.
 
-    network: the library's model, its output layer a `Tap`; lm_head: that output layer; framing: put around each text;
-    next_token: hidden states at a position predict the token after it, as of diffusion models that began as causal ones
-    (Gong et al. 2025, DiffuLLaMA; Ye et al. 2025, Dream). Here a hidden state always belongs to the position that it
-    predicts.
+    network: the library's model, with a `Tap` as output layer. lm_head: the original output layer. framing: put around
+    each text. next_token: a hidden state of the network predicts the token after its position, as in diffusion models
+    that began as causal ones (Gong et al. 2025, DiffuLLaMA; Ye et al. 2025, Dream). `encode` always returns a hidden
+    state at the position that it predicts.
     """
 
     def __init__(self, network: nn.Module, tap: Tap, lm_head: nn.Linear, framing: Framing, config: GPTConfig,
@@ -70,7 +70,7 @@ class PretrainedTrunk(nn.Module):
         super().__init__()
         self.network, self.lm_head = network.requires_grad_(False), lm_head.requires_grad_(False)
         self.config, self.framing, self.next_token = config, framing, next_token
-        object.__setattr__(self, 'tap', tap)  # a part of `network` already
+        object.__setattr__(self, 'tap', tap)  # it is a part of `network` already
         self.sampler_head = self.critic_head = None
         if config.add_sampler_head:
             self.sampler_head = SamplerHead(config.sampler_shape)
@@ -85,11 +85,11 @@ class PretrainedTrunk(nn.Module):
     @torch.no_grad()
     def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None,
                positions: Tensor | None = None) -> Tensor:
-        """Hidden states [B, T, D] of tokens int64 [B, T], each what `lm_head` predicts its position from: one trunk
-        call.
+        """Hidden states [B, T, D] of tokens int64 [B, T]: one trunk call.
 
-        attention_mask: bool [B, T], True for a row's text, which comes first, and False for the padding after it.
-        positions: int64 [N], flat indices into tokens; hidden states of these alone come out, [N, D].
+        `lm_head` predicts each position from its hidden state. attention_mask: bool [B, T], True for a row's text,
+        which comes first, and False for the padding after it. positions: int64 [N], flat indices into tokens; then the
+        result is [N, D], the hidden states of these alone.
         """
         assert cache is None, 'a bidirectional model reads everything again'
         tokens, T = tokens.to(self.lm_head.weight.device), tokens.size(1)
@@ -102,8 +102,8 @@ class PretrainedTrunk(nn.Module):
             hidden_states.flatten(0, 1).index_select(0, positions.to(read.device))
 
     def _framed(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """int64 [B, P + T + S]: the frame around each row's text, padding last; int64 of the same shape: 1 where the
-        model is to look, None for everywhere."""
+        """Two int64 [B, P + T + S]: each row's text in its frame, with padding last; and an attention mask, 1 where the
+        model may look, or None for everywhere."""
         before, after, padding = self.framing
         B, T = tokens.shape
         first, last = (tokens.new_tensor(ids).expand(B, -1) for ids in (before, after))
@@ -122,7 +122,7 @@ class PretrainedTrunk(nn.Module):
         return hidden_states.flatten(0, 1).index_select(0, positions.to(hidden_states.device)), hidden_states
 
     def at_most(self, length: int) -> 'PretrainedTrunk':
-        """The same model, whose windows have `length` tokens from now on."""
+        """This model; its windows have `length` tokens from now on."""
         assert length <= self.config.block_size
         self.config = replace(self.config, block_size=length)
         return self
@@ -133,8 +133,8 @@ class PretrainedTrunk(nn.Module):
         return GPTOutput(self.lm_head(hidden_states), hidden_states)
 
     def neighbour_embedding(self) -> Tensor:
-        """[V, D]: what the sampler head sees of a token, the rows of the output matrix, normalised. They have the width
-        of the hidden states in every model, and most models read tokens through the same matrix."""
+        """[V, D]: what the sampler head sees of a token. These are the normalised rows of the output matrix. Their
+        width is that of the hidden states in every model, and most models also embed tokens with this matrix."""
         weight = self.lm_head.weight
         return F.rms_norm(weight, (weight.size(-1),), eps=1e-6)
 
@@ -147,12 +147,12 @@ class PretrainedTrunk(nn.Module):
         return torch.sigmoid(to_exact(self.critic_logits(self.encode(tokens, attention_mask))).double())
 
     def parameter_count(self) -> int:
-        """Number of weights, each once."""
+        """Number of weights. Each counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def operations_per_token(self) -> int:
-        """Floating-point operations of one trunk call per token (two per multiply-add): every matrix of the network but
-        its tables, attention, and the logits."""
+        """Floating-point operations of one trunk call per token (two per multiply-add). They are those of the network's
+        matrices except embedding tables, of attention, and of the logits."""
         tables = {id(module.weight) for module in self.network.modules() if isinstance(module, nn.Embedding)}
         matrices = sum(parameter.numel() for parameter in self.network.parameters()
                        if parameter.ndim == 2 and id(parameter) not in tables)
@@ -161,7 +161,7 @@ class PretrainedTrunk(nn.Module):
         return 2 * (matrices + attention + config.n_embd * config.vocab_size)
 
     def sampler_operations_per_token(self) -> int:
-        """Floating-point operations of the sampler head per token, where one trunk call fills all of a text."""
+        """Floating-point operations of the sampler head per token, if one trunk call fills a whole text."""
         shape = self.config.sampler_shape
         return shape.operations_per_token() + shape.operations_per_read_token()
 
@@ -170,10 +170,10 @@ class PretrainedTrunk(nn.Module):
 
 @torch.no_grad()
 def detach_output_layer(network: nn.Module, tokens: Tensor) -> tuple[Tap, nn.Linear]:
-    """Put a `Tap` in the place of the output layer of the library's `network`; the tap, and that layer with its bias.
+    """Replace the output layer of the library's `network` by a `Tap`. Returns the tap, and the layer with its bias.
 
-    tokens int64 [1, n]: a text to try it on. UserError unless the library's own logits are the layer's, of the hidden
-    states that come into it.
+    tokens int64 [1, n]: a text for a trial. UserError unless the layer, applied to the hidden states that enter it,
+    gives the library's own logits.
     """
     decoder = network.get_output_embeddings()
     if not isinstance(decoder, nn.Linear):
@@ -185,7 +185,7 @@ def detach_output_layer(network: nn.Module, tokens: Tensor) -> tuple[Tap, nn.Lin
     hook = decoder.register_forward_pre_hook(lambda module, inputs: incoming.append(inputs[0]))
     expected = network(input_ids=tokens).logits
     hook.remove()
-    further = getattr(above, 'bias', None)  # of models that add it by themselves
+    further = getattr(above, 'bias', None)  # some models add it outside the layer
     layers = []
     for bias in (decoder.bias, further) if isinstance(further, Tensor) else (decoder.bias,):
         layer = nn.Linear(decoder.in_features, decoder.out_features, bias=bias is not None, device='meta')
@@ -201,7 +201,7 @@ def detach_output_layer(network: nn.Module, tokens: Tensor) -> tuple[Tap, nn.Lin
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
-    """How far apart two computations of logits are, relative to the largest; infinite where the shapes differ."""
+    """Largest difference of two computations of logits, relative to the largest logit. Infinite if shapes differ."""
     if found.shape != expected.shape:
         return math.inf
     return ((found - expected).abs().amax() / (1 + expected.abs().amax())).item()
@@ -217,6 +217,7 @@ def make_bidirectional(network: nn.Module) -> None:
 
 @torch.no_grad()
 def sees_both_sides(model: PretrainedTrunk, tokens: Tensor) -> bool:
-    """Whether the prediction at the first of tokens int64 [2, T] changes with the last one, in which they differ."""
+    """Whether the prediction at the first position depends on the last token. tokens int64 [2, T]: two texts that
+    differ only there."""
     first, other = model(tokens).logits[:, 0]
     return not torch.equal(first, other)

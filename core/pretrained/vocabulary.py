@@ -1,6 +1,6 @@
 """The tokenizer of a pretrained model as a vocabulary: text to ids and back, and which ids a text may consist of.
 
-Unlike a corpus's `Vocabulary`, its special ids lie anywhere among the others.
+Unlike in a corpus's `Vocabulary`, special ids can be anywhere among the others.
 
 Letters: V vocabulary of the model.
 """
@@ -30,11 +30,11 @@ _MARKUP = re.compile(r'<.+>|\[.+\]', re.DOTALL)  # tokens that are no text in a 
 
 @dataclass(frozen=True)
 class TokenizerVocabulary:
-    """What sampling and evaluation ask of a vocabulary.
+    """What sampling and evaluation need of a vocabulary.
 
-    tokenizer: of the library; size: V, the model's; special_ids: never part of a text and never drawn; mask_token_id:
-    one of them; characters: the id of each character where every token is one, else None: then text goes through the
-    tokenizer.
+    tokenizer: of the library. size: V, the model's. special_ids: never part of a text and never drawn. mask_token_id:
+    one of them. characters: the id of each character, if every token is a character; otherwise None, and the tokenizer
+    encodes text.
     """
 
     tokenizer: 'PreTrainedTokenizerBase'
@@ -62,7 +62,7 @@ class TokenizerVocabulary:
 
     @property
     def kind(self) -> str:
-        """'characters' where every token is one, else 'tokens'."""
+        """'characters' if every token is a character, otherwise 'tokens'."""
         return 'characters' if self.characters is not None else 'tokens'
 
     @property
@@ -90,11 +90,11 @@ class TokenizerVocabulary:
         return self.characters is None or '\n' in self.characters
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Token ids of `text` as int64 [tokens]. UserError for what the vocabulary lacks, and for special tokens."""
+        """Token ids of `text` as int64 [tokens]. UserError as for `encode`."""
         return np.array(self.encode(text), dtype=np.int64)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; UserError names what the vocabulary lacks and special tokens in it."""
+        """Token ids of `text`. UserError names parts that the vocabulary lacks, or a special token in the text."""
         found = next((name for name in self._special_names if name in text), None)
         if found is not None:
             raise UserError(f'the text holds {found!r}, a special token of the model, which no text may hold; leave it '
@@ -120,7 +120,7 @@ class TokenizerVocabulary:
         return sorted(name for name in names | set(self.tokenizer.all_special_tokens) if len(name) > 1)
 
     def _words(self, text: str, places: Sequence[int]) -> str:
-        """The parts of the text at these places of its tokens, as far as the tokenizer tells."""
+        """The parts of the text at these places of its tokens; their number if the tokenizer does not tell them."""
         if not self.tokenizer.is_fast:
             return f'{len(places)} parts of the text'
         spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -128,7 +128,7 @@ class TokenizerVocabulary:
         return ', '.join(excerpt(repr(word)) for word in words[:5]) + (' ...' if len(words) > 5 else '')
 
     def decode(self, ids: Sequence[int], mask: str = SPECIAL_SIGNS[0]) -> str:
-        """The text of `ids`; `mask` stands for the mask token, other special tokens for themselves."""
+        """The text of `ids`. The mask token becomes `mask`; other special tokens keep their names."""
         if self.characters is not None:
             return ''.join(mask if token == self.mask_token_id else self._names[token] for token in map(int, ids))
         text = self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=False, clean_up_tokenization_spaces=False)

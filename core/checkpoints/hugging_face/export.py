@@ -1,5 +1,5 @@
-"""A checkpoint as a folder that the transformers library loads without this program: weights, config, modeling file,
-tokenizer and model card; the sampler head and the critic in a file of their own that sample.py --model takes."""
+"""Exports a checkpoint to a folder that the transformers library loads without this program: weights, config, modeling
+file, tokenizer and model card. The sampler head and the critic get a separate file, which sample.py --model takes."""
 
 import json
 from pathlib import Path
@@ -23,14 +23,14 @@ from model import GPT, GPTConfig
 MODEL_TYPE, MODELING = 'masked_diffusion_gpt', 'modeling_masked_diffusion.py'
 HEAD_PLACE = Path('heads') / 'head.safetensors'
 _RECIPE = ('dataset', 'loss_weighting', 'noise_schedule', 'optimizer', 'learning_rate', 'batch_size',
-           'gradient_accumulation_steps', 'block_size', 'ema_decay', 'dropout', 'seed')  # options that the card tells
+           'gradient_accumulation_steps', 'block_size', 'ema_decay', 'dropout', 'seed')  # options that the card lists
 
 
 def export_to_hugging_face(path: Path | str, folder: Path | str) -> tuple[Path, list[str]]:
-    """Write the checkpoint at `path` into `folder`; the folder and the names of its files.
+    """Write the checkpoint at `path` into `folder`. Returns the folder and the names of its files.
 
-    UserError for a checkpoint that fills no masks in a whole window, and where the folder holds other files than an
-    earlier export's of this kind.
+    UserError if the checkpoint fills no masks in a whole window, or if the folder holds files that no earlier export of
+    this kind wrote.
     """
     folder, checkpoint = Path(folder), load_checkpoint(path)
     model = build_model(checkpoint)
@@ -59,7 +59,7 @@ def export_to_hugging_face(path: Path | str, folder: Path | str) -> tuple[Path, 
 
 
 def _write_heads(checkpoint: Checkpoint, model: GPT, folder: Path) -> list[str]:
-    """The heads whose training had begun, for the base model in `folder`; their file's name, if there are any."""
+    """Write the heads whose training had begun, for the base model in `folder`. Returns their file's name, if any."""
     sampler, critic, _ = started_heads(model.config, checkpoint.iteration)
     kept = tuple(name for name, begun in zip(MODULES, (sampler, critic)) if begun)
     if not kept:
@@ -108,7 +108,7 @@ def _json(content: dict[str, object]) -> bytes:
 
 
 def model_card(checkpoint: Checkpoint, model: GPT, name: str) -> str:
-    """README.md: what the model is, what it learnt from, how well it does, how it is used, and its limits."""
+    """README.md: what the model is, what it learnt from, how well it does, how to use it, and its limits."""
     config, options = model.config, checkpoint.config
     sizes = ', '.join(f'{split} {count:,}' for split, count in checkpoint.data_sizes.items()) or 'not recorded'
     bound = 'not recorded' if checkpoint.best_value is None else f'{checkpoint.best_value:.4f} nats per token'

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 
 class MaskedDiffusionConfig(PretrainedConfig):
-    """What the model is built from; rotary: rotary positions, else one learnt vector for each position."""
+    """The shape of the model. rotary: rotary positions; otherwise one learnt vector for each position."""
 
     model_type = 'masked_diffusion_gpt'
 
@@ -125,8 +125,8 @@ class MaskedDiffusionForMaskedLM(PreTrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
                 **_: object) -> MaskedLMOutput:
-        """Logits [B, T, V] of input_ids int64 [B, T]; attention_mask [B, T]: 0 at padding; labels int64 [B, T]: the
-        true tokens, -100 where none is asked for."""
+        """Logits [B, T, V] of input_ids int64 [B, T]. attention_mask [B, T]: 0 at padding. labels int64 [B, T]: the
+        true tokens, -100 at positions without a loss."""
         if input_ids.size(1) > self.config.max_position_embeddings:
             raise ValueError(f'{input_ids.size(1)} tokens, but the model reads at most '
                              f'{self.config.max_position_embeddings}')

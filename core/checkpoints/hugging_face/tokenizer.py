@@ -1,4 +1,4 @@
-"""A corpus's vocabulary as the tokenizers library keeps one: tokenizer.json, written without that library."""
+"""Describes a corpus's vocabulary as tokenizer.json, the file of the tokenizers library, without that library."""
 
 from core.data.vocabulary import SPECIAL_NAMES, Vocabulary
 
@@ -7,8 +7,8 @@ _EVERY_CHARACTER = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior'
 
 
 def tokenizer_description(vocabulary: Vocabulary) -> dict[str, object]:
-    """The content of tokenizer.json: the same ids for the same text. What a vocabulary of characters lacks becomes
-    [WRONG]."""
+    """The content of tokenizer.json: the same ids for the same text. A character that a vocabulary of characters lacks
+    becomes [WRONG]."""
     added = [{'id': vocabulary.base_size + number, 'content': name, 'special': True}
              for number, name in enumerate(NAMES)]
     if vocabulary.kind == 'characters':
@@ -41,15 +41,15 @@ def tokenizer_config(block_size: int) -> dict[str, object]:
 
 
 def byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE files (Radford et al. 2019): itself where it can be seen,
-    else one from U+0100 on."""
+    """The letter that byte-level BPE files (Radford et al. 2019) write for each byte: the byte's own letter if it is
+    visible, otherwise one from U+0100 on."""
     seen = {*range(ord('!'), ord('~') + 1), *range(0xa1, 0xac + 1), *range(0xae, 0xff + 1)}
     hidden = [byte for byte in range(256) if byte not in seen]
     return [chr(byte) if byte in seen else chr(256 + hidden.index(byte)) for byte in range(256)]
 
 
 def merges_of(tokens: tuple[bytes, ...]) -> list[tuple[bytes, bytes]]:
-    """The two parts that each token of several bytes was merged of: those that the tokens before it leave of it."""
+    """The two parts that each token of several bytes was merged from: what is left after all earlier merges."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     found = []
     for rank, token in enumerate(tokens):
