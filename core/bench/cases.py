@@ -15,8 +15,8 @@ SPECIAL = 4  # ids after the base vocabulary: mask, wrong, pad and CLS
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its batch. base_size: of the vocabulary without its special ids, by default the characters of
-    shakespeare_char; sampler_output: the sampler head's, see `GPTConfig`."""
+    """A model and its batch. base_size: size of the vocabulary without its special ids; by default the characters of
+    shakespeare_char. sampler_output: the sampler head's, see `GPTConfig`."""
 
     n_layer: int
     n_head: int
@@ -33,7 +33,7 @@ class Shape:
 
     @property
     def vocabulary_size(self) -> int:
-        """V, the special ids among them."""
+        """V, including the special ids."""
         return self.base_size + SPECIAL
 
 
@@ -43,10 +43,9 @@ SHAPES = {'small': Shape(4, 4, 128, 128, 64), 'large': Shape(6, 6, 384, 256, 32)
 
 
 class Case(NamedTuple):
-    """Something to measure. run takes the number of the call, so that no two calls do the same; operations: floating
-    point, two per multiply-add, that a call cannot do without; tokens: trained on or written by a call; dtype: what
-    its matrices are multiplied in; bytes: the least that a call moves apart from its matrix products, None where
-    nobody has counted."""
+    """Something to measure. run: takes the number of the call, so that no two calls do the same. operations:
+    floating-point operations that a call needs, two per multiply-add. tokens: that a call trains on or writes. dtype:
+    of its matrix products. bytes: the least that a call moves, without its matrix products; None if not counted."""
 
     run: Callable[[int], object]
     operations: float

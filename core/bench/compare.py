@@ -1,4 +1,4 @@
-"""Two records of bench.py side by side: how many times as fast every row that both hold has become."""
+"""Two records of bench.py compared: how many times as fast each row is that both hold."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from core.common.errors import UserError
 from core.common.tables import markdown_table
 
 USAGE = 'bench.py --compare before.json after.json'
-TOLERANCE = 0.1  # rates that differ by a larger share are warned of
+TOLERANCE = 0.1  # a warning says which rates differ by a larger share
 MACHINE = {'processor': 'the processor', 'processors': 'the number of processors', 'threads': 'the number of threads',
            'devices': 'the GPUs', 'platform': 'the system'}
 PACKAGES = ('python', 'torch', 'numpy')
@@ -23,8 +23,8 @@ Record = Mapping[str, Any]
 
 
 def run_comparison(arguments: Sequence[str], say: Callable[[str], object]) -> None:
-    """Answer `arguments`, the whole command line after bench.py. UserError where they are not `USAGE`, where a file is
-    no record, and where the two have nothing in common."""
+    """Answer `arguments`, the whole command line after bench.py. UserError if they do not fit `USAGE`, if a file is no
+    record, or if the two records have nothing in common."""
     if len(arguments) != 3 or arguments[0] != '--compare' or any(one.startswith('-') for one in arguments[1:]):
         raise UserError(f'--compare takes two records and no other option, as in {USAGE}')
     before, after = (Path(one) for one in arguments[1:])
@@ -60,7 +60,7 @@ def comparison(before_path: Path, before: Record, after_path: Path, after: Recor
 
 
 def common_rows(one: Record, other: Record) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
-    """The seconds per round, in either entry of a shape, of every case and every policy's run that both hold."""
+    """The seconds per round of each case and each policy's run that both entries of a shape hold, from both entries."""
     found = {}
     for group, key, prefix in (*((title, 'cases', '') for title in TITLES), ('policies', 'runs', 'policy ')):
         earlier, later = (entry.get(group, {key: {}})[key] for entry in (one, other))
@@ -70,14 +70,14 @@ def common_rows(one: Record, other: Record) -> dict[str, tuple[Sequence[float], 
 
 
 def times_as_fast(before: Sequence[float], after: Sequence[float]) -> Spread:
-    """How many times as fast a row became: of the medians, of the best before and the worst after, and the other way
-    round. Rounds of two runs do not belong together, so none are paired."""
+    """How many times as fast a row became: by the medians; by the best before and the worst after; and by the worst
+    before and the best after. Rounds of two runs are not paired, because they do not belong together."""
     return Spread(statistics.median(before) / statistics.median(after), min(before) / max(after),
                   max(before) / min(after))
 
 
 def machine_differences(before: Record, after: Record) -> list[str]:
-    """What is another machine or another version, in words."""
+    """Differences between the machines and the versions, in words."""
     pairs = [(words, before[key], after[key]) for key, words in MACHINE.items()]
     pairs += [(f'the version of {package}', before['versions'][package], after['versions'][package])
               for package in PACKAGES]

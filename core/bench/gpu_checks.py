@@ -1,7 +1,7 @@
 """What must hold on a CUDA GPU, as checks that fail loudly: `bench.py --gpu_checks`.
 
-They take a few minutes, need no corpus and train untrained models on made-up tokens. Speed is not theirs: the other
-tables of bench.py measure it. docs/gpu.md says what each check asks for and what it found.
+They take a few minutes, need no corpus and train new models on made-up tokens. They do not measure speed; the other
+tables of bench.py do. docs/gpu.md says what each check asks for and what it found.
 """
 
 import json
@@ -50,13 +50,13 @@ LEARNING_RATE = 3e-3
 STEPS = 20  # of a short training
 COMPILED = (False, True)
 BF16_TOLERANCE = 0.01  # of a loss in nats, relative
-FORMULA = (0.75, 1.1)  # measured peak over formula, which counts what a processor keeps
+FORMULA = (0.75, 1.1)  # measured peak over that of the formula, which counts what a processor keeps
 # Host waits that a step needs: the fill of the critic's text must know how many positions each wave has.
 WAITS = {'stage 3': 2}
 
 
 class CheckFailed(Exception):
-    """What was found and what should have been."""
+    """A check failed; the message says what was found and what was expected."""
 
 
 def require(holds: bool, words: str) -> None:
@@ -76,7 +76,7 @@ def run_gpu_checks(config: BenchConfig, say: Say) -> None:
         start = time.perf_counter()
         try:
             facts: Facts = {'passed': True, **check(device)}
-        except Exception as error:  # a check that breaks is a failed one, and the others still run
+        except Exception as error:  # a check that raises has failed, and the others still run
             facts = {'passed': False, 'problem': f'{type(error).__name__}: {error}'}
         found[name] = facts | {'seconds': round(time.perf_counter() - start, 1)}
         say(f'{name}: {"passed" if facts["passed"] else "FAILED"} {json.dumps(found[name])}')
@@ -90,7 +90,7 @@ def run_gpu_checks(config: BenchConfig, say: Say) -> None:
 
 
 def asked_checks(config: BenchConfig) -> list[str]:
-    """The names in --gpu_checks; UserError for one that is none."""
+    """The names in --gpu_checks; UserError for an unknown name."""
     names = list(CHECKS) if config.gpu_checks == 'all' else (config.gpu_checks or '').split(',')
     raise_problems(name_problems('gpu_checks', names, CHECKS))
     return names
@@ -99,7 +99,7 @@ def asked_checks(config: BenchConfig) -> list[str]:
 # What is trained ----------------------------------------------------------------------------------------------------
 
 def _configs(shape: Shape) -> dict[str, GPTConfig]:
-    """The models whose steps are checked, by what they are called."""
+    """The models whose steps are checked, by name."""
     sampler = {'add_sampler_head': True}
     return {'causal': model_config(shape, attention_type='causal'), 'stage 1': model_config(shape),
             'stage 2': model_config(shape, **sampler),
@@ -152,8 +152,8 @@ def check_compiled_steps(device: torch.device) -> Facts:
 
 
 def check_recorded_steps(device: torch.device) -> Facts:
-    """Steps that are recorded as CUDA graphs give the losses and the weights of steps that are not, bit for bit, with
-    dropout too; and the host never waits in them."""
+    """Steps that are recorded as CUDA graphs give the same losses and weights as other steps, bit for bit, also with
+    dropout. In recorded steps the host never waits."""
     facts: Facts = {}
     for name, config in _configs(SHAPES['small']).items():
         if config.add_critic_head:
@@ -177,7 +177,7 @@ def check_recorded_steps(device: torch.device) -> Facts:
 
 
 def check_waits(device: torch.device) -> Facts:
-    """The host waits for the device in no step, but where `WAITS` says so."""
+    """The host waits for the device in no step, except as `WAITS` says."""
     facts: Facts = {}
     for name, config in _configs(SHAPES['small']).items():
         state = _state(config, SHAPES['small'], _runtime(device, 'bfloat16', False))
@@ -189,7 +189,7 @@ def check_waits(device: torch.device) -> Facts:
 
 
 def _counted_waits(run: Callable[[], object]) -> list[str]:
-    """Where `run` makes the host wait for the device: file and line of each time, as torch sees it."""
+    """Where `run` makes the host wait for the device: file and line of each wait, as torch reports it."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('warn')
     try:
@@ -203,7 +203,7 @@ def _counted_waits(run: Callable[[], object]) -> list[str]:
 
 
 def check_precision(device: torch.device) -> Facts:
-    """bfloat16 losses of a short training are those of float32, and TF32 losses too."""
+    """The losses of a short training in bfloat16 and in TF32 are those in float32."""
     facts: Facts = {}
     for name, config in _configs(SHAPES['small']).items():
         losses = {dtype: _losses(_state(config, SHAPES['small'], _runtime(device, dtype, False)), STEPS)
@@ -237,7 +237,7 @@ def check_memory(device: torch.device) -> Facts:
 
 
 def _train_size(size: Size, device: torch.device) -> int:
-    """Train it for three steps; the most positions that a micro-step predicted."""
+    """Train it for three steps. Returns the most positions that a micro-step predicted."""
     config, base = size.config, size.vocab_size - SPECIAL
     runtime = _runtime(device, 'bfloat16' if size.bfloat16 else 'float32', False)
     masking = Masking(base, 'masked_mean', seen_neighbours(config), config.critic_row_stride,
@@ -273,8 +273,8 @@ def check_repeats(device: torch.device) -> Facts:
 # Checks of sampling -----------------------------------------------------------------------------------------------------
 
 def check_recorded_waves(device: torch.device) -> Facts:
-    """A fill whose waves are recorded as a CUDA graph writes what the plain one writes; how long each takes, and how
-    often the host waits."""
+    """A fill whose waves are recorded as a CUDA graph writes the same tokens as a plain fill. Also measures how long
+    each takes, and how often the host waits."""
     facts: Facts = {}
     for name in ('small', 'large', 'medium'):
         shape = SHAPES[name]
@@ -308,7 +308,7 @@ def check_recorded_waves(device: torch.device) -> Facts:
 
 @contextmanager
 def _one_rank() -> Iterator[None]:
-    """A process group of this process alone, over NCCL."""
+    """A process group over NCCL that holds only this process."""
     with tempfile.TemporaryDirectory() as folder:
         distributed.init_process_group('nccl', init_method=f'file://{folder}/meeting', rank=0, world_size=1)
         try:
@@ -318,7 +318,7 @@ def _one_rank() -> Iterator[None]:
 
 
 def check_nccl(device: torch.device) -> Facts:
-    """One rank over NCCL: sums, and steps through DistributedDataParallel and through cut weights (FSDP), give the
+    """One rank over NCCL adds up correctly. Its steps with DistributedDataParallel and with cut weights (FSDP) give the
     losses of a plain run."""
     torch.cuda.set_device(device if device.index is not None else 0)
     config = _configs(SHAPES['small'])['stage 2']
@@ -352,8 +352,8 @@ def _most_apart(values: list[float], others: list[float]) -> float:
 
 
 def check_resume(device: torch.device) -> Facts:
-    """train.py stopped and resumed ends where the run that was never stopped ends; samples are written from it, and the
-    same ones again."""
+    """A run of train.py that is stopped and resumed ends like a run that was never stopped. Two calls of sample.py
+    write the same samples."""
     root, facts = Path(__file__).resolve().parents[2], {}
     shape = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=64', '--batch_size=16', '--warmup_iters=5',
              '--eval_interval=20', '--eval_iters=2', '--start_sampler_iteration=10', '--start_critic_iteration=20',
@@ -401,7 +401,7 @@ def _made_up_text() -> str:
 
 
 def check_rates(device: torch.device) -> Facts:
-    """The rates that tables are shares of, for the record."""
+    """The machine's rates, for the record; tables show shares of them."""
     return {'TFLOP/s': {name: round(measure_matrix_rate(device, dtype) / 1e12, 1)
                         for name, dtype in (('bfloat16', torch.bfloat16), ('float32 as TF32', torch.float32))}}
 

@@ -1,8 +1,8 @@
 """Speed: what bench.py measures. Raw seconds go into one record of built-in types; core/bench/report.py reads it.
 
-A noisy machine drifts, so the cases of a group run in turns (A B C A B C) together with the machine's own rates, and
-every ratio is taken within a round. core/bench/training_cases.py and core/bench/sampling_cases.py say what the cases
-are.
+The speed of a noisy machine drifts. So the cases of a group run in turns (A B C A B C), together with the machine's own
+rates, and every ratio is taken within a round. core/bench/training_cases.py and core/bench/sampling_cases.py say what
+the cases are.
 """
 
 import math
@@ -36,13 +36,13 @@ from model import GPT
 
 Say = Callable[[str], None]
 
-FEWEST, USUAL = 3, 5  # repetitions, where none are asked for: at least the first, and the second if
-PATIENCE = 75.0  # seconds are not over by then
-SHORTEST = 0.4  # seconds: a quicker call is made several times in a row, so that a clock's tick does not count
+FEWEST, USUAL = 3, 5  # repetitions by default: the second number, or only the first if they take longer than
+PATIENCE = 75.0  # seconds
+SHORTEST = 0.4  # seconds: a quicker call is repeated and timed as one, so that the clock's resolution does not matter
 MOST_CALLS = 50
 COPIED = 2 ** 28  # bytes: more than any cache holds
 GROUPS = ('training', 'fill', 'sampling', 'policies')
-YARDSTICKS = ('training', 'decode')  # what is compared with one
+YARDSTICKS = ('training', 'decode')  # groups that are compared with a yardstick
 
 
 # The measurement ----------------------------------------------------------------------------------------------------
@@ -50,25 +50,25 @@ YARDSTICKS = ('training', 'decode')  # what is compared with one
 def benchmark(shapes: Mapping[str, Shape], groups: Sequence[str], say: Say, *, device: str, dtype: str,
               compile: bool | None, repetitions: int | None, critic_row_stride: int,
               baseline: bool = False) -> BenchRecord:
-    """The record of `groups` (of `GROUPS`) of all `shapes`, in built-in types. repetitions None: `USUAL`, at least
-    `FEWEST` where they take long.
+    """The record of `groups` (of `GROUPS`) of all `shapes`, in built-in types. repetitions None: `USUAL`, or fewer if
+    they take long, but at least `FEWEST`.
 
-    dtype 'auto' and compile None choose as train.py and sample.py do. baseline: training gets the yardstick's rows, and
-    sampling a group of its own, 'decode'; these two take `USUAL` rounds however long they take.
+    dtype 'auto' and compile None choose as train.py and sample.py do. baseline: the yardstick's rows are added to
+    training, and a group 'decode' to sampling. Training and 'decode' then always take `USUAL` rounds.
     """
     found: BenchRecord = {'format': FORMAT, 'version': VERSION, 'machine': describe_machine(), 'shapes': {}}
     for name, shape in shapes.items():
         runtime = start_runtime(device, dtype, compile, width=shape.n_embd, iterations=10_000)  # as for a real run
         for reason in runtime.reasons:
             say(f'{name}: {reason}')
-        torch.compiler.reset()  # graphs of the shape before are of no use
+        torch.compiler.reset()  # graphs of the previous shape are of no use
         found['shapes'][name] = measure_shape(name, shape, groups, runtime, dtype, say, repetitions=repetitions,
                                               critic_row_stride=critic_row_stride, baseline=baseline)
     return found
 
 
 def describe_machine() -> Machine:
-    """Versions and machine; the load average tells whether something else was running."""
+    """Versions and machine. The load average shows whether something else was running."""
     described = environment()
     del described['command_line']
     try:
@@ -82,7 +82,7 @@ def describe_machine() -> Machine:
 
 def measure_shape(name: str, shape: Shape, groups: Sequence[str], runtime: Runtime, dtype: str, say: Say, *,
                   repetitions: int | None, critic_row_stride: int, baseline: bool) -> ShapeRecord:
-    """Training in `runtime`'s precision, then what belongs to sampling in that which `dtype` means there."""
+    """Training in `runtime`'s precision, then sampling in the precision that `dtype` chooses for it."""
     device, autocast = runtime.device, choose_autocast(dtype, runtime.device)
     with_heads = model_config(shape, add_sampler_head=True, add_critic_head=True)
     found: dict[str, Any] = {
@@ -112,7 +112,7 @@ def measure_shape(name: str, shape: Shape, groups: Sequence[str], runtime: Runti
 
 
 def decode_precisions(dtype: str, device: torch.device) -> list[torch.dtype | None]:
-    """The precisions of autocast among which each side of the comparison with the yardstick finds its fastest."""
+    """The precisions of autocast that are measured. Each side of the comparison counts with its fastest one."""
     if dtype != 'auto':
         return [choose_autocast(dtype, device)]
     return [None, torch.bfloat16] if has_fast_bfloat16(device) else [None]
@@ -127,8 +127,8 @@ def rates_of(cases: Mapping[str, Case], device: torch.device) -> dict[str, Calla
 
 
 def measure_copy_rate(device: torch.device, seconds: float = 0.2) -> float:
-    """Bytes read and written per second where a tensor larger than the caches is copied: the median of as many copies
-    as fit into `seconds`."""
+    """Bytes read and written per second when a tensor is copied that is larger than the caches: the median of as many
+    copies as fit into `seconds`."""
     source, target = (torch.ones(COPIED // 4, device=device) for _ in range(2))
     times, begin = [], time.perf_counter()
     while time.perf_counter() - begin < seconds or len(times) < 4:
@@ -142,8 +142,8 @@ def measure_copy_rate(device: torch.device, seconds: float = 0.2) -> float:
 def measure_in_turns(cases: Mapping[str, Case], rates: Mapping[str, Callable[[], float]],
                      synchronize: Callable[[], None], say: Say, *, repetitions: int | None,
                      warm_ups: int) -> dict[str, Any]:
-    """Rounds of every rate and every case once: {'rates': {name: per round}, 'cases': {name: {'seconds': of one call,
-    per round; 'first_seconds': of the very first call; the other fields of the case}}}."""
+    """Rounds that measure each rate and each case once: {'rates': {name: per round}, 'cases': {name: {'seconds': of one
+    call, per round; 'first_seconds': of the very first call; the other fields of the case}}}."""
     numbers = iter(range(10 ** 9))
 
     def seconds_a_call(case: Case, calls: int) -> float:
@@ -174,7 +174,7 @@ def measure_in_turns(cases: Mapping[str, Case], rates: Mapping[str, Callable[[],
 
 
 def another_round(repetitions: int | None, done: int, seconds: float) -> bool:
-    """Whether to go on: up to `repetitions`, or where that is None as `benchmark` says."""
+    """Whether there is another round: up to `repetitions`, or if that is None, as `benchmark` says."""
     if repetitions is not None:
         return done < repetitions
     return done < FEWEST or (done < USUAL and seconds < PATIENCE)
@@ -182,11 +182,11 @@ def another_round(repetitions: int | None, done: int, seconds: float) -> bool:
 
 def measure_policies(runs: Mapping[str, PolicyRun], network: Network, say: Say, *,
                      repetitions: int | None) -> dict[str, Any]:
-    """Rounds of one trunk call alone and every run once: {'bare_seconds': of that call, per round; 'runs': {name:
-    {'tokens' written, 'trunk_calls' and 'network_calls' of a run; 'seconds' of it and 'trunk_seconds' and
-    'network_seconds' spent inside these calls, per round}}}.
+    """Rounds that measure a single trunk call and each run once: {'bare_seconds': of the single call, per round;
+    'runs': {name: {'tokens', 'trunk_calls' and 'network_calls' of a run; 'seconds' of the run, and 'trunk_seconds' and
+    'network_seconds' inside these calls, per round}}}.
 
-    The calls are timed where they are made, so a run's time outside the network is that of this run alone.
+    Calls are timed inside the run, so the rest of its time is that of the same run outside the network.
     """
     device = next(network.model.parameters()).device
     bare: list[float] = []
@@ -216,7 +216,7 @@ def measure_policies(runs: Mapping[str, PolicyRun], network: Network, say: Say, 
 
 
 def _timed_run(network: Network, run: PolicyRun, generator: RowRandom) -> dict[str, float]:
-    """Seconds of one run, and of these inside the trunk and inside the network; the network counts this run alone."""
+    """Seconds of one run, and how many of them inside the trunk and the network. The network counts only this run."""
     config, device = network.model.config, generator.rows.device
     tokens = run.tokens.to(device)
     settings = GenerationSettings('diffusion', DrawRule(base_vocabulary(config, device), TEMPERATURE), run.policy,

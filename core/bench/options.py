@@ -14,33 +14,33 @@ FILES = ('json', 'report', 'from_json')  # options of both measurements
 class BenchConfig:
     """The options of bench.py."""
 
-    shapes: str = option('small,large', 'which of them, with a comma between; medium and gpt2 are for a GPU')
-    groups: str = option('training,fill,sampling,policies', 'what to measure, with a comma between')
-    repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 where they take long',
+    shapes: str = option('small,large', 'models to measure, separated by commas; medium and gpt2 are for a GPU')
+    groups: str = option('training,fill,sampling,policies', 'what to measure, separated by commas')
+    repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 if they take long',
         minimum=1, maximum=10**6)
-    baseline: bool = option(False, "measure the yardsticks too: a plain GPT's step in each of its forms, a cached causal decode",
+    baseline: bool = option(False, "measure the yardsticks too: a plain GPT's step in all its forms, cached causal decode",
                             bare='True')
     critic_row_stride: int = option(4, 'stage 3 trains the critic on every n-th row; 4 as in the full recipe')
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
         'auto', 'precision of training and sampling; auto chooses as train.py and sample.py do')
-    compile: bool | None = option(None, 'torch.compile the training step; None: where it pays')
+    compile: bool | None = option(None, 'torch.compile the training step; None: if it pays')
     scaling: bool = option(False, 'measure memory and step time of other sizes instead', bare='True')
-    sizes: str | None = option(None, 'with --scaling: which of them, with a comma between; None: all')
-    gpu_checks: str | None = option(None, 'check on a CUDA GPU what must hold there instead: all, or names with a comma '
-                                    'between', bare='all')
+    sizes: str | None = option(None, 'with --scaling: sizes to measure, separated by commas; None: all')
+    gpu_checks: str | None = option(None, 'check what must hold on a CUDA GPU instead: all, or names separated by '
+                                    'commas', bare='all')
     time_to_nelbo: str | None = option(None, 'train on a corpus and say after how many seconds the validation loss falls '
                                        'to these nats per token', bare=TIME_TO_NELBO)
     dataset: str = option('shakespeare_char', 'with --time_to_nelbo: the corpus')
-    iterations: int | None = option(None, "with --time_to_nelbo: of each training; the recipe's own by default",
+    iterations: int | None = option(None, "with --time_to_nelbo: length of each training; by default the recipe's",
                                     minimum=2, maximum=10**7)
     json: str | None = option(None, 'write every measured number to this file', path=True)
     report: str | None = option(None, 'write the tables into this file, between its two marker lines', path=True)
-    from_json: str | None = option(None, 'measure nothing, show what --json wrote earlier', path=True)
+    from_json: str | None = option(None, 'measure nothing; show what --json wrote earlier', path=True)
 
 
 def measurement_problems(explicit: Mapping[str, str], scaling: bool) -> list[str]:
-    """Options given that belong to another measurement than the one that was asked for."""
+    """Complaints about options that belong to another measurement than the chosen one."""
     if scaling:
         return [f'{name} does not apply to --scaling; leave one of them out' for name in explicit
                 if name not in ('scaling', 'sizes', *FILES)]

@@ -12,7 +12,7 @@ from core.common.files import why_unwritable, write_whole
 from core.common.tables import split_at_markers, write_between
 from core.common.typed_json import Items, Range, Seconds, Unfit, checked, read_json
 
-COPY = 'copy'  # among the rates of a group, as those of dtypes are
+COPY = 'copy'  # name of a rate of a group; the other rates have the names of dtypes
 
 
 FORMAT, VERSION = 'masked-diffusion-benchmark', 2
@@ -34,7 +34,7 @@ class Machine(TypedDict):
     devices: list[str]
     processor: str
     fast_bfloat16: bool
-    load_average: float | None  # None where the system tells none, as on Windows
+    load_average: float | None  # None if the system tells none, as on Windows
 
 
 class ShapeFields(TypedDict):
@@ -69,7 +69,7 @@ class Group(TypedDict):
 
 BASELINES = [f'baseline, {dtype}, {form}' for dtype in ('float32', 'bfloat16') for form in ('eager', 'compiled')]
 TrainingCases = TypedDict('TrainingCases', {
-    'baseline': NotRequired[CaseRecord],  # eager float32, in records of before its other forms were measured
+    'baseline': NotRequired[CaseRecord],  # eager float32, in old records, which lack its other forms
     **{name: NotRequired[CaseRecord] for name in BASELINES}, 'causal': CaseRecord, 'stage 1': CaseRecord, 'stage 2': CaseRecord,
     'stage 3': CaseRecord, 'block': NotRequired[CaseRecord]})
 FillCases = TypedDict('FillCases', {'trunk call': CaseRecord, 'wavefront fill': CaseRecord})
@@ -90,8 +90,8 @@ class Fill(TypedDict):
 
 
 class Run(TypedDict):
-    """A policy's run: tokens written, calls, and seconds of it, inside trunk calls and inside network calls, per
-    round."""
+    """A policy's run: tokens written, calls, and seconds per round: of the run, inside its trunk calls, and inside its
+    network calls."""
 
     tokens: Dimension
     seconds: Rounds
@@ -102,14 +102,14 @@ class Run(TypedDict):
 
 
 class Policies(TypedDict):
-    """bare_seconds: of one trunk call alone, per round."""
+    """bare_seconds: of a single trunk call, per round."""
 
     bare_seconds: Rounds
     runs: dict[str, Run]
 
 
 class ShapeRecord(TypedDict):
-    """What was measured of a shape, and how."""
+    """How a shape was measured, and the results."""
 
     shape: ShapeFields
     device: str
@@ -158,7 +158,7 @@ class SizeFields(TypedDict):
 
 
 class SizeRecord(TypedDict):
-    """What was measured of a size, as core/bench/scaling_run.py says; per step, of which there are at least two."""
+    """What core/bench/scaling_run.py measured of a size. Lists have an item for each step; there are at least two."""
 
     size: SizeFields
     parameters: Dimension
@@ -180,8 +180,8 @@ class ScalingRecord(TypedDict):
 
 
 class RecordKind(NamedTuple):
-    """What one measurement writes. command: that makes it; contents: the type of its record; page: of its tables in the
-    docs; begin, end: the marker lines around them."""
+    """What one measurement writes. command: the command that writes it. contents: the type of its record. page: the
+    page of the docs with its tables. begin, end: the marker lines around them."""
 
     command: str
     contents: type[BenchRecord] | type[ScalingRecord]
@@ -198,7 +198,7 @@ def name_problems(option: str, names: Sequence[str], known: Collection[str]) -> 
 
 
 def file_problems(config: BenchConfig, explicit: Mapping[str, str], kind: RecordKind) -> list[str]:
-    """What is wrong with the options json, report and from_json, found before minutes are spent."""
+    """What is wrong with the options json, report and from_json; checked before minutes are spent."""
     problems = []
     if config.from_json is not None:
         problems += [f'{name} was given, but --from_json measures nothing; leave one of them out'
@@ -217,7 +217,7 @@ def file_problems(config: BenchConfig, explicit: Mapping[str, str], kind: Record
 
 
 def _holds_something_else(path: Path, kind: RecordKind) -> bool:
-    """Whether `path` is a file with contents that are no record of `kind`, of whatever version."""
+    """Whether `path` is a file that holds something else than a record of `kind`, in any version."""
     if not path.is_file() or not path.stat().st_size:
         return False
     try:
@@ -248,7 +248,7 @@ def read_json_record(path: Path, kind: RecordKind) -> Any:
 
 
 def _inconsistencies(record: Mapping[str, Any]) -> Iterator[str]:
-    """Where figures of a record that belong together do not fit each other, as far as types do not say it."""
+    """Figures of a record that contradict each other in ways that types do not show."""
     for name, entry in record.get('shapes', {}).items():
         for group in (one for one in ('training', 'fill', 'sampling', 'decode') if one in entry):
             place, rates, cases = f'{name}.{group}', entry[group]['rates'], entry[group]['cases']
@@ -276,7 +276,7 @@ def _inconsistencies(record: Mapping[str, Any]) -> Iterator[str]:
 
 def show_and_write(config: BenchConfig, record: BenchRecord | ScalingRecord, text: str, kind: RecordKind,
                    say: Callable[[str], object]) -> None:
-    """Print the tables, and write record and tables where the options json and report say."""
+    """Print the tables, and write record and tables to the files that the options json and report name."""
     say(f'\n{text}')
     if config.json is not None:
         write_whole(Path(config.json), json.dumps(record, indent=1) + '\n')

@@ -1,4 +1,4 @@
-"""What a benchmark's record says: figures and tables as functions of the raw seconds, and the files they go to."""
+"""The report of a benchmark's record: figures and tables, computed from the raw seconds, and the files they go to."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +61,7 @@ def ratio(group: Mapping[str, Any], first: str, second: str) -> Spread:
 
 
 def added_share(group: Mapping[str, Any], whole: str, without: str) -> Spread:
-    """The share of `whole` that is saved by `without`."""
+    """The share of the time of `whole` that `without` saves."""
     return per_round(group, whole, without, lambda one, other: (one - other) / one)
 
 
@@ -73,15 +73,15 @@ def rate_share(group: Mapping[str, Any], name: str) -> Spread:
 
 
 def floors(group: Mapping[str, Any], name: str) -> tuple[float, float | None]:
-    """The least seconds of a call of a case at the median rates: of its matrix products, and of the other bytes
-    (None where these are not counted). One comes after the other, so the floor is their sum."""
+    """The least seconds of a call of a case at the median rates: for its matrix products, and for the other bytes
+    (None if these are not counted). One comes after the other, so the floor is their sum."""
     case, rates = group['cases'][name], group['rates']
     return (case['operations'] / statistics.median(rates[case['dtype']]),
             None if case['bytes'] is None else case['bytes'] / statistics.median(rates[COPY]))
 
 
 def gap(group: Mapping[str, Any], name: str) -> Spread:
-    """Measured seconds of a case over its floor at the rates of the same round."""
+    """Measured seconds of a case, divided by its floor at the rates of the same round."""
     case, rates = group['cases'][name], group['rates']
     floor = [case['operations'] / rate for rate in rates[case['dtype']]]
     if case['bytes'] is not None:
@@ -90,7 +90,7 @@ def gap(group: Mapping[str, Any], name: str) -> Spread:
 
 
 def fastest(group: Mapping[str, Any], prefix: str) -> str:
-    """The name of the case that begins with `prefix` and takes the least time in the median."""
+    """Of the cases whose names begin with `prefix`, the name of the one with the lowest median time."""
     return min((name for name in group['cases'] if name.startswith(prefix)),
                key=lambda name: statistics.median(group['cases'][name]['seconds']))
 
@@ -238,7 +238,7 @@ def run_benchmark(config: BenchConfig, explicit: Mapping[str, str], say: Say) ->
 
 
 def option_problems(config: BenchConfig, explicit: Mapping[str, str]) -> list[str]:
-    """What is wrong with the options, found before minutes are spent."""
+    """What is wrong with the options; checked before minutes are spent."""
     problems = bound_problems(config)
     problems += [f'critic_row_stride is {config.critic_row_stride}, but must be at least 1'] \
         if config.critic_row_stride < 1 else []

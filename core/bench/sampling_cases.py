@@ -31,8 +31,8 @@ PREDICTIONS = 16
 DECODE_PREDICTIONS = (4, 8)  # against the yardstick of sampling
 TEMPERATURE = SampleConfig.temperature
 POLICY_ROWS = 16
-POLICY_CALLS = 3  # trunk calls of a policy's run, as far as it lets that be said
-WITH_HEAD = ('remask', 'random')  # shown with the sampler head too: whole rows, and groups of positions
+POLICY_CALLS = 3  # trunk calls of a policy's run, if the policy lets us choose
+WITH_HEAD = ('remask', 'random')  # also measured with the sampler head: whole rows, and groups of positions
 
 
 def fill_cases(shape: Shape, device: torch.device, autocast: torch.dtype | None) -> dict[str, Case]:
@@ -57,8 +57,8 @@ def fill_cases(shape: Shape, device: torch.device, autocast: torch.dtype | None)
 
 
 def sampling_cases(shape: Shape, device: torch.device, autocast: torch.dtype | None) -> dict[str, Case]:
-    """Whole texts: by diffusion with the sampler head, guided by self-confidence, and left to right by a causal model
-    of the same trunk with its key-value cache."""
+    """Whole texts: by diffusion with the sampler head, guided by self-confidence; and from left to right, by a causal
+    model with the same trunk and a key-value cache."""
     diffusion, causal = _both_networks(shape, device, autocast)
     cases = {}
     for rows in SAMPLING_ROWS:
@@ -68,8 +68,8 @@ def sampling_cases(shape: Shape, device: torch.device, autocast: torch.dtype | N
 
 
 def decode_cases(shape: Shape, device: torch.device, autocasts: Sequence[torch.dtype | None]) -> dict[str, Case]:
-    """The yardstick of sampling, the causal model with its key-value cache, and diffusion with the sampler head at few
-    trunk calls: whole texts, in each of the precisions `autocasts` (None: float32)."""
+    """Whole texts in each of the precisions `autocasts` (None: float32): by the yardstick of sampling, the causal model
+    with its key-value cache; and by diffusion with the sampler head at few trunk calls."""
     networks = {short_name(autocast or torch.float32): _both_networks(shape, device, autocast)
                 for autocast in autocasts}
     cases = {}
@@ -83,13 +83,13 @@ def decode_cases(shape: Shape, device: torch.device, autocasts: Sequence[torch.d
 
 
 def _both_networks(shape: Shape, device: torch.device, autocast: torch.dtype | None) -> tuple[Network, Network]:
-    """Of diffusion with the sampler head, and causal."""
+    """The networks of diffusion with the sampler head and of the causal model."""
     return (sampling_network(model_config(shape, add_sampler_head=True), device, autocast),
             sampling_network(model_config(shape, attention_type='causal'), device, autocast))
 
 
 def _diffusion_case(network: Network, shape: Shape, rows: int, predictions: int) -> Case:
-    """`rows` texts of a block in `predictions` trunk calls, each filling every mask through the sampler head."""
+    """`rows` texts of a block in `predictions` trunk calls. After each call the sampler head fills every mask."""
     config = SampleConfig(iterations=predictions)
     levels = remasking_levels(config)
     operations = predictions * network.model.operations_per_token() + \
@@ -99,12 +99,12 @@ def _diffusion_case(network: Network, shape: Shape, rows: int, predictions: int)
 
 
 def _causal_case(network: Network, shape: Shape, rows: int) -> Case:
-    """`rows` texts of a block, a token of each at a trunk call."""
+    """`rows` texts of a block. Each trunk call writes one token of every text."""
     return _text_case(network, 'standard', shape, rows, network.model.operations_per_token())
 
 
 def _text_case(network: Network, method: Method, shape: Shape, rows: int, operations: float, **given: Any) -> Case:
-    """operations: of a token."""
+    """The case of whole texts by `method`. operations: for each token."""
     device = network.model.lm_head.weight.device
     rule = DrawRule(base_vocabulary(network.model.config, device), TEMPERATURE)
     settings = GenerationSettings(method, rule, **given)
@@ -143,9 +143,9 @@ class PolicyRun(NamedTuple):
 def policy_runs(shape: Shape) -> dict[str, PolicyRun]:
     """Every policy without the sampler head, and those `WITH_HEAD` with it, for about `POLICY_CALLS` trunk calls.
 
-    Where the number of positions decides the calls, so many are masked. An untrained model finds all tokens about
-    equally probable, which says where the adaptive policies' bounds lie; that by threshold reveals half of what is
-    masked at each call, so it takes some calls more.
+    Some policies need more calls for more masks; their rows have fewer masks. An untrained model finds all tokens
+    about equally probable, and the adaptive policies' bounds are set for that. The policy by threshold reveals half of
+    the masked positions at each call, so it takes a few more calls.
     """
     T, calls = shape.block_size, POLICY_CALLS
     group = math.ceil(T / calls)  # positions a call

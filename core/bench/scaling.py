@@ -25,8 +25,8 @@ FLOAT = 4  # bytes of a float32 value; weights, gradients, moments and averages 
 
 @dataclass(frozen=True)
 class Size:
-    """A model, its batch and its ranks. rows: of a micro-step; micro_steps: of a rank in an iteration; sampler: the
-    head's sampler_output, None for no head; steps: how many are measured, the first of which only warms up."""
+    """A model, its batch and its ranks. rows: of a micro-step. micro_steps: of a rank in an iteration. sampler: the
+    head's sampler_output; None: no head. steps: how many are measured; the first one only warms up."""
 
     n_layer: int
     n_head: int
@@ -49,7 +49,7 @@ class Size:
 
     @property
     def config(self) -> GPTConfig:
-        """The model, its heads trained from the first iteration on."""
+        """The model. Its heads train from the first iteration on."""
         heads = {} if self.sampler is None else {'add_sampler_head': True, 'sampler_n_embd': self.sampler_n_embd}
         heads |= {'add_critic_head': True, 'critic_row_stride': self.critic_row_stride} if self.critic else {}
         return model_config(Shape(self.n_layer, self.n_head, self.n_embd, self.block_size, self.rows,
@@ -57,7 +57,7 @@ class Size:
 
     @property
     def positions(self) -> int:
-        """N of a micro-step, as a rule."""
+        """N of a usual micro-step."""
         return int(CAPACITIES[0] * self.rows * self.block_size)
 
     @property
@@ -135,9 +135,9 @@ def _head_width(config: GPTConfig) -> int:
 # Bytes --------------------------------------------------------------------------------------------------------------
 
 class Kept(NamedTuple):
-    """Bytes a channel and position. layer: what a layer keeps for the way back; attention: what the last one does
-    before it goes on with the predicted positions only; picked: what it keeps of these; final: what the final norm
-    does; square: what the way back through the wider part of a layer takes more than it has let go of the layer."""
+    """Bytes for each channel and position that stay for the backward pass. layer: of a layer. attention: of the last
+    layer, before it continues with the predicted positions only. picked: of that layer, for these positions. final: of
+    the final norm. square: what the backward pass of a layer's wider part takes, minus what it has already released."""
 
     layer: int
     attention: int
@@ -151,7 +151,8 @@ KEPT = {False: Kept(88, 44, 48, 12, 52), True: Kept(64, 38, 28, 10, 28)}  # by w
 
 def staying_bytes(size: Size) -> int:
     """Bytes of a rank that outlast a micro-step: weights, gradients, averages and moments, the weights cast to
-    bfloat16, the buckets in which ranks add gradients. Cut over the ranks, but for what is gathered, where sharded."""
+    bfloat16, the buckets in which ranks add gradients. If sharded, they are cut over the ranks, except gathered ones.
+    """
     config = size.config
     P, M = parameters(config), sum(count * one * other for count, one, other in matrices(config))
     moments = P if size.optimizer == 'muon' else 2 * P
@@ -164,8 +165,8 @@ def staying_bytes(size: Size) -> int:
 
 
 def micro_step_bytes(size: Size, positions: int) -> int:
-    """Bytes that a micro-step with N = `positions` holds at its worst moment on top of `staying_bytes`: when the losses
-    are computed, when the way back begins, or, with a critic, when its way back begins."""
+    """Bytes that a micro-step with N = `positions` adds to `staying_bytes` at its peak. The peak comes when the losses
+    are computed, or when the backward pass begins: the trunk's, or the critic's."""
     config = size.config
     D, V, tokens = size.n_embd, size.vocab_size, size.rows * size.block_size
     head, copies = 0, 3  # a position's bytes in the sampler head; copies of a chunk's logits
@@ -173,10 +174,10 @@ def micro_step_bytes(size: Size, positions: int) -> int:
         W = _head_width(config)
         head, copies = FLOAT * (6 * W + (config.sampler_window.size + 1) * D), 4
     chunk = chunk_positions(size, positions)
-    tables = config.add_sampler_head + (chunk < positions)  # normalised embeddings; a gradient that chunks add up
+    tables = config.add_sampler_head + (chunk < positions)  # normalised embeddings; the sum of the chunks' gradients
     trunk = kept_bytes(size, tokens, positions)
     losses = chunk * (head + FLOAT * copies * V) + FLOAT * V * D * tables
-    if chunk < positions:  # a chunk's gradient, what came before it, and both together
+    if chunk < positions:  # a chunk's gradient, the earlier sum, and the new sum
         losses = max(losses, FLOAT * V * D * (tables + 2))
     worst = trunk + max(losses, opening_bytes(size, tokens, positions))
     if size.critic:
@@ -187,8 +188,8 @@ def micro_step_bytes(size: Size, positions: int) -> int:
 
 
 def kept_bytes(size: Size, tokens: int, positions: int) -> int:
-    """What a call of the trunk on `tokens` keeps for the way back where it goes on with `positions` of them in its
-    last layer; with recompute the layers' inputs only."""
+    """Bytes that a trunk call on `tokens` keeps for the backward pass, if its last layer continues with `positions` of
+    them only. With recompute it keeps only the layers' inputs."""
     kept, D, L = KEPT[size.bfloat16], size.n_embd, size.n_layer
     if size.recompute:
         return D * (tokens * FLOAT * (L + 1) + positions * kept.final)
@@ -196,8 +197,8 @@ def kept_bytes(size: Size, tokens: int, positions: int) -> int:
 
 
 def opening_bytes(size: Size, tokens: int, positions: int) -> int:
-    """What the way back of such a call adds to that at its worst moment: in the wider part of the last layer, or with
-    recompute in that of a whole layer that was computed again."""
+    """Bytes that the backward pass of such a call adds to these at its peak: in the wider part of the last layer, or
+    with recompute in the wider part of a layer that was computed again."""
     kept = KEPT[size.bfloat16]
     if size.recompute:
         return size.n_embd * (tokens * (kept.layer + kept.square - 2 * FLOAT) - positions * kept.final)
@@ -211,8 +212,8 @@ def chunk_positions(size: Size, positions: int) -> int:
 
 
 def update_bytes(size: Size) -> int:
-    """Bytes that the optimizer holds at its worst moment: Muon, of the matrices of one shape, five copies and two
-    products of each with itself; where it iterates these, four copies and four products."""
+    """Bytes that the optimizer holds at its peak. Of all matrices of one shape Muon holds five copies and two products
+    of each with itself. If it iterates these products (`iterates_squares`), four copies and four products."""
     if size.optimizer != 'muon':
         return 0
     return FLOAT * max(count * ((4 * one + 4 * other) * other if _squares(size, one, other)
@@ -225,27 +226,27 @@ def _squares(size: Size, one: int, other: int) -> bool:
 
 
 def peak_bytes(size: Size, positions: int) -> int:
-    """The most bytes that a rank holds in an iteration of several micro-steps, `positions` those of the largest."""
+    """The most bytes that a rank holds in an iteration of several micro-steps. positions: of the largest micro-step."""
     return staying_bytes(size) + max(micro_step_bytes(size, positions), update_bytes(size))
 
 
 # Operations ---------------------------------------------------------------------------------------------------------
 
 def iteration_operations(size: Size, positions: float) -> float:
-    """Floating-point operations of the matrix products of an iteration on all ranks, two per multiply-add, in which
-    `positions` are predicted; without the optimizer's. The critic's draws count one position in two as masked."""
+    """Floating-point operations of the matrix products of an iteration on all ranks, two per multiply-add, without the
+    optimizer's. positions: how many are predicted. Of the critic's text half the positions count as drawn."""
     config = size.config
     D, V, T, L = size.n_embd, size.vocab_size, size.block_size, size.n_layer
     tokens, micro_steps = size.rows * size.micro_steps * size.ranks * T, size.micro_steps * size.ranks
     layer = 24 * D * D + 4 * T * D
     chunk = chunk_positions(size, math.ceil(positions / micro_steps))
-    p = 3 if chunk * micro_steps >= positions else 4  # passes over the logits: again in chunks
+    p = 3 if chunk * micro_steps >= positions else 4  # passes over the logits; chunks compute them again
     found = 3 * (tokens * (layer * (L - 1) + 6 * D * D + 4 * T * D) + positions * 18 * D * D)
-    if size.recompute:  # once more, but for the last product of a layer, which nothing on the way back reads
+    if size.recompute:  # once more, except a layer's last product, which no backward pass reads
         found += tokens * ((layer - 8 * D * D) * (L - 1) + 6 * D * D + 4 * T * D) + positions * 10 * D * D
     found += p * 2 * V * D * positions
     W, neighbours = _head_width(config), config.sampler_window.size
-    if config.add_sampler_head:  # its input takes back no gradient, nor does a matrix that is the trunk's
+    if config.add_sampler_head:  # its input gets no gradient, nor does an output matrix of the trunk's
         found += 2 * positions * ((p - 1) * (neighbours + 1) * D * W + p * W * W +
                                   (p if size.sampler == 'own' else p - 1) * V * W)
     if size.critic:
@@ -256,7 +257,7 @@ def iteration_operations(size: Size, positions: float) -> float:
 
 
 def update_operations(size: Size) -> float:
-    """Operations of Muon's products, which every rank does whole; AdamW has none."""
+    """Operations of Muon's matrix products; every rank computes all of them. AdamW has none."""
     if size.optimizer != 'muon':
         return 0.0
     return float(sum(count * (4 * one * other ** 2 + 34 * other ** 3 if _squares(size, one, other)
@@ -265,12 +266,12 @@ def update_operations(size: Size) -> float:
 
 
 def rank_operations(size: Size, positions: float) -> float:
-    """Operations of one rank in an iteration in which all of them together predict `positions`."""
+    """Operations of one rank in an iteration. positions: how many all ranks together predict."""
     return iteration_operations(size, positions) / size.ranks + update_operations(size)
 
 
 def link_bytes(size: Size) -> float:
-    """Bytes that a rank sends to add up gradients, once an iteration; where sharded, to gather weights twice and to
-    add up gradients, in every micro-step."""
+    """Bytes that a rank sends in an iteration. It adds up gradients once. If sharded, it gathers weights twice and adds
+    up gradients once in every micro-step."""
     P, share = parameters(size.config), (size.ranks - 1) / size.ranks
     return FLOAT * P * share * (3 * size.micro_steps if size.sharded else 2)

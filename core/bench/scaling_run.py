@@ -1,7 +1,7 @@
 """Memory and step time of the sizes of core/bench/scaling.py: measured on this processor, and by formula beyond.
 
-What `bench.py --scaling` does. Training is eager, in float32, of untrained models on random tokens.
-docs/memory.md says what the columns mean.
+This is what `bench.py --scaling` does. New models train on random tokens, eager and in float32. docs/memory.md says
+what the columns mean.
 """
 
 import json
@@ -41,16 +41,16 @@ Say = Callable[[str], None]
 
 KIND = RecordKind('bench.py --scaling', ScalingRecord, 'docs/results/scaling.md',
                   '<!-- bench.py --scaling writes from here -->', '<!-- bench.py --scaling writes to here -->')
-FEWEST_STEPS = 3  # moments exist from the second on; DDP's buckets, rebuilt after the first, in the third
+FEWEST_STEPS = 3  # moments exist from step 2 on; DDP rebuilds its buckets after step 1 and uses them in step 3
 EMPTY = Size(2, 1, 8, 8, rows=4, steps=FEWEST_STEPS, **CHARACTERS)  # shows what a process holds without a model
-ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a peak rate, and what a step makes of it
+ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a GPU, and the share of its peak that a step reaches
 
 
 def run_scaling(config: BenchConfig, explicit: Mapping[str, str], say: Say) -> None:
     """Measure as `config` says, or read --from_json; print and write the report. UserError for what cannot be done."""
     raise_problems(option_problems(config, explicit))
     if config.from_json is None:
-        process_peak()  # raises where it is not to be had
+        process_peak()  # raises if the system does not tell it
     record = read_json_record(Path(config.from_json), KIND) if config.from_json is not None else \
         measure_sizes({name: SIZES[name] for name in asked_sizes(config)}, say)
     show_and_write(config, record, scaling_report(record), KIND, say)
@@ -62,7 +62,7 @@ def asked_sizes(config: BenchConfig) -> list[str]:
 
 
 def option_problems(config: BenchConfig, explicit: Mapping[str, str]) -> list[str]:
-    """What is wrong with the options, found before minutes are spent."""
+    """What is wrong with the options; checked before minutes are spent."""
     return [*measurement_problems(explicit, scaling=True), *name_problems('sizes', asked_sizes(config), SIZES),
             *file_problems(config, explicit, KIND)]
 
@@ -70,9 +70,11 @@ def option_problems(config: BenchConfig, explicit: Mapping[str, str]) -> list[st
 # The measurement ----------------------------------------------------------------------------------------------------
 
 def measure_sizes(sizes: Mapping[str, Size], say: Say) -> ScalingRecord:
-    """The record of `sizes`, in built-in types: of each what `measure_here` finds in a process of its own, its
-    'peak_bytes' as 'process_bytes', and 'tensor_bytes', those of a second process that gives every large block back at
-    once. Both are less what a process holds that trains `EMPTY` on as many ranks in the same way."""
+    """The record of `sizes`, in built-in types. Each size has what `measure_here` finds in a process of its own.
+
+    'process_bytes' replaces its 'peak_bytes'. 'tensor_bytes' is the peak of a second process, which returns every large
+    block to the system at once. Both subtract the peak of a process that trains `EMPTY` in the same way, on as many
+    ranks."""
     record: ScalingRecord = {'format': SCALING_FORMAT, 'version': SCALING_VERSION, 'machine': describe_machine(),
                              'sizes': {}}
     empty: dict[tuple[Size, bool], int] = {}
@@ -91,11 +93,11 @@ def measure_sizes(sizes: Mapping[str, Size], say: Say) -> ScalingRecord:
 
 
 def measure_apart(name: str, size: Size, tidy: bool) -> dict[str, Any]:
-    """What `measure_here` finds in a process of its own, or in one for each rank, which share the processors; of the
-    first rank. UserError where it ends without an answer.
+    """What `measure_here` finds in a process of its own. With several ranks there is a process for each; they share the
+    processors, and the first one answers. UserError if there is no answer.
 
-    tidy: the C library gives each freed block back. Else it keeps blocks of up to 32 MiB, among which new ones do not
-    always fit, and a process holds more than its tensors.
+    tidy: the C library returns each freed block to the system. Otherwise it keeps blocks of up to 32 MiB. New blocks do
+    not always fit into these, so a process holds more than its tensors.
     """
     module = ['-m', 'core.bench.scaling_run', json.dumps(size.described())]
     ranks = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={size.ranks}'] if size.ranks > 1 else []
@@ -111,10 +113,11 @@ def measure_apart(name: str, size: Size, tidy: bool) -> dict[str, Any]:
 
 
 def measure_here(size: Size) -> dict[str, Any] | None:
-    """Train `size.steps` steps in this process, which other ranks may have joined; None of all but the first rank.
+    """Train `size.steps` steps in this process, together with other ranks if there are any. Only the first rank returns
+    something, the others None.
 
-    'parameters'; 'peak_bytes' that this process ever held; for each step 'seconds', 'rates' (the matrix rate after
-    it), 'positions' of each micro-step of this rank and 'predicted', those of all ranks together.
+    'parameters'. 'peak_bytes': the most that this process ever held. For each step: 'seconds'; 'rates', the matrix rate
+    after it; 'positions' of each micro-step of this rank; 'predicted', the positions of all ranks together.
     """
     runtime = start_runtime('cpu', 'float32', False, width=size.n_embd, iterations=size.steps)
     config, base = size.config, size.vocab_size - SPECIAL
@@ -148,7 +151,7 @@ def measure_here(size: Size) -> dict[str, Any] | None:
 def process_peak() -> int:
     """The most bytes of memory that this process ever held; UserError on Windows, which does not tell.
 
-    What a parent held before its child began counts, so parents measure nothing.
+    A child's peak includes what its parent held when the child began, so parents measure nothing.
     """
     try:
         import resource
@@ -171,7 +174,7 @@ def formula_bytes(found: Mapping[str, Any]) -> int:
 
 def rate_share(found: Mapping[str, Any]) -> float:
     """Operations per second as a share of the matrix rate measured after the same step: the median of all steps
-    but the first."""
+    except the first."""
     size = Size(**found['size'])
     shares = [rank_operations(size, predicted) / seconds / rate
               for predicted, seconds, rate in zip(found['predicted'], found['seconds'], found['rates'], strict=True)]
@@ -209,7 +212,7 @@ def _shape_cells(size: Size, weights: int) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """What `measure_apart` starts: measure the size that the only argument describes, print what is found."""
+    """`measure_apart` starts this: measure the size that the only argument describes, and print the result."""
     found = measure_here(Size(**json.loads(arguments[0])))
     if found is not None:
         say(json.dumps(found))

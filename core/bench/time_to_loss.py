@@ -2,10 +2,10 @@
 
 The yardstick (core/bench/yardstick.py), a plain causal GPT with AdamW, and this program's own recipes train on one
 corpus, with the shape, the batch and the number of iterations of config/train_char_diffusion.py. Each side has its own
-usual learning rate and schedule. The sides take turns, seed by seed. Seconds are those of training steps, compilation
-among them; validations are left out. Between two validations the loss is taken to be a straight line.
+usual learning rate and schedule. The sides take turns, seed by seed. Seconds are those of training steps, including
+compilation and without validations. Between two validations the loss is taken to be a straight line.
 
-The loss is in nats per token: the exact negative log-likelihood of a causal model, the NELBO, a bound, of diffusion.
+The loss is in nats per token: the exact negative log-likelihood of a causal model, or the NELBO (a bound) of diffusion.
 """
 
 import json
@@ -42,7 +42,7 @@ VALIDATIONS = 20  # of a training
 RECIPES = {'causal': 'config/train_char_ar.py', 'diffusion': 'config/train_char_diffusion.py'}
 YARDSTICK = 'plain GPT'
 WARM_UP, LEAST = 100, 0.1  # iterations, and the last learning rate as a share of the first, as in nanoGPT
-TRIAL_STEPS = 5  # of a form of the yardstick, after its first
+TRIAL_STEPS = 5  # of each form of the yardstick, after its first step
 
 Say = Callable[[str], None]
 
@@ -55,8 +55,8 @@ class Point(NamedTuple):
 
 
 def seconds_until(points: Sequence[Point], target: float) -> float | None:
-    """Seconds of training until the loss has fallen to `target`, on straight lines between validations; None where it
-    never does."""
+    """Seconds of training until the loss has fallen to `target`, on straight lines between validations; None if it
+    never falls so far."""
     for before, after in zip(points, points[1:]):
         if after.loss <= target < before.loss:
             return before.seconds + (after.seconds - before.seconds) * (before.loss - target) / (
@@ -65,7 +65,7 @@ def seconds_until(points: Sequence[Point], target: float) -> float | None:
 
 
 def run_time_to_nelbo(config: BenchConfig, explicit: Mapping[str, str], say: Say) -> None:
-    """Train every side with every seed, print the table, write --json after each training."""
+    """Train every side with every seed and print the table. Writes --json after each training."""
     targets = asked_targets(config, explicit)
     device, root = resolve_device(config.device), data_folder(None)
     recipes = {name: recipe_options(path, config, device) for name, path in RECIPES.items()}
@@ -128,7 +128,7 @@ def recipe_options(path: str, config: BenchConfig, device: str) -> TrainConfig:
 # The sides ----------------------------------------------------------------------------------------------------------
 
 def train_recipe(options: TrainConfig, seed: int, say: Say) -> list[Point]:
-    """Train as `options` says in a folder that is removed afterwards; its validations."""
+    """Train as `options` say, in a folder that is removed afterwards. Returns the validations."""
     torch.compiler.reset()  # each run compiles for itself, as a run of train.py does
     with tempfile.TemporaryDirectory() as folder:
         options.seed, options.out_dir = seed, str(Path(folder) / 'run')
@@ -139,7 +139,8 @@ def train_recipe(options: TrainConfig, seed: int, say: Say) -> list[Point]:
 
 
 def train_yardstick(shape: TrainConfig, corpus: Corpus, runtime: Runtime, form: Form, seed: int) -> list[Point]:
-    """Train the yardstick in `form` with its own learning rate for the iterations of `shape`; its validations."""
+    """Train the yardstick in `form` with its own learning rate for the iterations of `shape`. Returns its validations.
+    """
     torch.compiler.reset()
     training = _yardstick(shape, corpus, runtime, form, seed)
     held_out = fixed_windows(corpus.tokens('val', shape.block_size + 1), shape.eval_iters * shape.batch_size,
@@ -158,7 +159,7 @@ def train_yardstick(shape: TrainConfig, corpus: Corpus, runtime: Runtime, form: 
 
 
 def fastest_form(shape: TrainConfig, corpus: Corpus, runtime: Runtime, say: Say) -> Form:
-    """The form of the yardstick that is soonest through all iterations of `shape`, compilation among its seconds."""
+    """The form of the yardstick that finishes all iterations of `shape` first, including compilation."""
     projected: dict[Form, float] = {}
     for form in baseline_forms(runtime):
         torch.compiler.reset()
@@ -187,8 +188,8 @@ def said(points: Sequence[Point]) -> str:
 
 
 def table(runs: Mapping[str, Sequence[Sequence[Point]]], targets: Sequence[float]) -> list[str]:
-    """Seconds until each loss by side, mean over seeds (lowest to highest), and how many times as fast the causal
-    recipe is as the yardstick, seed by seed; a dash where a seed never gets there."""
+    """Seconds until each loss for each side: the mean over seeds (lowest to highest). Then, seed by seed, how many
+    times as fast the causal recipe is as the yardstick. A dash if a seed never gets there."""
     body = []
     for target in targets:
         found = {name: [seconds_until(run, target) for run in seeds] for name, seeds in runs.items()}
@@ -202,7 +203,7 @@ def table(runs: Mapping[str, Sequence[Sequence[Point]]], targets: Sequence[float
 
 
 def spread(values: Sequence[float | None], shown: str) -> str:
-    """'mean (lowest to highest)', a dash where a value is missing."""
+    """'mean (lowest to highest)', or a dash if a value is missing."""
     known: list[Any] = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
         return '-'

@@ -1,4 +1,4 @@
-"""Rows of a benchmark that train: a step of each kind, the yardstick's too, and what a step cannot do without.
+"""Rows of a benchmark that train: a step of each kind, a step of the yardstick, and the least work of a step.
 
 The model is untrained and the corpus is random: time depends on shapes only.
 
@@ -28,8 +28,8 @@ TRAINING = StepSettings('muon', learning_rate=1e-3, weight_decay=0.05, betas=(0.
 
 
 def training_cases(shape: Shape, runtime: Runtime, critic_row_stride: int) -> dict[str, Case]:
-    """One training step of each kind, on models of their own: causal, stage 1 (main loss, no heads), stage 2 (with the
-    sampler head), stage 3 (with the critic too), and block diffusion (two streams, no heads)."""
+    """One training step of each kind, each on its own model: causal, stage 1 (main loss, no heads), stage 2 (with the
+    sampler head), stage 3 (also with the critic), and block diffusion (two streams, no heads)."""
     sampler = {'add_sampler_head': True}
     critic = {**sampler, 'add_critic_head': True, 'critic_row_stride': critic_row_stride}
     configs = {'causal': model_config(shape, attention_type='causal'), 'stage 1': model_config(shape),
@@ -41,7 +41,7 @@ def training_cases(shape: Shape, runtime: Runtime, critic_row_stride: int) -> di
 
 
 def training_plan(config: GPTConfig, shape: Shape) -> tuple[CheckpointKind, BatchPlan]:
-    """What a model of `model_config` is trained as, and on what."""
+    """The kind of a model of `model_config`, and the plan of its batches."""
     kind = {'causal': CheckpointKind.CAUSAL, 'bidirectional': CheckpointKind.UNMASKING,
             'block': CheckpointKind.BLOCK}[config.attention_type]
     masking = Masking(shape.base_size, 'elbo', seen_neighbours(config),
@@ -58,8 +58,8 @@ def _training_run(config: GPTConfig, shape: Shape, runtime: Runtime) -> Callable
 
 
 def baseline_cases(shape: Shape, runtime: Runtime) -> dict[str, Case]:
-    """A training step of the yardstick (core/bench/yardstick.py) of the same shape in each of its forms, of which the
-    fastest counts."""
+    """A training step of the yardstick (core/bench/yardstick.py) with the same shape, in each of its forms. The fastest
+    form counts."""
     operations = step_operations(model_config(shape, attention_type='causal'), shape)
     found = {}
     for form in baseline_forms(runtime):
@@ -71,8 +71,8 @@ def baseline_cases(shape: Shape, runtime: Runtime) -> dict[str, Case]:
 
 
 def baseline_forms(runtime: Runtime) -> list[Form]:
-    """The forms of the yardstick: in float32, but not on a GPU with fast bfloat16; in bfloat16 where that is fast; each
-    eager, and compiled where this program's steps are."""
+    """The forms of the yardstick. float32, except on a GPU with fast bfloat16; bfloat16, if that is fast. Each is
+    eager, and also compiled if this program's steps are."""
     fast = has_fast_bfloat16(runtime.device)
     dtypes = ([torch.float32] if runtime.device.type == 'cpu' or not fast else []) + ([torch.bfloat16] if fast else [])
     return [Form(dtype, compile) for dtype in dtypes for compile in ([False, True] if runtime.compile else [False])]
@@ -90,8 +90,8 @@ def made_up_tokens(base_size: int) -> np.ndarray:
 # Operations ---------------------------------------------------------------------------------------------------------
 
 def step_operations(config: GPTConfig, shape: Shape) -> float:
-    """Operations of a training step's matrix products: three trunk calls' worth (forward, and twice that backward) and
-    the heads. The optimizer's own products are left out; half the positions count as masked.
+    """Operations of a training step's matrix products: those of three trunk calls (one forward, two for the backward
+    pass) and of the heads, without the optimizer's. Half the positions count as masked.
 
     A causal step counts like a bidirectional one, as is usual.
     """
@@ -99,10 +99,10 @@ def step_operations(config: GPTConfig, shape: Shape) -> float:
         trunk = GPT(config).operations_per_token()
     D, V, masked = config.n_embd, config.vocab_size, shape.tokens / 2
     operations = 3.0 * trunk * shape.tokens * (2 if config.attention_type == 'block' else 1)  # streams
-    if config.add_sampler_head:  # its input is detached, so the first matrix has one product less to take back
+    if config.add_sampler_head:  # its input is detached, so the first matrix has one product less in the backward pass
         first = (config.sampler_window.size + 1) * D * D
         operations += masked * 2 * (2 * first + 3 * D * D + (3 if config.sampler_output == 'own' else 2) * D * V)
-    if config.add_critic_head:  # the filled-in text is read by the trunk once more, on a share of the rows
+    if config.add_critic_head:  # the trunk also reads the filled-in text, on a share of the rows
         share = math.ceil(shape.batch_size / config.critic_row_stride) / shape.batch_size
         operations += share * (masked * fill_operations(config) + 3.0 * trunk * shape.tokens)
     return operations
@@ -110,18 +110,18 @@ def step_operations(config: GPTConfig, shape: Shape) -> float:
 
 # Bytes --------------------------------------------------------------------------------------------------------------
 #
-# Between two matrix products stands one fused pass: it reads what the products before it wrote, writes what those after
-# it read, and its backward pass reads the gradients of what it wrote and what it had read, and writes the gradients of
-# that. What a product itself moves belongs to the matrix rate. Values per position and layer, in units of the width:
+# Between two matrix products there is one fused pass. It reads what the earlier products wrote, and writes what the
+# later ones read. Its backward pass reads its inputs and the gradients of its outputs, and writes the gradients of its
+# inputs. The matrix rate already counts what a product moves. Values per position and layer, in units of the width:
 
-NORM = (2 + 2) + (3 + 1)  # forward reads the stream and what a product adds to it, writes the new stream and its norm;
-# backward reads the gradients of both and the stream, and writes one gradient, which the two that were added share
+NORM = (2 + 2) + (3 + 1)  # forward reads the stream and what a product adds to it, and writes the new stream and its
+# norm; backward reads the stream and the gradients of both outputs, and writes one gradient, which both inputs share
 ROTATION = (2 + 2) + (4 + 2)  # queries and keys, normalised and rotated together
 ACTIVATION = (4 + 4) + (8 + 4)  # of the four times wider part
 LOSS = 1 + (1 + 1)  # logits, in units of the vocabulary: read; read again, and their gradient written
 HEAD = 2 * ((1 + 1) + (2 + 1))  # the sampler head's two activations with their norms, in units of its width
 
-# The optimizer, in float32 values per weight: the gradient is read for its norm and once more for the update, which
+# The optimizer, in float32 values per weight. The gradient is read for its norm and again for the update. The update
 # reads and writes the weight, the moments and the average of the weights.
 GRADIENT, MOMENT, WEIGHT = 1 + 1, 1 + 1, 1 + 1
 
@@ -129,8 +129,8 @@ GRADIENT, MOMENT, WEIGHT = 1 + 1, 1 + 1, 1 + 1
 def step_bytes(config: GPTConfig, shape: Shape, dtype: torch.dtype) -> float:
     """The least bytes that a training step moves apart from its matrix products, activations in `dtype`.
 
-    Muon keeps one moment and AdamW two; an average of the weights comes with both. Half the positions count as masked;
-    of stage 3 the trunk's second reading counts, its drawing does not.
+    Muon keeps one moment and AdamW two; both come with an average of the weights. Half the positions count as masked.
+    In stage 3 the trunk's second reading counts, but not the drawing of tokens.
     """
     D, V, W = config.n_embd, config.vocab_size, config.sampler_n_embd or config.n_embd
     read = shape.tokens * (2 if config.attention_type == 'block' else 1)  # streams

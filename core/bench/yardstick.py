@@ -44,7 +44,7 @@ class BaselineBlock(nn.Module):
 
 
 class Baseline(nn.Module):
-    """The model. bias: of linear layers and norms; nanoGPT's default is without."""
+    """The model. bias: whether linear layers and norms have biases; nanoGPT's default is no."""
 
     def __init__(self, block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int,
                  bias: bool = False, seed: int = 1337) -> None:
@@ -56,7 +56,8 @@ class Baseline(nn.Module):
         self._initialise(torch.Generator().manual_seed(seed))
 
     def _initialise(self, generator: torch.Generator) -> None:
-        """Normal with deviation 0.02; smaller by the root of the number of parts for what each adds to the residual."""
+        """Normal with deviation 0.02. For matrices that write into the residual stream it is divided by the root of
+        their number."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 adds = 'from_attention' in name or 'narrow' in name
@@ -87,7 +88,7 @@ class Form(NamedTuple):
 
 
 class BaselineTraining:
-    """`model` in training on random windows of a corpus, tokens of any integer type [N]."""
+    """Training of `model` on random windows of a corpus. tokens: [N], of any integer type."""
 
     def __init__(self, model: Baseline, tokens: np.ndarray, batch_size: int, block_size: int,
                  form: Form = Form(torch.float32, False), seed: int = 1) -> None:
@@ -102,7 +103,7 @@ class BaselineTraining:
                                            lr=LEARNING_RATE, betas=BETAS, fused=True)
 
     def step(self, learning_rate: float = LEARNING_RATE) -> Tensor:
-        """Draw a batch and train on it; the loss before, a scalar on the device."""
+        """Draw a batch and train on it. Returns the loss before the update, a scalar on the device."""
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate
         starts = torch.randint(len(self.tokens) - self.block_size, (self.batch_size,), generator=self.generator)

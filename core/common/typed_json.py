@@ -54,7 +54,7 @@ Interval = Annotated[list[float], Items(2, 2)]  # low and high end
 
 
 def read_json(path: Path) -> object:
-    """The JSON value in a file. Raises `Unfit` if there is no file, or a file that is too large, no JSON or too deep."""
+    """The JSON value in a file. Raises `Unfit` if the file is missing, too large, no JSON or nested too deeply."""
     try:
         if not path.is_file():
             raise Unfit('it is no regular file' if path.exists() else 'there is no such file')

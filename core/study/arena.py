@@ -1,10 +1,10 @@
-"""The arena: sampler heads on one frozen trunk, compared by exact nats for each operation and second spent.
+"""The arena: sampler heads on one frozen trunk, compared by exact nats, operations and seconds.
 
     python evaluate.py --measure=arena --checkpoints="out-arena/*/ckpt.pt" --report=docs/results/arena.md
 
-A contestant is a checkpoint with a trained head. Those whose trunks are equal, weight for weight, are compared with
-each other; trunks of several seeds are several such groups, and a head has one contestant in each. Every group holds
-the reference, a head of kind `neighbours`, whose windows the differences are paired with.
+A contestant is a checkpoint with a trained head. Contestants with exactly the same trunk form a group and are compared
+with each other. If there are trunks of several seeds, there are several groups, and each head has a contestant in each
+group. Every group contains the reference, a head of kind `neighbours`. Differences from it are paired by window.
 
 Letters: S seeds (trunks), W windows.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, NOBODY = 'docs/results/arena.md', 'independent draws'
-NAMES = {'random': 'random', 'strided': 'strided', 'left_to_right': 'blocks'}  # of orders; a block is a run of places
+NAMES = {'random': 'random', 'strided': 'strided', 'left_to_right': 'blocks'}  # order titles; a block is a run of places
 HEAD = ('head', 'calls', 'nats', 'difference (s.e.)', 'seeds from .. to', 'thousand multiply-adds', 'of it the head',
         'ms a text', 'head calls', 'ms verified', 'calls verified')
 COLOURS, STYLES = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY), ('-', '--', ':')
@@ -75,7 +75,7 @@ def write_arena(config: EvaluateConfig, explicit: Mapping[str, str], say: Callab
 
 
 def checkpoint_paths(patterns: str | None) -> list[str]:
-    """The files that `patterns` name, separated by commas, * standing for anything; UserError where one names none."""
+    """The files that `patterns` name. Commas separate patterns; * matches anything. UserError if one names no file."""
     if patterns is None:
         raise UserError('measure is arena, but no checkpoints are named; give --checkpoints=... of heads on one trunk, '
                         'separated by commas, * for anything')
@@ -86,8 +86,8 @@ def checkpoint_paths(patterns: str | None) -> list[str]:
 
 
 def measured(evaluation: Evaluation, path: str, known: Iterable[str], say: Callable[[str], None]) -> list[Contestant]:
-    """The contestant of a checkpoint, from its cache as far as it is known; and that of its trunk alone, where that is
-    not `known` yet."""
+    """The contestant of a checkpoint, as far as possible from its cache. Also the contestant of its trunk without a
+    head, if that trunk is not `known` yet."""
     model, cache = evaluation.model, ResultCache(evaluation.out_dir / CACHE_NAME, say)
     trunk = trunk_hash(model)
     ways = [(label(model.config), model.config.sampler_order), *([] if trunk in known else [(NOBODY, 'none')])]
@@ -101,7 +101,7 @@ def measured(evaluation: Evaluation, path: str, known: Iterable[str], say: Calla
 
 
 def trunk_hash(model: GPT) -> str:
-    """SHA-256 (hex) of the trunk's weights, its output matrix among them."""
+    """SHA-256 (hex) of the trunk's weights, including its output matrix."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         if not name.startswith(('sampler_head.', 'critic_head.')):
@@ -110,8 +110,8 @@ def trunk_hash(model: GPT) -> str:
 
 
 def reference_of(contestants: Sequence[Contestant]) -> str:
-    """The label of the head that all others are compared with; UserError unless each trunk carries the same heads, that
-    one among them, each once."""
+    """The label of the head that all others are compared with. UserError unless each trunk has the same heads, each
+    exactly once, including this one."""
     trunks = list(dict.fromkeys(one.trunk for one in contestants))
     heads = list(dict.fromkeys(one.head for one in contestants))
     if not contestants:
@@ -133,9 +133,9 @@ def reference_of(contestants: Sequence[Contestant]) -> str:
 
 def compared(contestants: Sequence[Contestant]) -> list[Result]:
     """A row for every order, number of trunk calls and head: means over trunks and windows, and the difference from the
-    reference, paired by trunk and window. difference_error: standard error over windows of the mean over trunks;
-    lowest, highest: of the trunks' own differences; cost: multiply-adds for each token, of which `head_cost` are the
-    head's."""
+    reference, paired by trunk and window. difference_error: standard error over windows of the mean over trunks.
+    lowest, highest: of the differences of single trunks. cost: multiply-adds for each token. head_cost: the head's part
+    of them."""
     reference, rows = reference_of(contestants), []
     by_head: dict[str, list[Contestant]] = {}
     for one in sorted(contestants, key=lambda one: one.trunk):
@@ -160,7 +160,7 @@ def compared(contestants: Sequence[Contestant]) -> list[Result]:
 
 
 def nats_of(rows: Sequence[Result]) -> Tensor:
-    """float64 [S, W]: of every window, per token."""
+    """float64 [S, W]: nats per token of every window."""
     return torch.tensor([row['window_nats'] for row in rows], dtype=torch.float64)
 
 
@@ -168,7 +168,7 @@ def nats_of(rows: Sequence[Result]) -> Tensor:
 
 def publish(page: Path, contestants: Sequence[Contestant], rows: Sequence[Result], command: str,
             say: Callable[[str], None]) -> None:
-    """The table between the page's markers, the rows in arena.json and the picture in arena.png next to it."""
+    """Write the table between the page's markers, and arena.json (the rows) and arena.png (the picture) next to it."""
     write_between(page, *markers(ARENA), text_of(contestants, rows, command), PAGE)
     kept = {'command': command, 'contestants': [
         {'checkpoint': one.path, 'trunk': one.trunk, 'head': one.head} for one in contestants], 'rows': rows}
@@ -191,7 +191,7 @@ def text_of(contestants: Sequence[Contestant], rows: Sequence[Result], command: 
 
 
 def cells_of(row: Result) -> list[str]:
-    """A row of the table as text."""
+    """The cells of a row of the table, as text."""
     def milliseconds(name: str) -> str:
         return f'{1000 * row[name]:.1f}' if name in row else ''
 

@@ -1,4 +1,4 @@
-"""The picture of docs/blocks.md: who sees whom in the two streams that a block model trains on.
+"""The picture of docs/blocks.md: which tokens see which in the two streams that a block model trains on.
 
     python -m core.study.blocks docs/results/blocks.png
 """
@@ -22,7 +22,7 @@ SHOWN = ((1, 'blocks of 1: causal'), (4, 'blocks of 4'), (LENGTH, 'one block: bi
 
 
 def draw_masks(figure: 'Figure') -> None:
-    """One panel for each block length, the model's own mask in it."""
+    """One panel for each block length; it shows the mask that the model uses."""
     for number, (block_length, title) in enumerate(SHOWN):
         axes = figure.add_subplot(1, len(SHOWN), number + 1)
         _draw_mask(axes, block_length)

@@ -25,7 +25,7 @@ from core.study.records import Record, read_records
 
 TOTAL = 'total'  # name of the markers around `total_text`
 METRICS_NAME = 'metrics.jsonl'
-DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal', 'elapsed')  # of rows but of curves
+DROPPED = ('data_hash', 'dtype', 'batch_size', 'length', 'reference', 'causal', 'elapsed')  # of rows, except curves
 
 Records = Mapping[str, Record]
 Say = Callable[[str], object]  # where lines for the user go
@@ -37,8 +37,8 @@ Evaluate = Callable[[EvaluateConfig, Mapping[str, str]],
 class Experiment:
     """A checkpoint and what is measured of it.
 
-    name: unique in its section; training: the command that makes the checkpoint; checkpoint: its path; measure and
-    options: of evaluate.py, None where the training alone is reported.
+    name: unique in its section. training: the command that makes the checkpoint. checkpoint: its path. measure,
+    options: of evaluate.py; None if the report is about the training only.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Experiment:
 
 
 class Section(NamedTuple):
-    """name: of its markers in the page and of its record; text: Markdown from the records there are (never empty);
-    draw: pictures into a folder; page: that holds it."""
+    """name: of its markers in the page and of its record. text: makes Markdown from the existing records (at least
+    one). draw: draws pictures into a folder. page: the page that holds the section."""
 
     name: str
     experiments: Sequence[Experiment]
@@ -70,7 +70,7 @@ def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: 
         split_at_markers(page, *markers(name), page.name)
     folder = page.parent
     for section in sections:
-        kept_records(folder, section)  # refuses what is damaged, or of someone else, before the work
+        kept_records(folder, section)  # refuses damaged or foreign records before the work
     start, missing = time.perf_counter(), []
     for section in sections:
         kept, records = kept_records(folder, section), {}
@@ -99,7 +99,7 @@ def write_report(config: EvaluateConfig, sections: Sequence[Section], evaluate: 
 
 
 def kept_records(folder: Path, section: Section) -> dict[str, Record]:
-    """What an earlier report kept of a section, by experiment."""
+    """The records that an earlier report saved of a section, by experiment."""
     return read_records(folder / f'{section.name}.json', {one.name: one.measure for one in section.experiments})
 
 
@@ -122,8 +122,8 @@ def measure(experiment: Experiment, config: EvaluateConfig, evaluate: Evaluate) 
 
 
 def total_text(sections: Mapping[str, Records]) -> str:
-    """A table of the seconds that each section's records took, a training that serves several of them once; sections
-    without records are left out."""
+    """A table of the seconds that each section's records took. A training that serves several records counts once.
+    Sections without records are left out."""
     seen: dict[str, float] = {}
     body, evaluations = [], 0.0
     for name, records in sections.items():
@@ -139,14 +139,14 @@ def total_text(sections: Mapping[str, Records]) -> str:
 
 
 def is_kept(measure: str, column: str) -> bool:
-    """Whether the record of a measure keeps a column of its rows: of curves, whose rows are many, what the tables and
-    pictures show."""
+    """Whether the record of a measure keeps a column of its rows. Curves have many rows, so they keep only the columns
+    that tables and pictures show."""
     return column in CURVE_COLUMNS if measure == 'curves' else column not in DROPPED
 
 
 def training_facts(run_folder: Path) -> dict[str, Any]:
-    """What metrics.jsonl says of a training: iterations, seconds without validations, milliseconds of a step (median
-    of the logged ones but the first), the validations; nothing where the file is not there."""
+    """What metrics.jsonl says about a training: iterations, seconds without validations, milliseconds of a step (the
+    median of all logged ones except the first), and the validations. Empty if there is no file."""
     path = run_folder / METRICS_NAME
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""What the study keeps of an experiment, and whether a kept file holds it."""
+"""What the study saves of an experiment, and a check of the saved files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +12,8 @@ from core.evaluation.nelbo import NelboResult
 
 
 class Record(TypedDict):
-    """An experiment: the command of its training and what metrics.jsonl says of it; rows of evaluate.py's measure, the
-    seconds that they took, and the command that makes them."""
+    """An experiment: the command of its training, and what metrics.jsonl says about it; the rows of evaluate.py's
+    measure, the seconds that they took, and the command that makes them."""
 
     training: str
     iterations: NotRequired[Count]
@@ -27,7 +27,7 @@ class Record(TypedDict):
 
 
 class Text(TypedDict):
-    """The text that a row is of."""
+    """The text that a row belongs to."""
 
     dataset: str
     split: str
@@ -50,7 +50,7 @@ class LikelihoodRow(Text, LikelihoodResult):
 
 
 class Detected(Text):
-    """What every row of errors has."""
+    """The fields of every row of errors."""
 
     detector: str
     windows: Count
@@ -58,25 +58,25 @@ class Detected(Text):
 
 
 class RankedRow(Detected, Ranked):
-    """A detector that only ranks, at a mask share."""
+    """A detector that only ranks tokens, at a share of masks."""
 
     mask_share: Share
 
 
 class ProbableRow(Detected, Probable):
-    """A detector that is a probability, at a mask share."""
+    """A detector that gives probabilities, at a share of masks."""
 
     mask_share: Share
 
 
 class CalibratedRow(Detected, Calibrated):
-    """The critic over all mask shares."""
+    """The critic over all shares of masks."""
 
     mask_shares: list[Share]
 
 
 class Sampled(Text):
-    """What every row of curves has."""
+    """The fields of every row of curves."""
 
     dtype: str
     samples: Count
@@ -94,7 +94,7 @@ class Sampled(Text):
 
 
 class ControlRow(Sampled):
-    """Texts that no setting made, or not by a policy."""
+    """Texts that no setting made, or that a setting made without a policy."""
 
     control: str
     trunk_calls: NotRequired[float]
@@ -103,7 +103,7 @@ class ControlRow(Sampled):
 
 
 class PolicyRow(Sampled):
-    """Texts of a setting."""
+    """Texts that a setting made by a policy."""
 
     policy: str
     wanted_calls: Count | None
@@ -120,8 +120,8 @@ ROWS = {'nelbo': NelboRow, 'likelihood': LikelihoodRow, 'errors': RankedRow | Pr
 
 
 def read_records(path: Path, measures: Mapping[str, str | None]) -> dict[str, Record]:
-    """The kept records of a section, none where there is no file; `measures` has the measure of every experiment, by
-    its name. UserError where a record is not what the study keeps."""
+    """The saved records of a section; none if there is no file. measures: the measure of each experiment, by its name.
+    UserError if a record is not as the study saves it."""
     if not path.exists():
         return {}
     try:

@@ -1,6 +1,6 @@
-"""The sections of docs/results/study.md: the experiments of the study and what the page says of their records.
+"""The sections of docs/results/study.md: the experiments of the study, and what the page says about their records.
 
-All figures come from records (core/study/pages.py), so a kept record makes the same text.
+All figures come from records (core/study/pages.py), so a saved record gives the same text again.
 
 Letters: K trunk calls, C neighbours that a head sees on each side.
 """
@@ -38,7 +38,7 @@ def main_text(records: Records) -> str:
 
 
 def draw_main(records: Records, folder: Path, say: Say) -> None:
-    """loss.png as the training drew it, where its checkpoint is there."""
+    """Copy loss.png of the training, if its checkpoint exists."""
     picture = Path('out/loss.png')
     if Path('out/ckpt_best.pt').exists() and picture.exists():
         write_whole(folder / picture.name, picture.read_bytes())
@@ -56,13 +56,14 @@ def by_setting(record: Record) -> dict[tuple[str, int, str], Row]:
 
 
 def calls_without(rows: Mapping[tuple[str, int, str], Row], policy: str, nats: float) -> str:
-    """The trunk calls at which the trunk alone has `nats` under a policy."""
+    """The number of trunk calls at which the trunk alone reaches `nats` with a policy."""
     return calls_at([(calls, row['nats']) for (name, calls, head), row in rows.items()
                      if name == policy and head == 'none'], nats)
 
 
 def head_text(records: Records) -> str:
-    """Per policy: nats at each K without a head and with it, paired differences, and the K without it that equals."""
+    """For each policy: nats at each K without a head and with it, their paired differences, and the K at which the
+    trunk alone is equally good."""
     rows = by_setting(records['main'])
     first = records['main']['rows'][0]
     lines = [*commands(records), '', f'{first["windows"]} windows, seed {first["seed"]}; the head takes '
@@ -109,7 +110,7 @@ def frozen(name: str, trunk: str, context: int, blind: bool, more: str = '') -> 
 
 def window_experiments(prefix: str, trunk: str, training: str, contexts: Sequence[int],
                        more: str = '') -> tuple[Experiment, ...]:
-    """The trunk alone, then for each context a head and its blind control."""
+    """The trunk alone, then for each context a head and its control, which does not see the trunk's hidden states."""
     options = {'policies': HEAD_POLICIES, 'trunk_calls': WINDOW_CALLS}
     found = [Experiment('trunk alone', training, f'{trunk}/ckpt_best.pt', 'likelihood', {
         'policies': HEAD_POLICIES, 'trunk_calls': [*WINDOW_CALLS, 128.0], 'heads': 'none'})]
@@ -122,8 +123,8 @@ def window_experiments(prefix: str, trunk: str, training: str, contexts: Sequenc
 
 
 def windows_text(records: Records) -> str:
-    """Per policy: nats of the trunk, of heads with C neighbours and of the same heads blind to the trunk, and what the
-    trunk adds to them."""
+    """For each policy: nats of the trunk, of heads with C neighbours, and of the same heads without the trunk's hidden
+    states; and what the hidden states gain."""
     lines = [*commands(records), '']
     policies = list(dict.fromkeys(row['policy'] for record in records.values() for row in record['rows']))
     for policy in policies:
@@ -193,8 +194,8 @@ SAMPLED = {'policies': 'random,strided,left_to_right', 'num_samples': 32, 'tempe
 
 
 def samples_text(records: Records) -> str:
-    """Per policy and budget: reference bits at equal trigram entropy with and without a head, and the calls without it
-    that equal."""
+    """For each policy and budget: reference bits at equal trigram entropy with and without a head, and the number of
+    calls at which the model without it is equally good."""
     found = {name: by_budget(record['rows']) for name, record in records.items()}
     real = next(row for row in records['head']['rows'] if row.get('control') == REAL)
     lines = [*commands(records), '', f'{real["samples"]} texts of {real["length"]} tokens a setting, seed '
@@ -214,12 +215,12 @@ def samples_text(records: Records) -> str:
 
 
 def by_budget(rows: Sequence[Row]) -> dict[tuple[str, int], Equal]:
-    """Settings at equal entropy, by policy with its guidance and trunk calls."""
+    """Settings at equal entropy, by policy (with its guidance) and trunk calls."""
     return {(equal.name, equal.wanted): equal for equal in at_equal_entropy(rows)}
 
 
 def bits_at_equal_entropy(equal: Equal) -> str:
-    """'bits (low - high)'; a dash where temperature does not reach the entropy."""
+    """'bits (low - high)', or a dash if no temperature reaches the entropy."""
     figures = equal.figures
     return '-' if figures['reference_bits'] is None else \
         f'{figures["reference_bits"]:.3f} ({figures["low"]:.3f} - {figures["high"]:.3f})'
@@ -234,7 +235,7 @@ SAMPLES = Section('samples', (
 # The generator's own errors -----------------------------------------------------------------------------------------
 
 def errors_text(records: Records) -> str:
-    """AUROC of each detector by mask share; at one half, how good its probabilities are."""
+    """AUROC of each detector at each share of masks. At one half, also how good its probabilities are."""
     record = records['main']
     shares = arranged_errors(record['rows'])
     names = [name for name in DETECTORS if name in shares[0]]

@@ -12,7 +12,7 @@ from core.study.results import SECTIONS as RESULT_SECTIONS
 
 
 def write_study(config: EvaluateConfig, say: Callable[[str], None] = say) -> None:
-    """Write the page `config.report` again, from the checkpoints that are there and the kept records of the others."""
+    """Write the page `config.report` again, from the checkpoints that exist and the saved records of the others."""
     raise_problems(option_problems(config, {}))
     write_report(config, (*RESULT_SECTIONS, *REMASKING_SECTIONS),
                  lambda changed, given: measured_rows(changed, given, say), say)

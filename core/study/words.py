@@ -1,5 +1,4 @@
-"""How the pages of the study word their records: commands, figures with their errors, differences, spreads over
-seeds."""
+"""The words of the study's pages: commands, figures with their errors, differences, spreads over seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ SEEDS = (1337, 1338, 1339)
 
 
 def commands(records: Records) -> list[str]:
-    """The commands of all records as a code block: trainings, then evaluations, each once. Commands that differ
-    in their seed alone become one loop over the seeds."""
+    """The commands of all records as a code block: trainings, then evaluations, each once. Commands that differ only in
+    their seed become one loop over the seeds."""
     found = dict.fromkeys([*(record['training'] for record in records.values()),
                            *(record['evaluation'] for record in records.values() if 'evaluation' in record)])
     seeds_of: dict[str, list[str]] = {}  # by the command with $seed in place of a seed
@@ -38,7 +37,7 @@ def figure(row: Row) -> str:
 
 
 def difference(one: Row, other: Row) -> tuple[float, float]:
-    """Mean of one's nats minus the other's over the same windows, and its standard error (paired)."""
+    """The mean over windows of the nats of `one` minus those of `other`, and its standard error (paired)."""
     values = [a - b for a, b in zip(one['window_nats'], other['window_nats'], strict=True)]
     return mean(values), stdev(values) / math.sqrt(len(values))
 
@@ -57,7 +56,7 @@ def spread(values: Sequence[float], sign: str = '') -> str:
 
 def calls_at(points: Sequence[tuple[float, float]], wanted: float) -> str:
     """The calls at which a figure falls to `wanted`, from points (calls, figure), interpolated in the logarithm of the
-    calls; '< fewest' and '> most' where all of them are beyond it."""
+    calls. '< fewest' if all figures are lower than `wanted`, '> most' if all are higher."""
     ordered = sorted(points)
     for (calls, above), (more, below) in zip(ordered, ordered[1:]):
         if above >= wanted >= below:
