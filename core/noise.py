@@ -254,8 +254,8 @@ def what_is_shown(generator: RowRandom, targets: Tensor, mask: Tensor, seen: See
 
 
 def drawn_groups(generator: RowRandom, mask: Tensor, block: Tensor | None = None) -> Tensor:
-    """int64 [B, T]: the group of each masked position, such as a fill may reveal from one trunk call; -1 where nothing
-    is masked.
+    """int64 [B, T]: the group of each masked position; -1 where nothing is masked. A fill may reveal such a group from
+    one trunk call.
 
     The size of a row's groups is log-uniform from 1 to T, since a text may take few trunk calls or many. Three kinds of
     groups are equally likely: random positions, runs of masked positions, and every k-th masked position. The policies

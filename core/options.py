@@ -57,7 +57,7 @@ class TrainConfig:
     attention_type: Literal['bidirectional', 'causal', 'block'] = option(
         'bidirectional', 'causal trains from left to right; block trains blocks from left to right (docs/blocks.md)')
     block_length: list[int] = option(
-        [], 'for attention_type=block: one length, or several that rows take in turn; 1 is causal')
+        [], 'for attention_type=block: a length, or several that rows take in turn; 1 is causal, block_size one block')
     position_encoding: Literal['rotary', 'absolute'] = option('rotary', 'absolute learns one vector a position')
     # objective
     loss_weighting: Literal['masked_mean', 'elbo'] = option(
@@ -93,7 +93,7 @@ class TrainConfig:
     draw_policy: Literal['random', 'left_to_right', 'strided'] = option(
         'random', 'order of the draws; no order depends on the weights, so all models share a path')
     draw_calls: int = option(8, 'trunk calls for each text; more give better texts and slower steps', minimum=1)
-    kl_weight: float = option(0.04, 'weight of the divergence from the first model; raise it if texts degenerate',
+    kl_weight: float = option(0.04, 'weight of the divergence from the starting model; raise it if texts degenerate',
         minimum=0)
     # sampler head (docs/sampler.md)
     add_sampler_head: bool = option(False, 'a small head that fills masks in waves')

@@ -121,7 +121,7 @@ def _no_problems(config: TrainConfig) -> list[str]:
 
 
 def _block_problems(config: TrainConfig) -> list[str]:
-    """What types do not show of a block model's options; `GPTConfig` checks those of its shape."""
+    """Problems of a block model's options that types do not show; `GPTConfig` checks its shape."""
     problems, shares = [], config.block_mask_shares
     if config.block_length_from and len(config.block_length_from) != len(config.block_length):
         problems.append(f'block_length_from is {config.block_length_from}, but block_length is {config.block_length}; '
@@ -189,7 +189,7 @@ def _reads_generator(config: TrainConfig) -> list[str]:
 
 
 def _grpo_problems(config: TrainConfig) -> list[str]:
-    """What types do not show of a policy gradient's options."""
+    """Problems of a policy gradient's options that types do not show."""
     problems = [] if config.init_from_checkpoint else [
         f'training_type is grpo, which goes on with a trained generator, but none is named; add '
         f'--init_from_checkpoint=out/ckpt_best.pt (trained with: {CheckpointKind.UNMASKING.command})']

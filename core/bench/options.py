@@ -18,7 +18,7 @@ class BenchConfig:
     groups: str = option('training,fill,sampling,policies', 'what to measure, separated by commas')
     repetitions: int | None = option(None, 'rounds per group; None: 5, or 3 if they take long',
         minimum=1, maximum=10**6)
-    baseline: bool = option(False, "measure the yardsticks too: a plain GPT's step in all its forms, cached causal decode",
+    baseline: bool = option(False, "measure the yardsticks too: a plain GPT's step in all its forms, cached decoding",
                             bare='True')
     critic_row_stride: int = option(4, 'stage 3 trains the critic on every n-th row; 4 as in the full recipe')
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ...')

@@ -47,7 +47,7 @@ ASSUMED_GPU, ASSUMED_SHARE = 'H200', 0.4  # of the extrapolation: a GPU, and the
 
 
 def run_scaling(config: BenchConfig, explicit: Mapping[str, str], say: Say) -> None:
-    """Measure as `config` says, or read --from_json; print and write the report. UserError for what cannot be done."""
+    """Measure as `config` says, or read --from_json; print and write the report. UserError if that cannot be done."""
     raise_problems(option_problems(config, explicit))
     if config.from_json is None:
         process_peak()  # raises if the system does not tell it

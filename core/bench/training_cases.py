@@ -127,7 +127,7 @@ GRADIENT, MOMENT, WEIGHT = 1 + 1, 1 + 1, 1 + 1
 
 
 def step_bytes(config: GPTConfig, shape: Shape, dtype: torch.dtype) -> float:
-    """The least bytes that a training step moves apart from its matrix products, activations in `dtype`.
+    """The least bytes that a training step moves outside its matrix products, with activations in `dtype`.
 
     Muon keeps one moment and AdamW two; both come with an average of the weights. Half the positions count as masked.
     In stage 3 the trunk's second reading counts, but not the drawing of tokens.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, NOBODY = 'docs/results/arena.md', 'independent draws'
-NAMES = {'random': 'random', 'strided': 'strided', 'left_to_right': 'blocks'}  # order titles; a block is a run of places
+NAMES = {'random': 'random', 'strided': 'strided', 'left_to_right': 'blocks'}  # of orders; a block: a run of places
 HEAD = ('head', 'calls', 'nats', 'difference (s.e.)', 'seeds from .. to', 'thousand multiply-adds', 'of it the head',
         'ms a text', 'head calls', 'ms verified', 'calls verified')
 COLOURS, STYLES = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY), ('-', '--', ':')
