@@ -30,7 +30,7 @@ HOW_TO_TRAIN = CheckpointKind.UNMASKING.command
 
 @dataclass
 class Checkpoint:
-    """Everything that a run needs to resume, or a sampler to start. All values are tensors or built-in types."""
+    """Everything that a run needs to resume, or a sampler needs to start. All values are tensors or built-in types."""
 
     kind: str                             # one of CheckpointKind
     model_config: dict[str, object]       # of `model_config_to_dict`

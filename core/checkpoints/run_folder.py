@@ -50,7 +50,7 @@ class RunFolder:
         self.path = Path(path)
         self._earlier: list[str] = []        # files of a run that this one will replace
         self._waiting: dict[str, Path] = {}  # temporary paths of this run's files, by final name
-        self._holding_back = False           # whether files wait until the first checkpoint is whole
+        self._holding_back = False           # whether files wait until the first checkpoint is complete
         require_run(self.path, resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -205,8 +205,8 @@ class RunFolder:
         return aside if displaced else None
 
     def _make(self, moves: list[list[str]]) -> None:
-        """Make the moves that are not made yet. A move into an earlier run's new folder is made if its target exists;
-        any other move is made if its source, a name that only this run has, is gone."""
+        """Make the moves that are not made yet. The move of an earlier run's file is made if its target exists. The
+        move of this run's file is made if its source is gone."""
         for source, target in moves:
             made = os.path.lexists(self.path / target) if '/' in target else not os.path.lexists(self.path / source)
             if not made and os.path.lexists(self.path / source):
@@ -229,7 +229,7 @@ class RunFolder:
 # ---- whose folder it is
 
 def require_run(path: Path, resume: bool) -> None:
-    """UserError unless `path` holds a run. Without `resume` it may also hold nothing."""
+    """UserError unless `path` holds a run. Without `resume` it may also be empty or missing."""
     if not path.exists():
         if resume:
             raise UserError(f'there is no run folder {path} to resume from; name another one with --out_dir=..., or '
@@ -255,7 +255,7 @@ def require_run(path: Path, resume: bool) -> None:
 
 
 def _read_marker(path: Path) -> dict[str, object] | None:
-    """The content of run.json in `path`; None if there is none. UserError if another program wrote it."""
+    """The content of run.json in `path`; None if there is none. UserError if it is damaged or another program's."""
     marker = path / MARKER
     if not marker.exists():
         return None

@@ -1,4 +1,4 @@
-"""Checkpoints for sharing: a folder of safetensors and JSON. Reading it needs no unpickling and not this program.
+"""Checkpoints for sharing: a folder of safetensors and JSON, readable without unpickling and without this program.
 
 model.safetensors holds each tensor once. config.json holds the rest, such as the vocabulary and the SHA-256 of the
 weights. The optimizer state is left out.
@@ -89,7 +89,8 @@ def read_folder(folder: Path, device: torch.device | str) -> dict[str, object]:
 
 
 def _to_json(value: object) -> object:
-    """`value` in types that JSON has: bytes become base64, tuples lists, dicts with keys other than strings pairs."""
+    """`value` in types that JSON has. Bytes become base64. Tuples become lists. Dicts become lists of pairs if some key
+    is not a string."""
     if isinstance(value, bytes):
         return {'$bytes': base64.b64encode(value).decode()}
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """The corpus `openwebtext`: more text than memory holds, streamed into GPT-2's BPE.
 
-Documents come from the package `datasets` or from the user's text files. A whole passage goes to one split, which its
-number decides. So memory holds only a few passages at a time.
+Documents come from the package `datasets` or from the user's text files. The number of a passage decides to which split
+the whole passage goes. So memory holds only a few passages at a time.
 """
 
 import os

@@ -115,7 +115,7 @@ def by_split(stream: Stream, borders: tuple[int, int]) -> Iterator[tuple[str, st
 
 
 def encode_into(parts: Mapping[str, Part], vocabulary: Vocabulary, stream: Stream, borders: tuple[int, int]) -> str:
-    """Encode a text into its splits, each with the ids of encoding it as a whole. Returns the SHA-256 of the text."""
+    """Encode a text into its splits, each with the ids of encoding it as a whole. Returns the SHA-256 of the stream."""
     sha256 = hashlib.sha256()
 
     def hashed() -> Iterator[str | _End]:
@@ -133,7 +133,7 @@ def encode_into(parts: Mapping[str, Part], vocabulary: Vocabulary, stream: Strea
 
 
 class _Stretch:
-    """The texts of one split up to its border or the end of a document. ended: it was the end of a document."""
+    """The texts of one split up to its border or the end of a document. ended: whether it was the latter."""
 
     def __init__(self, rest: Iterator[tuple[str, str | _End]], split: str, text: str | _End) -> None:
         self.rest, self.split, self.text = rest, split, text

@@ -22,7 +22,7 @@ def cut_near(text: str, position: int, reach: int) -> int:
 
 
 def split_text(text: str) -> dict[str, str]:
-    """Contiguous train (70 %), ref (20 %) and val (10 %), cut at blank lines where one is near; they join to `text`."""
+    """Contiguous train (70 %), ref (20 %) and val (10 %) of `text`. A cut is at a blank line if one is near."""
     reach = len(text) // 50
     first = cut_near(text, int(TRAIN_END * len(text)), reach)
     second = cut_near(text, int(REF_END * len(text)), reach)

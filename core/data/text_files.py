@@ -22,7 +22,7 @@ _OTHER_KINDS = ((b'\x1f\x8b', 'compressed with gzip'), (b'PK\x03\x04', 'a zip ar
 
 
 def text_paths(names: Sequence[str]) -> list[Path]:
-    """The files that `names` mean, in this order. A folder means all files in it, by path, without hidden ones.
+    """The files that `names` mean, in this order. A folder means all its files except hidden ones, sorted by path.
 
     UserError lists the names that are neither file nor folder, and folders without a file.
     """
@@ -92,7 +92,7 @@ def text_blocks(path: Path, encoding: str | None = None) -> Iterator[str]:
 
 
 def _has_letters_beyond_ascii(path: Path) -> bool:
-    """Whether the beginning of the file has some. The last three bytes do not count: a cut character may be there."""
+    """Whether the beginning of the file has some. Its last three bytes may be a cut character and do not count."""
     with path.open('rb') as file:
         return not file.read(_LOOKED_AT)[:-3].isascii()
 

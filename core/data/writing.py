@@ -1,7 +1,7 @@
 """Writes a corpus folder as a stream. At every instant it holds either the earlier corpus or the complete new one.
 
 The token files are written under temporary names. Then they get names that hold their SHA-256
-(`train-<16 digits>.bin`). meta.pkl holds the hashes, and its rename changes from one corpus to the other. After that
+(`train-<16 digits>.bin`). meta.pkl holds the hashes. Its rename replaces the earlier corpus by the new one. After that
 the token files get their usual names, one by one. Until then readers find them by their hash.
 """
 

@@ -2,8 +2,8 @@
 
 The measure masks a share of the positions of held-out windows, at random and the same number in each window. One trunk
 call and one wavefront fill them at temperature 1 (without a trained sampler head: independent draws). A filled position
-is *wrong* if it differs from the truth. A detector scores each filled position, by a probability of being wrong if it
-has one:
+is *wrong* if it differs from the truth. A detector gives each filled position a score. All scores except the random one
+are probabilities of being wrong:
 
     random             a random number; its AUROC is 0.5, whatever the errors
     self_confidence    1 - the probability with which the token was drawn
@@ -97,7 +97,7 @@ Detector = Callable[[Filled, RowRandom], Tensor]  # texts and their random numbe
 
 def detectors(model: GPT, allowed: Tensor, *, sampler_head: bool, critic: bool,
               remasking_model: GPT | None) -> dict[str, Detector]:
-    """The detectors of this model, by name. Without a sampler head the marginal is left out: it is self_confidence."""
+    """The detectors of this model, by name. Without a sampler head, self_confidence is the marginal itself."""
     found: dict[str, Detector] = {
         'random': lambda texts, numbers: numbers.uniform(Purpose.REMASK, texts.tokens.size(1)),
         'self_confidence': lambda texts, numbers: texts.self_confidence}
@@ -181,7 +181,7 @@ def brier(predicted: Tensor, wrong: Tensor) -> float:
 def calibrated(scores: Tensor, wrong: Tensor, filled: Tensor) -> Result:
     """Fit a calibration of scores float64 [W, T], and measure how good it is. wrong, filled: bool [W, T].
 
-    The map is fitted on the even windows. All other figures come from the odd windows; those named calibrated are of
+    The map is fitted on the even windows. All other figures come from the odd windows; those named calibrated use the
     mapped scores.
     """
     (fitted, wrongs), (held_out, held_wrongs) = (

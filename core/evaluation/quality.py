@@ -115,7 +115,7 @@ class Study:
 
     @property
     def randomness(self) -> dict[str, float]:
-        """--randomness_strength where it was given: of every setting of the policy remask."""
+        """The option --randomness_strength for every setting of the policy remask; empty if it was not given."""
         given = self.config.randomness_strength
         return {} if given is None else {'randomness_strength': given}
 

@@ -123,8 +123,8 @@ def nearest_setting(calls: Callable[[float], float], wanted: float, most: float,
     """Of all x in [0, 1] that were tried, the one whose calls(x) is nearest to `wanted`.
 
     calls grows with x, from 1 to `most`. known: calls of earlier trials; new trials are added to it. The trials narrow
-    an interval around `wanted`. They take in turn the point where a line through the logarithms of both ends reaches
-    `wanted`, and the middle. The search ends within a sixteenth of `wanted`, or after `TRIALS` trials.
+    an interval around `wanted`. They alternate between its middle and the point where a line through the logarithms of
+    the calls at both ends reaches `wanted`. The search ends within a sixteenth of `wanted`, or after `TRIALS` trials.
     """
     def distance(x: float) -> float:
         return abs(known[x] - wanted)

@@ -41,7 +41,7 @@ _FILES = ('*.json', '*.txt', '*.model', '*.py', '*.jinja')  # what is fetched wi
 
 @dataclass(frozen=True)
 class Source:
-    """Which model, and what its files do not tell. model: folder or hub name. predicts: of causal architectures,
+    """Which model, and what its files do not tell. model: folder or hub name. predicts: for causal architectures,
     whether a hidden state predicts its own position or the next. mask_token: the text of the mask token if the
     tokenizer names none."""
 
@@ -250,8 +250,8 @@ def _remote(config: 'PretrainedConfig') -> Mapping[str, str]:
 
 
 def _class_of(source: Source, config: 'PretrainedConfig') -> type:
-    """The library's class that reads a model of this config. UserError for a causal model, unless it is known or an
-    option tells that it was trained as a diffusion model."""
+    """The library's class that reads a model of this config. UserError for a causal model, unless its type or the
+    option `predicts` tells that it was trained as a diffusion model."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, MODEL_FOR_CAUSAL_LM_MAPPING
 
     if _is_masked_class(config):

@@ -151,8 +151,8 @@ class PretrainedTrunk(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def operations_per_token(self) -> int:
-        """Floating-point operations of one trunk call per token (two per multiply-add). They are those of the network's
-        matrices except embedding tables, of attention, and of the logits."""
+        """Floating-point operations of one trunk call per token (two per multiply-add): attention, the logits, and
+        every matrix of the network that is not an embedding table."""
         tables = {id(module.weight) for module in self.network.modules() if isinstance(module, nn.Embedding)}
         matrices = sum(parameter.numel() for parameter in self.network.parameters()
                        if parameter.ndim == 2 and id(parameter) not in tables)
