@@ -66,7 +66,8 @@ MODULES = '''
 names = ['model', 'sample_utils', 'configurator', 'train', 'sample', 'evaluate', 'bench']
 import core
 names += [one.name for one in pkgutil.walk_packages(core.__path__, 'core.')
-          if not one.name.endswith(('__main__', 'modeling_masked_diffusion'))]  # the latter needs transformers
+          if not one.name.endswith(('__main__', 'modeling_masked_diffusion', 'harness.language_model'))]
+# The last two need transformers and lm_eval.
 names += ['core.checkpoints.__main__']
 for name in names:
     import_module(name)
