@@ -114,6 +114,7 @@ def test_an_interrupt_while_importing_ends_quietly():
 
 STRUCK = '''
 import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
 class Strike:
     def find_spec(self, name, path=None, target=None):
         if name == "numpy" or name == "torch":
