@@ -38,7 +38,7 @@ class Experiment:
     """A checkpoint and what is measured of it.
 
     name: unique in its section. training: the command that makes the checkpoint. checkpoint: its path. measure,
-    options: of evaluate.py; None if the report is about the training only.
+    options: of evaluate.py; None if the report is about the training only. keeps: whether the record holds a row.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Experiment:
     checkpoint: str
     measure: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    keeps: Callable[[Result], bool] = lambda row: True
 
 
 class Section(NamedTuple):
@@ -113,7 +114,7 @@ def measure(experiment: Experiment, config: EvaluateConfig, evaluate: Evaluate) 
         explicit = dict.fromkeys(options, experiment.name)
         rows = evaluate(changed, explicit)
         record['rows'] = [{name: rounded(value) for name, value in row.items() if is_kept(experiment.measure, name)}
-                          for row in rows]
+                          for row in rows if experiment.keeps(row)]
         record['evaluation_seconds'] = round(sum(row.get('elapsed', 0.0) for row in rows), 1)
         record['evaluation'] = command_of(changed, {name: where for name, where in explicit.items()
                                                     if name != 'checkpoint_name' or path.name != 'ckpt_best.pt'},

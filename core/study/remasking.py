@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from core.common.plots import INK, save_picture, tidy
 from core.common.tables import markdown_table
 from core.evaluation.error_detection import SHOWN_SHARE
+from core.evaluation.measure import Result
 from core.evaluation.quality_plots import COLOURS, MARKERS
 from core.evaluation.quality_tables import REAL, at_equal_entropy
 from core.study.pages import Experiment, Records, Say, Section
@@ -42,7 +43,12 @@ def _remasking(kind: str, seed: int) -> Experiment:
     return Experiment(f'{kind} {seed}', f'{REMASKING} --out_dir={folder} --seed={seed} --max_iters=600 '
                       f'--eval_interval=300{KINDS[kind][1]}', f'{folder}/ckpt_best.pt', 'errors',
                       {'out_dir': 'out', 'checkpoint_name': 'ckpt_best.pt',
-                       'remasking_checkpoint_name': f'{folder}/ckpt_best.pt'})
+                       'remasking_checkpoint_name': f'{folder}/ckpt_best.pt'}, _is_shown)
+
+
+def _is_shown(row: Result) -> bool:
+    """Whether the table shows a row. The other detectors do not depend on the remasking model: one share is enough."""
+    return row['detector'] == 'remasking' or row.get('mask_share') == SHOWN_SHARE
 
 
 def detection_text(records: Records) -> str:

@@ -46,6 +46,20 @@ def run(page, sections, nats=1.5):
     return said, asked
 
 
+def test_a_record_holds_only_the_rows_that_its_experiment_keeps(tmp_path):
+    there = tmp_path / 'out-a' / 'ckpt_best.pt'
+    there.parent.mkdir()
+    there.write_bytes(b'')
+    rows = [{**ROW, 'nats': nats, 'windows': 3, 'elapsed': 0.7} for nats in (1.0, 2.0, 3.0)]
+    page = make_page(tmp_path, ['study'])
+    sections = [Section('study', (Experiment('a', 'train a', str(there), 'nelbo', keeps=lambda row: row['nats'] > 1.5),),
+                        text_of)]
+    write_report(dataclasses.replace(EvaluateConfig(), report=str(page)), sections, lambda config, explicit: rows, print)
+    kept = json.loads((tmp_path / 'study.json').read_text())['a']
+    assert [row['nats'] for row in kept['rows']] == [2.0, 3.0]
+    assert kept['evaluation_seconds'] == 2.1  # what was left out was measured too
+
+
 def test_what_is_there_is_measured_and_what_is_not_is_read_or_named(tmp_path):
     there, gone = tmp_path / 'out-a' / 'ckpt_best.pt', tmp_path / 'out-b' / 'ckpt_best.pt'
     there.parent.mkdir()
