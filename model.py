@@ -42,6 +42,7 @@ class GPTConfig:
     ignore_index: int = -100
     attention_type: Literal['causal', 'bidirectional', 'block'] = 'bidirectional'
     block_length: tuple[int, ...] = ()  # of attention_type 'block': the lengths that a row may have
+    predicts: Literal['own', 'next'] = 'own'  # the position that a hidden state predicts; 'next' for block models only
     position_encoding: Literal['absolute', 'rotary'] = 'rotary'
     mode: ModelMode = ModelMode.LANGUAGE_MODEL
     num_token_classes: int = 2
@@ -95,7 +96,7 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             problems.append(f'dropout is {self.dropout}, but must lie in [0, 1)')
         for name, choices in (('attention_type', ('causal', 'bidirectional', 'block')),
-                              ('position_encoding', ('absolute', 'rotary')),
+                              ('predicts', ('own', 'next')), ('position_encoding', ('absolute', 'rotary')),
                               ('critic_target_scope', ('masked_only', 'masked_and_ignore')),
                               ('critic_gradient', ('trunk', 'head')), ('critic_fill', ('one_shot', 'revised')),
                               ('sampler_output', ('own', 'shared_detached')),
@@ -136,6 +137,9 @@ class GPTConfig:
         return self.add_sampler_head and SAMPLER_KINDS[self.sampler_kind].reads_row
 
     def _block_problems(self) -> list[str]:
+        if self.attention_type != 'block' and self.predicts == 'next':
+            return [f'predicts is next, but attention_type is {self.attention_type}; leave it out or take '
+                    f'attention_type=block']
         if self.attention_type != 'block':
             return [f'block_length is {self.block_length}, but attention_type is {self.attention_type}; leave it out '
                     f'or take attention_type=block'] if self.block_length else []
@@ -149,6 +153,8 @@ class GPTConfig:
             problems.append(f'block_length {list(self.block_length)} names a length twice; leave one out')
         if self.mask_token_id is None:
             problems.append('attention_type block requires mask_token_id to be configured')
+        if self.predicts == 'next' and self.add_critic_head:
+            problems.append("predicts is next, but a critic reads a token's own hidden state; leave one of them out")
         return problems
 
     def _head_problems(self) -> list[str]:
@@ -236,11 +242,12 @@ class GPTOutput(NamedTuple):
 @dataclass
 class KeyValueCache:
     """Keys and values of the tokens that a causal or block model has read: a tensor [B, H, block_size, D / H] for
-    each layer."""
+    each layer. last: the last token's hidden state [B, 1, D], kept if it predicts the next token."""
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int = field(default=0)
+    last: Tensor | None = field(default=None)
 
 
 class Reading(NamedTuple):
@@ -276,6 +283,24 @@ def picked(x: Tensor, asked: Asked | None) -> Tensor:
         return x
     x = x[:, :asked.length]
     return x if asked.positions is None else x.flatten(0, 1).index_select(0, asked.positions)
+
+
+def predicting_places(positions: Tensor, length: int, block_length: Tensor | int | None) -> Tensor:
+    """Where the hidden states stand that predict flat positions int64 [N] of [B, length], if each predicts the next
+    position.
+
+    With a block length (as in `block_attention_mask`) they are flat indices int64 [N] into the two streams
+    [B, 2 length]. The first position of a block is predicted from the clean text, the others from the block itself.
+    None: flat indices into [B, length], one stream. The first position of a text has nothing before it, and is
+    predicted by its own hidden state.
+    """
+    row, place = positions // length, positions % length
+    before = (place - 1).clamp(min=0)
+    if block_length is None:
+        return row * length + before
+    lengths = block_length[row] if isinstance(block_length, Tensor) else block_length
+    from_clean = (place % lengths == 0) & (place > 0)
+    return row * 2 * length + before + from_clean * length
 
 
 def block_attention_mask(block_length: Tensor | int, length: int, device: torch.device) -> Tensor:
@@ -464,9 +489,13 @@ class GPT(nn.Module):
         positions: int64 [N], flat indices into tokens. Then the result is [N, D], the hidden states of these alone, and
         the last layer computes no others after its attention.
         cache: of a causal model. Then `tokens` follow those that it holds, and it grows by T.
-        A block model reads all tokens as one block here; `encode_streams` and `encode_blocks` read several.
+        A block model reads all tokens as one block here; `encode_streams` and `encode_blocks` read several. A hidden
+        state always belongs to the position that it predicts, also if it comes from the position before
+        (`GPTConfig.predicts`).
         """
         tokens, T = self._here(tokens), tokens.size(1)
+        if self.config.predicts == 'next' and positions is not None:
+            positions = predicting_places(self._here(positions), T, None)
         start = 0 if cache is None else cache.length
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None, :]  # [B, 1, 1, T]
@@ -479,6 +508,8 @@ class GPT(nn.Module):
                                       None if positions is None else Asked(T, self._here(positions)))
         if cache is not None:
             cache.length += T
+        if self.config.predicts == 'next' and positions is None:
+            return torch.cat((hidden_states[:, :1], hidden_states[:, :-1]), dim=1)
         return hidden_states
 
     def encode_streams(self, noisy: Tensor, clean: Tensor, block_length: Tensor | int,
@@ -500,20 +531,28 @@ class GPT(nn.Module):
         position, without a gradient. clean and block_length: of a block model, as in `encode_streams`.
         """
         asked = Asked(tokens.size(1), self._here(positions), all=True)
-        if clean is not None:
-            return self._read_streams(tokens, clean, block_length, asked)
-        return self._read(self._here(tokens), self._places(0, asked.length), None, None, asked)
+        if clean is None:
+            clean, block_length = tokens, tokens.size(1)
+        return self._read_streams(tokens, clean, block_length, asked)
 
     def _read_streams(self, noisy: Tensor, clean: Tensor, block_length: Tensor | int,
                       asked: Asked) -> tuple[Tensor, Tensor | None]:
         noisy, clean, T = self._here(noisy), self._here(clean), asked.length
-        places = self._places(0, T)
+        places, mask = self._places(0, T), None
         if isinstance(block_length, int) and block_length >= T:
-            return self._read(noisy, places, None, None, asked)
-        places = places.repeat(2, *[1] * (places.dim() - 1)) if isinstance(places, Tensor) else \
-            tuple(one.repeat(2, 1, 1) for one in places)
-        return self._read(torch.cat((noisy, clean), dim=1), places,
-                          block_attention_mask(block_length, T, noisy.device), None, asked)
+            tokens, block_length = noisy, None
+        else:
+            tokens, mask = torch.cat((noisy, clean), dim=1), block_attention_mask(block_length, T, noisy.device)
+            places = places.repeat(2, *[1] * (places.dim() - 1)) if isinstance(places, Tensor) else \
+                tuple(one.repeat(2, 1, 1) for one in places)
+        if self.config.predicts == 'own':
+            return self._read(tokens, places, mask, None, asked)
+        every = torch.arange(noisy.numel(), device=noisy.device)
+        read = predicting_places(every if asked.positions is None else asked.positions, T, block_length)
+        found, whole = self._read(tokens, places, mask, None, Asked(tokens.size(1), read, asked.all))
+        if whole is not None:
+            whole = whole.flatten(0, 1).index_select(0, predicting_places(every, T, block_length)).view(*noisy.shape, -1)
+        return found if asked.positions is not None else found.view(*noisy.shape, -1), whole
 
     def encode_blocks(self, tokens: Tensor, block_length: int, cache: KeyValueCache, kept: int) -> Tensor:
         """Hidden states [B, T, D] of tokens int64 [B, T] that follow those in a block model's cache: one trunk call.
@@ -528,27 +567,43 @@ class GPT(nn.Module):
             (block[start:, None] >= block)[None, None]  # [1, 1, T, K]
         hidden_states, _ = self._read(tokens, self._places(start, T), mask, cache, None)
         cache.length += kept
-        return hidden_states
+        return self._after_last(hidden_states, cache, kept)
+
+    def _after_last(self, hidden_states: Tensor, cache: KeyValueCache, kept: int) -> Tensor:
+        """Hidden states [B, T, D], each at the position that it predicts; `cache` keeps the one after the first `kept`
+        tokens."""
+        if self.config.predicts == 'own':
+            return hidden_states
+        before = hidden_states[:, :1] if cache.last is None else cache.last  # [B, 1, D]
+        moved = torch.cat((before, hidden_states[:, :-1]), dim=1)
+        cache.last = hidden_states[:, kept - 1:kept] if kept else cache.last
+        return moved
 
     def encode_next(self, tokens: Tensor, cache: KeyValueCache, kept: int) -> Tensor:
         """What a block model at blocks of one predicts for each of the last n of tokens int64 [B, kept + n].
 
         Returns hidden states [B, n, D]: at each of these places of a mask, which sees all tokens before it and nothing
         else. The tokens follow those in the cache; the first `kept` of them join it. One trunk call of kept + 2n
-        tokens.
+        tokens. A model whose hidden states predict the next position needs no masks, but for the first position of a
+        text.
         """
         tokens, T, start = self._here(tokens), tokens.size(1), cache.length
+        masks = T - kept if self.config.predicts == 'own' else int(start + kept == 0)  # m
         every = torch.arange(start + T, device=tokens.device)  # [start + T]
-        keys = torch.cat((every, every[start + kept:]))  # [K]
-        places, number = keys[start:], torch.arange(len(keys), device=tokens.device)  # [S], S = T + n
+        keys = torch.cat((every, every[start + kept:start + kept + masks]))  # [K]
+        places, number = keys[start:], torch.arange(len(keys), device=tokens.device)  # [S], S = T + m
         itself, clean = number == number[start:, None], number < start + T  # [S, K], [K]
         sees = itself | (clean & (keys < places[:, None]))  # [S, K]
-        read = torch.cat((tokens, torch.full_like(tokens[:, kept:], self.config.mask_token_id)), dim=1)
+        read = torch.cat((tokens, torch.full_like(tokens[:, :masks], self.config.mask_token_id)), dim=1)
         at = self.transformer['wpe'].weight[places] if self.config.position_encoding == 'absolute' else \
             (self.rotary_cosine[places], self.rotary_sine[places])
         hidden_states, _ = self._read(read, at, sees[None, None], cache, None)
         cache.length += kept
-        return hidden_states[:, T:]
+        if self.config.predicts == 'own':
+            return hidden_states[:, T:]
+        if masks:
+            cache.last = hidden_states[:, T:]
+        return self._after_last(hidden_states[:, :T], cache, kept)[:, kept:]
 
     def _here(self, indices: Tensor) -> Tensor:
         """`indices` on the device of the weights; sampling and scoring hold tokens on a device that has float64."""

@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> None:
         config.device = resolve_device(config.device)
         train_head(config, configuration.explicit, configuration.notes)
         return
-    raise_problems(pretrained_problems(config, configuration.explicit))
+    raise_problems(pretrained_problems(config, {name: source for name, source in configuration.explicit.items()
+                                                if name != 'predicts' or config.attention_type != 'block'}))
     inherited, source = inherited_options(config, configuration.explicit)
     if inherited:
         configuration = configure(TrainConfig, arguments, resolve_device=resolve_device, defaults=inherited,

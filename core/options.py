@@ -27,7 +27,8 @@ class TrainConfig:
     model: str | None = option(None, 'folder or hub name of a masked language model; heads learn on its frozen trunk')
     text_file: str | None = option(None, 'text that they learn from', path=True)
     predicts: Literal['auto', 'own', 'next'] = option(
-        'auto', 'for a causal architecture trained as a diffusion model: which position a hidden state predicts')
+        'auto', 'for a diffusion model that began as a causal one: which position a hidden state predicts; auto is own '
+        'for attention_type=block')
     mask_token: str | None = option(None, 'its mask token, if the tokenizer names none')
     trust_remote_code: bool = option(False, 'run Python code that comes with the model; read it first')
     # evaluation and output

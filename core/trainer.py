@@ -101,6 +101,7 @@ def build_model_config(config: TrainConfig, corpus: Corpus) -> GPTConfig:
     """The model's part of the options, with the corpus's vocabulary. UserError lists every problem."""
     vocabulary, names = corpus.vocabulary, {one.name for one in dataclasses.fields(config)}
     values = {one.name: getattr(config, one.name) for one in dataclasses.fields(GPTConfig) if one.name in names}
+    values['predicts'] = 'own' if config.predicts == 'auto' else config.predicts
     try:
         kind = kind_of(config)
         return GPTConfig(**values, mode=kind.mode, num_token_classes=kind.classes, vocab_size=vocabulary.size,

@@ -11,6 +11,7 @@ from helpers.toys import V0, awake, toy_config
 from model import GPT, block_attention_mask
 
 T, MASK = 12, V0
+predicts_both = pytest.mark.parametrize('predicts', ['own', 'next'])
 
 
 def block_model(*lengths: int, **changes) -> GPT:
@@ -39,10 +40,11 @@ def test_the_mask_is_what_the_definition_says(length, block_lengths):
                 assert mask[row, 0, query, key] == sees, (b, query, key)
 
 
+@predicts_both
 @pytest.mark.parametrize('b', [1, 2, 3, 4, 6])
-def test_a_block_sees_itself_and_the_clean_text_before_it(b):
+def test_a_block_sees_itself_and_the_clean_text_before_it(b, predicts):
     """Each block alone: the clean text before it and the block, read in one plain pass of block-causal attention."""
-    model, clean = block_model(b), texts(3)
+    model, clean = block_model(b, predicts=predicts), texts(3)
     noisy = torch.where(torch.rand(3, T, generator=torch.Generator().manual_seed(1)) < 0.6, MASK, clean)
     together = model.encode_streams(noisy, clean, b)
     for first in range(0, T, b):
@@ -53,8 +55,9 @@ def test_a_block_sees_itself_and_the_clean_text_before_it(b):
         assert cache.length == first
 
 
-def test_rows_of_one_batch_have_their_own_lengths():
-    model, clean = block_model(2, 3, 12), texts(3)
+@predicts_both
+def test_rows_of_one_batch_have_their_own_lengths(predicts):
+    model, clean = block_model(2, 3, 12, predicts=predicts), texts(3)
     noisy = clean.masked_fill(torch.rand(3, T, generator=torch.Generator().manual_seed(2)) < 0.6, MASK)
     lengths = torch.tensor([2, 3, 12])
     together = model.encode_streams(noisy, clean, lengths)
@@ -63,18 +66,28 @@ def test_rows_of_one_batch_have_their_own_lengths():
         assert torch.allclose(together[row], alone, atol=1e-5)
 
 
-def test_picked_positions_are_those_of_the_whole():
-    model, clean = block_model(4), texts(3)
+@predicts_both
+@pytest.mark.parametrize('b', [4, 12])
+def test_picked_positions_are_those_of_the_whole(b, predicts):
+    model, clean = block_model(b, predicts=predicts), texts(3)
     noisy = clean.masked_fill(torch.rand(3, T, generator=torch.Generator().manual_seed(3)) < 0.5, MASK)
     positions = (noisy == MASK).flatten().nonzero().squeeze(1)
-    whole = model.encode_streams(noisy, clean, 4).flatten(0, 1)[positions]
-    assert torch.allclose(model.encode_streams(noisy, clean, 4, positions), whole, atol=1e-6)
+    whole = model.encode_streams(noisy, clean, b)
+    assert torch.allclose(model.encode_streams(noisy, clean, b, positions), whole.flatten(0, 1)[positions], atol=1e-6)
+    picked, every = model.encode_all(noisy, positions, clean, b)
+    assert torch.allclose(picked, whole.flatten(0, 1)[positions], atol=1e-6)
+    assert torch.allclose(every, whole, atol=1e-6) and not every.requires_grad
+    if b == T:  # read as one text
+        assert torch.allclose(model.encode(noisy), whole, atol=1e-6)
+        assert torch.allclose(model.encode(noisy, positions=positions), picked, atol=1e-6)
+        assert torch.allclose(model.encode_all(noisy, positions)[1], whole, atol=1e-6)
 
 
+@predicts_both
 @pytest.mark.parametrize('b', [1, 3, 4])
-def test_nothing_leaks(b):
+def test_nothing_leaks(b, predicts):
     """A changed clean token changes nothing in its own block of the masked stream, nor in any before it."""
-    model, clean = block_model(b), texts(1)
+    model, clean = block_model(b, predicts=predicts), texts(1)
     noisy = torch.full_like(clean, MASK)
     before = model.encode_streams(noisy, clean, b)
     for place in range(T):
@@ -94,6 +107,20 @@ def test_one_block_is_the_bidirectional_model_to_the_last_bit():
     assert torch.equal(model.encode_streams(noisy, clean, T), plain.encode(noisy))
 
 
+def test_a_state_that_predicts_the_next_position_comes_from_the_one_before():
+    """In one block from the same stream; at blocks of one from the causal model's own."""
+    model, clean = block_model(1, T, predicts='next'), texts(2)
+    own = GPT(dataclasses.replace(model.config, predicts='own')).eval()
+    causal = GPT(dataclasses.replace(own.config, attention_type='causal', block_length=())).eval()
+    for one in (own, causal):
+        one.load_state_dict(model.state_dict())
+    noisy = clean.masked_fill(torch.rand(2, T, generator=torch.Generator().manual_seed(8)) < 0.5, MASK)
+    found, before = model.encode(noisy), own.encode(noisy)
+    assert torch.equal(found[:, 1:], before[:, :-1]) and torch.equal(found[:, 0], before[:, 0])
+    masks = torch.full_like(clean, MASK)
+    assert torch.allclose(model.encode_streams(masks, clean, 1)[:, 1:], causal.encode(clean)[:, :-1], atol=1e-6)
+
+
 def test_blocks_of_one_read_text_as_the_causal_model_does():
     model, clean = block_model(1), texts(2)
     causal = GPT(dataclasses.replace(model.config, attention_type='causal', block_length=())).eval()
@@ -101,11 +128,12 @@ def test_blocks_of_one_read_text_as_the_causal_model_does():
     assert torch.allclose(model.encode_blocks(clean, 1, model.new_cache(2), T), causal.encode(clean), atol=1e-5)
 
 
+@predicts_both
 @pytest.mark.parametrize('b', [1, 2, 4])
 @pytest.mark.parametrize('positions', ['rotary', 'absolute'])
-def test_the_cache_changes_nothing(b, positions):
+def test_the_cache_changes_nothing(b, positions, predicts):
     """A finished block travels with the next one in work; what comes out is what two streams say of the same blocks."""
-    model, clean = block_model(b, position_encoding=positions), texts(2)
+    model, clean = block_model(b, position_encoding=positions, predicts=predicts), texts(2)
     noisy = clean.masked_fill(torch.rand(2, T, generator=torch.Generator().manual_seed(5)) < 0.6, MASK)
     whole, cache = model.encode_streams(noisy, clean, b), model.new_cache(2)
     found = [model.encode_blocks(noisy[:, :b], b, cache, 0)]
@@ -139,7 +167,10 @@ def test_gradients_of_two_streams_are_those_of_one_pass_for_each_block():
     ({'block_length': ()}, 'block_length is empty'), ({'block_length': (5,)}, 'block_length is 5, but must divide'),
     ({'block_length': (0,)}, 'block_length is 0'), ({'block_length': (24,)}, 'block_length is 24'),
     ({'block_length': (2, 2)}, 'twice'), ({'block_length': (2,), 'mask_token_id': None}, 'requires mask_token_id'),
-    ({'attention_type': 'causal', 'block_length': (2,)}, 'leave it out')])
+    ({'attention_type': 'causal', 'block_length': (2,)}, 'leave it out'),
+    ({'attention_type': 'causal', 'block_length': (), 'predicts': 'next'}, 'predicts is next, but attention_type'),
+    ({'block_length': (2,), 'predicts': 'next', 'add_critic_head': True}, 'predicts is next, but a critic'),
+    ({'block_length': (2,), 'predicts': 'auto'}, "predicts is 'auto', but must be one of own, next")])
 def test_wrong_lengths_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         toy_config(**{'block_size': T, 'attention_type': 'block', **changes})

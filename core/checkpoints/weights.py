@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from core.checkpoints.heads import HEADS
+from core.checkpoints.kinds import CheckpointKind
 from core.common.errors import UserError, raise_problems
 from core.common.expressions import excerpt, shown, shown_name, shown_names
 from model import GPT, GPTConfig
@@ -74,7 +75,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
     model.load_state_dict(weights, strict=False)  # names were compared above, where tied ones count as one
 
 
-def initialise_from(model: nn.Module, path: Path | str, vocabulary_hash: str, say: Callable[[str], None]) -> None:
+def initialise_from(model: GPT, path: Path | str, vocabulary_hash: str, say: Callable[[str], None]) -> None:
     """Start `model` from the weights (averaged if there are any) of the checkpoint at `path`.
 
     Heads may differ; they are all weights outside `transformer`. A head that the checkpoint lacks keeps its fresh
@@ -97,6 +98,9 @@ def initialise_from(model: nn.Module, path: Path | str, vocabulary_hash: str, sa
                         f'initialise from another checkpoint')
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in own}, strict=False)
     say(f'initialised from {path} (iteration {checkpoint.iteration})')
+    if checkpoint.kind == CheckpointKind.CAUSAL and model.config.attention_type == 'block' \
+            and model.config.predicts == 'own':
+        say(f'{path} predicts the next token, but this model its own position; --predicts=next keeps what it knows')
     for head in sorted(fresh):
         say(f'{head} is not in the checkpoint and starts fresh')
     for head in sorted(dropped):

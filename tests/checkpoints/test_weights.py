@@ -83,6 +83,15 @@ def test_initialising_starts_missing_heads_fresh(tmp_path: Path) -> None:
     assert said[1] == 'classifier is not in the checkpoint and starts fresh'
 
 
+@pytest.mark.parametrize('predicts', ['own', 'next'])
+def test_a_block_model_that_begins_as_a_causal_one_is_told_of_the_shift(tmp_path: Path, predicts: str) -> None:
+    causal = replace(SMALL, attention_type='causal')
+    save_checkpoint(tmp_path / 'c.pt', replace(checkpoint_of(GPT(causal)), kind='causal').to_payload())
+    block = replace(SMALL, attention_type='block', block_length=(1,), predicts=predicts)
+    said = initialised(block, tmp_path / 'c.pt')[1]
+    assert ['--predicts=next keeps' in line for line in said] == [False, True][:2 if predicts == 'own' else 1]
+
+
 @pytest.mark.parametrize(('change', 'words'), [
     ({'n_layer': 2}, r'does not fit this model \(transformer.h.1'),
     ({'n_embd': 16}, r'transformer.wte.weight \(9, 8\) instead of \(9, 16\)'),

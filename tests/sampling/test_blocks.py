@@ -65,7 +65,18 @@ class Uncached(BlockNetwork):
 @pytest.mark.parametrize('head', ['none', 'left_to_right'])
 def test_the_cache_changes_no_token(monkeypatch, policy, options, head):
     """Every policy, a prompt that ends inside a block, a text that is longer than the training context."""
-    model, start = block_model(4, 12, add_critic_head=True, **HEAD), layout(3, 30, prompt=6)
+    cache_changes_no_token(monkeypatch, block_model(4, 12, add_critic_head=True, **HEAD), policy, options, head)
+
+
+@pytest.mark.parametrize('head', ['none', 'left_to_right'])
+@pytest.mark.parametrize('iterations', [1, 2])
+def test_the_cache_changes_no_token_of_a_model_that_predicts_the_next_position(monkeypatch, head, iterations):
+    model = block_model(4, 12, predicts='next', **HEAD)
+    cache_changes_no_token(monkeypatch, model, 'random', {'iterations': iterations}, head)
+
+
+def cache_changes_no_token(monkeypatch, model, policy, options, head):
+    start = layout(3, 30, prompt=6)
     cached, network = written(model, start, policy, head, **options)
     import core.sampling.generation as room
     monkeypatch.setattr(room, 'BlockNetwork', Uncached)

@@ -38,19 +38,23 @@ def written(model, rows, length, prompt=0, seed=4, temperature=1.0):
     return write_verified(network, Layout(tokens, tokens != MASK), settings, keyed(seed, 0, 0, rows), None), network
 
 
+@pytest.mark.parametrize('predicts', ['own', 'next'])
 @pytest.mark.parametrize('positions', ['rotary', 'absolute'])
-def test_the_checking_call_reads_what_blocks_of_one_read(positions):
-    model, text = mixture(1.0, position_encoding=positions), torch.randint(0, V0, (3, T))
+def test_the_checking_call_reads_what_blocks_of_one_read(positions, predicts):
+    model, text = mixture(1.0, position_encoding=positions, predicts=predicts), torch.randint(0, V0, (3, T))
     whole = model.encode_streams(torch.full_like(text, MASK), text, 1)
     cache, found = model.new_cache(3, spare=4), []
     for first in (0, 2, 4):
         unread = text[:, max(0, first - 2):first]
         found.append(model.encode_next(torch.cat((unread, text[:, first:first + 2]), dim=1), cache, unread.size(1)))
         assert cache.length == first
+        again = model.encode_next(text[:, first:first + 2], cache, 0)
+        torch.testing.assert_close(again, found[-1])
     torch.testing.assert_close(torch.cat(found, dim=1), whole)
 
 
-@pytest.mark.parametrize('length, changes', [(4, {}), (5, {}), (5, {'sampler_kind': 'layer_neighbours'})])
+@pytest.mark.parametrize('length, changes', [(4, {}), (5, {}), (5, {'predicts': 'next'}),
+                                             (5, {'sampler_kind': 'layer_neighbours'})])
 def test_texts_come_as_often_as_the_causal_model_writes_them(length, changes):
     """Counted against the enumerated law of the model at blocks of one; blocks of three, the last one shorter."""
     model, rows = mixture(**changes), 60_000

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from core.batches import unmasking_batches
+from core.checkpoints.checkpoint import load_checkpoint
+from core.checkpoints.weights import build_model
 from core.common.drawing import allowed_ids
 from core.common.randomness import keyed
 from core.noise import BlockNoise, SeenNeighbours
@@ -123,13 +125,36 @@ BLOCKS = ('--attention_type=block', '--block_length=[4,16]', '--sampler_order=le
           '--sampler_context_left=3', '--sampler_context_right=0', '--add_critic_head=False', '--dropout=0.1')
 
 
-def test_a_stopped_run_goes_on_exactly(small_corpus, capsys):
-    run(*BLOCKS, '--out_dir=whole')
-    run(*BLOCKS, '--out_dir=parts', '--max_iters=6')
-    run(*BLOCKS, '--out_dir=parts', '--init_from=resume')
+@pytest.mark.parametrize('predicts', ['own', 'next'])
+def test_a_stopped_run_goes_on_exactly(small_corpus, capsys, predicts):
+    options = (*BLOCKS, f'--predicts={predicts}')
+    run(*options, '--out_dir=whole')
+    run(*options, '--out_dir=parts', '--max_iters=6')
+    run(*options, '--out_dir=parts', '--init_from=resume')
     from pathlib import Path
     equal_runs(Path('whole'), Path('parts'))
     assert 'one call of 16' in capsys.readouterr().out
+
+
+def test_a_causal_model_begins_as_a_block_model_and_loses_nothing(small_corpus, capsys):
+    """At blocks of one, through a fresh head, each token has the causal model's own likelihood. The first token of a
+    window is left out: a causal model does not predict it."""
+    run('--attention_type=causal', '--add_critic_head=False', '--add_sampler_head=False', '--out_dir=causal')
+    causal, text = build_model(load_checkpoint('causal/ckpt_best.pt')), torch.from_numpy(
+        small_corpus.tokens('val', 16)[:160].astype('int64')).view(10, 16)
+    run(*BLOCKS, '--block_length=[1,4]', '--predicts=next', '--init_from_checkpoint=causal/ckpt_best.pt',
+        '--out_dir=block', '--max_iters=1', '--learning_rate=0', '--min_lr=0')
+    block = build_model(load_checkpoint('block/ckpt.pt'))
+    allowed = allowed_ids(causal.config.vocab_size, small_corpus.vocabulary.base_size)
+    scores = causal(text[:, :-1]).logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+    expected = -scores.gather(2, text[:, 1:, None]).squeeze(2).sum(1)
+    hidden = block.encode_streams(torch.full_like(text, block.config.mask_token_id), text, 1)
+    first = block.lm_head(hidden[:, 0]).masked_fill(~allowed, -torch.inf).log_softmax(-1)
+    found = one_call_terms(block, text, 1, allowed) * 16 + first.gather(1, text[:, :1]).squeeze(1)
+    torch.testing.assert_close(found.float(), expected, atol=1e-4, rtol=1e-4)
+    capsys.readouterr()
+    run(*BLOCKS, '--out_dir=own', '--init_from_checkpoint=causal/ckpt_best.pt', '--max_iters=1')
+    assert '--predicts=next keeps what it knows' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('arguments, words', [
