@@ -614,27 +614,52 @@ class CriticArtifacts(NamedTuple):
 @torch.no_grad()
 def build_critic_artifacts_from_logits(model: GPT, tokens: Tensor, targets: Tensor, hidden_states: Tensor,
                                        rule: DrawRule, generator: RowRandom, *, use_sampler_head: bool,
-                                       recorder: WaveRecorder | None = None) -> CriticArtifacts:
+                                       recorder: WaveRecorder | None = None,
+                                       block_length: Tensor | None = None) -> CriticArtifacts:
     """Text and labels that train the critic (Lezama et al. 2022), from the trunk call that the main loss made.
 
     tokens int64 [B, T] with masks, targets int64 [B, T] the true tokens or ignore_index where the truth is unknown,
     hidden_states [B, T, D] of tokens. The masks are filled as inference fills them, under `rule`. critic_target_scope
     'masked_only' labels the filled positions, 'masked_and_ignore' also the visible ones. Padding and unknown truth
     never carry a label. With critic_fill 'revised' the filled text is then revised under the critic's guidance
-    (`revised_text`). recorder: of a `Filler`, for the first fill.
+    (`revised_text`). recorder: of a `Filler`, for the first fill. block_length int64 [B]: of a block model, whose
+    targets are all known.
     """
     config, tokens, targets = model.config, to_exact(tokens), to_exact(targets)
-    head: Head = 'wave' if use_sampler_head else 'none'
-    fill = Filler(model, head, recorder=recorder).fill(
-        FillTask(tokens, hidden_states, rule, generator, purpose=Purpose.CRITIC_FILL))
-    text = fill.tokens if config.critic_fill == 'one_shot' else revised_text(Filler(model, head), fill, rule, generator)
+    filler = Filler(model, config.sampler_order if use_sampler_head else 'none', recorder=recorder)
+    task = FillTask(tokens, hidden_states, rule, generator, purpose=Purpose.CRITIC_FILL)
+    if block_length is None:
+        fill = filler.fill(task)
+        text, drawn = fill.tokens, fill.drawn
+        if config.critic_fill == 'revised':
+            text = revised_text(Filler(model, filler.head), fill, rule, generator)
+    else:
+        text, drawn = blocks_filled(filler, task, targets, to_exact(block_length)), tokens == config.mask_token_id
     labelled = targets != config.ignore_index
     if config.pad_token_id is not None:
         labelled = labelled & (targets != config.pad_token_id) & (tokens != config.pad_token_id)
     if config.critic_target_scope == 'masked_only':
-        labelled = labelled & fill.drawn
+        labelled = labelled & drawn
     made = text, ((text != targets) & labelled).float(), labelled
     return CriticArtifacts(*(part.to(hidden_states.device) for part in made))
+
+
+def blocks_filled(filler: Filler, task: FillTask, clean: Tensor, block_length: Tensor) -> Tensor:
+    """The tokens int64 [B, T] of `task` with every mask filled. Each block of a row is filled by itself, after the true
+    text before it, as a block model writes it. clean int64 [B, T], block_length int64 [B]."""
+    config, (rows, T), numbers = filler.model.config, task.tokens.shape, task.generator
+    left = config.sampler_window.left if config.add_sampler_head else 0
+    before = F.pad(clean, (left, 0), value=config.mask_token_id)  # [B, L + T]
+    text = task.tokens.clone()
+    for b in block_length.unique().tolist():
+        which = (block_length == b).nonzero().squeeze(1)  # [n]
+        at, first = which.to(task.hidden_states.device), torch.arange(0, T, b, device=numbers.rows.device)
+        block_rows = (numbers.rows[which.to(first.device)][:, None] * T + first).flatten()  # [n T / b], all different
+        part = FillTask(task.tokens[which].view(-1, b), task.hidden_states[at].view(len(block_rows), b, -1), task.rule,
+                        RowRandom(numbers.seed, numbers.iteration, block_rows), purpose=task.purpose,
+                        left_context=before[which].unfold(1, left + b, b)[..., :left].flatten(0, 1))
+        text[which] = filler.fill(part).tokens.view(-1, T)
+    return text
 
 
 REVISIONS = 3  # of a text that the critic learns from; each costs two trunk calls

@@ -221,11 +221,13 @@ class Objective(nn.Module):
         if hidden_states is None:
             hidden_states = asked.new_zeros(*batch.inputs.shape, asked.size(-1))  # [B, T, D], read at masked positions
             hidden_states.flatten(0, 1).index_copy_(0, batch.positions, asked.detach())  # padding repeats position 0
+        blocks = batch.block_length[rows] if self.model.config.attention_type == 'block' else None
         artifacts = build_critic_artifacts_from_logits(
             self.model, batch.inputs[rows], batch.targets[rows], hidden_states[rows], DrawRule(self.allowed),
             RowRandom(generator.seed, generator.iteration, generator.rows[rows]), use_sampler_head=with_sampler,
-            recorder=self.waves)
-        return self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * batch.critic_share)
+            recorder=self.waves, block_length=blocks)
+        return self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * batch.critic_share,
+                                *(one[rows] for one in (batch.targets, batch.block_length) if blocks is not None))
 
     def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool) -> tuple[Tensor, Tensor | None, Hidden]:
         """(main loss, sampler loss or None, hidden states) from one trunk call."""
@@ -248,13 +250,17 @@ class Objective(nn.Module):
         config = self.model.config
         if config.attention_type == 'causal':  # every position predicts, in order
             return Hidden(self.model.encode(batch.inputs).flatten(0, 1), None)
-        text = (batch.targets, config.block_length[0] if len(config.block_length) == 1 else batch.block_length) \
-            if config.attention_type == 'block' else ()
+        text = (batch.targets, self._stream_length(batch.block_length)) if config.attention_type == 'block' else ()
         if config.reads_row:
             return Hidden(*self.model.encode_all(batch.inputs, batch.positions, *text))
         if text:
             return Hidden(self.model.encode_streams(batch.inputs, *text, batch.positions), None)
         return Hidden(self.model.encode(batch.inputs, positions=batch.positions), None)
+
+    def _stream_length(self, block_length: Tensor) -> Tensor | int:
+        """What `encode_streams` takes: the only block length of the model, or those of the rows, int64 [B]."""
+        lengths = self.model.config.block_length
+        return lengths[0] if len(lengths) == 1 else block_length
 
     def _read_rows(self, batch: Batch, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         """[N, W]: the attention output of a sampler head that reads whole rows, at the predicted positions. Each of
@@ -287,7 +293,11 @@ class Objective(nn.Module):
                       read if read.size(1) else None)  # [N, V]
         return main, weighted_cross_entropy(logits, inputs.sampler_targets, mean_weights, self.allowed)
 
-    def _critic_loss(self, tokens: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Binary cross-entropy of the wrongness of tokens [B, T], weighted per position: a second trunk call."""
-        logits = self.model.critic_logits(self.model.encode(tokens)).float()  # [B, T]
+    def _critic_loss(self, tokens: Tensor, labels: Tensor, weights: Tensor, clean: Tensor | None = None,
+                     block_length: Tensor | None = None) -> Tensor:
+        """Binary cross-entropy of the wrongness of tokens [B, T], weighted per position: a second trunk call. In a block
+        model each block of them is read after the true text before it: clean [B, T], block_length [B]."""
+        hidden = self.model.encode(tokens) if clean is None else \
+            self.model.encode_streams(tokens, clean, self._stream_length(block_length))
+        logits = self.model.critic_logits(hidden).float()  # [B, T]
         return (F.binary_cross_entropy_with_logits(logits, labels, reduction='none') * weights).sum()

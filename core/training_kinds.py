@@ -133,8 +133,9 @@ def _block_problems(config: TrainConfig) -> list[str]:
     elif shares != [0.0, 1.0] and config.loss_weighting == 'elbo':
         problems.append(f'block_mask_shares is {shares}, but loss_weighting=elbo is a bound over [0, 1] alone; take '
                         f'loss_weighting=masked_mean or leave block_mask_shares out')
-    if config.add_critic_head:
-        problems.append('add_critic_head is True, but the critic of a block model is not trained; leave it out')
+    if config.add_critic_head and config.critic_fill == 'revised':
+        problems.append('critic_fill is revised, but the critic of a block model learns from text filled once; '
+                        'leave it out')
     if config.noise_schedule != 'linear':
         problems.append(f'noise_schedule is {config.noise_schedule}, but each block of a block model is masked by '
                         f'block_mask_shares; leave it out')

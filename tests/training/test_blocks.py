@@ -3,20 +3,22 @@ options."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from core.batches import unmasking_batches
 from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.weights import build_model
-from core.common.drawing import allowed_ids
-from core.common.randomness import keyed
+from core.common.drawing import DrawRule, allowed_ids
+from core.common.randomness import Purpose, RowRandom, keyed
 from core.noise import BlockNoise, SeenNeighbours
 from core.objective import Objective
+from core.sampler_head import SamplerWindow
 from core.stages import Stage
 from core.validation import block_terms, one_call_terms
 from helpers.runs import equal_runs, refused, run
 from helpers.toys import V0, awake, toy_config, toy_plan
 from model import GPT
-from core.sampler_head import SamplerWindow
+from sample_utils import Filler, FillTask
 
 T = 12
 ORDERED = {'add_sampler_head': True, 'sampler_order': 'left_to_right', 'sampler_context_left': 3,
@@ -35,14 +37,15 @@ def block_plan(*lengths, **changes):
 
 
 def loss_of(model, batches):
-    objective = Objective(model, ALLOWED)
-    losses = [objective(batch, Stage({'sampler': 1.0}), keyed(1, 0, 0, len(batch.rows))) for batch in batches]
-    return sum(one.main for one in losses), sum(one.heads['sampler'] for one in losses)
+    objective, stage = Objective(model, ALLOWED), Stage({head: 1.0 for head in ('sampler', 'critic')[
+        :1 + model.config.add_critic_head]})
+    losses = [objective(batch, stage, RowRandom(1, 0, batch.rows)) for batch in batches]
+    return sum(one.main for one in losses), *(sum(one.heads[head] for one in losses) for head in stage.heads)
 
 
 @pytest.mark.parametrize('lengths', [(4,), (1, 4, 12)])
 def test_micro_steps_change_nothing(lengths):
-    model = awake(GPT(block_config(*lengths, **ORDERED)))
+    model = awake(GPT(block_config(*lengths, add_critic_head=True, **ORDERED)))
     one = loss_of(model, unmasking_batches(block_plan(*lengths, batch_size=8), 3, lambda count: count))
     plan = block_plan(*lengths, batch_size=2, micro_steps=4)
     four = loss_of(model, unmasking_batches(plan, 3, lambda count: count))
@@ -109,6 +112,34 @@ def test_the_bound_is_an_average_over_masks_and_lies_above_the_exact_value():
     assert found.mean().item() == pytest.approx(expected, abs=4 * found.std().item() / 4000 ** 0.5)
 
 
+@pytest.mark.parametrize('changes', [ORDERED, {**ORDERED, 'sampler_context_right': 2}])
+def test_the_critic_judges_blocks_that_are_filled_as_generation_fills_them(changes):
+    """Block by block: the draws after the true text before the block, and the critic's call on that text and the
+    filled block."""
+    lengths = (3, 6)
+    model = awake(GPT(block_config(*lengths, add_critic_head=True, **changes))).double()
+    window = SeenNeighbours(model.config.sampler_window, 'left_to_right')
+    plan = toy_plan(block_size=T, blocks=BlockNoise(lengths, whole_share=0.25), neighbours=window, batch_size=4)
+    batch, = unmasking_batches(plan, 1, lambda count: count)
+    expected, filler, rule = 0.0, Filler(model, 'left_to_right'), DrawRule(ALLOWED)
+    for row, (text, noisy, b) in enumerate(zip(batch.targets, batch.inputs, batch.block_length.tolist())):
+        for first in range(0, T, b):
+            both = torch.cat((text[:first], noisy[first:first + b]))[None]
+            hidden = model.encode_blocks(both, b, model.new_cache(1), first)[:, first:]
+            left = model.config.sampler_window.left
+            before = torch.cat((torch.full((left,), V0), text[:first]))[-left:][None]
+            task = FillTask(both[:, first:], hidden, rule, RowRandom(1, 0, torch.tensor([row * T + first])),
+                            purpose=Purpose.CRITIC_FILL, left_context=before)
+            filled = filler.fill(task).tokens
+            read = torch.cat((text[None, :first], filled), dim=1)
+            logits = model.critic_logits(model.encode_blocks(read, b, model.new_cache(1), first))[0, first:]
+            masked = noisy[first:first + b] == V0
+            wrong = (filled[0] != text[first:first + b]).double()
+            expected += F.binary_cross_entropy_with_logits(logits, wrong, reduction='none')[masked].sum()
+    found = loss_of(model, [batch])[2]
+    assert found.item() == pytest.approx(expected.item() / (batch.inputs == V0).sum().item(), rel=1e-5)
+
+
 def test_one_call_is_what_the_head_says_given_all_on_its_left():
     model = awake(GPT(block_config(4, **ORDERED))).double().eval()
     text = torch.tensor([[0, 1, 2, 0, 1, 1, 2, 2, 0, 1, 2, 0]])
@@ -125,9 +156,9 @@ BLOCKS = ('--attention_type=block', '--block_length=[4,16]', '--sampler_order=le
           '--sampler_context_left=3', '--sampler_context_right=0', '--add_critic_head=False', '--dropout=0.1')
 
 
-@pytest.mark.parametrize('predicts', ['own', 'next'])
-def test_a_stopped_run_goes_on_exactly(small_corpus, capsys, predicts):
-    options = (*BLOCKS, f'--predicts={predicts}')
+@pytest.mark.parametrize('more', [('--predicts=next',), ('--add_critic_head=True', '--start_critic_iteration=5')])
+def test_a_stopped_run_goes_on_exactly(small_corpus, capsys, more):
+    options = (*BLOCKS, *more)
     run(*options, '--out_dir=whole')
     run(*options, '--out_dir=parts', '--max_iters=6')
     run(*options, '--out_dir=parts', '--init_from=resume')
@@ -162,7 +193,8 @@ def test_a_causal_model_begins_as_a_block_model_and_loses_nothing(small_corpus, 
     (('--block_length=[4,32]',), 'block_length is 32'), (('--block_length_from=[0]',), 'one iteration for each length'),
     (('--block_mask_shares=[0.8,0.2]',), 'two rising numbers'), (('--whole_block_share=1.5',), 'whole_block_share'),
     (('--block_mask_shares=[0.2,0.8]', '--loss_weighting=elbo'), 'a bound over [0, 1] alone'),
-    (('--add_critic_head=True', '--start_critic_iteration=6'), 'critic of a block model'),
+    (('--add_critic_head=True', '--start_critic_iteration=6', '--critic_fill=revised'), 'critic of a block model'),
+    (('--add_critic_head=True', '--start_critic_iteration=6', '--predicts=next'), 'predicts is next, but a critic'),
     (('--attention_type=bidirectional',), 'leave it out')])
 def test_wrong_options_are_named(small_corpus, arguments, words):
     assert words in refused(*BLOCKS, *arguments)
