@@ -7,6 +7,9 @@ out_dir = 'out-block'
 attention_type = 'block'
 block_length = [8]
 
+predicts = 'next'  # as in a causal model; learns a little faster
+whole_block_share = 1.0  # each block is written from one trunk call, so training shows nothing else
+
 add_sampler_head = True
 sampler_order = 'left_to_right'
 sampler_context_left = 7  # all others of a block

@@ -353,9 +353,9 @@ class Run:
         schedules of all heads, only these count. A value whose checkpoint file is missing does not count."""
         is_final = self.iteration >= all_heads_trained_from(self.model_config)
         missing = self.runtime.total_count(int(self.folder is not None and not self.folder.has_best())) > 0
-        better = missing or self.best_value is None or found.value < self.best_value
+        better = missing or self.best_value is None or found.deciding < self.best_value
         if better or (is_final and not self.best_is_final):
-            self.best_value, self.best_is_final = found.value, is_final
+            self.best_value, self.best_is_final = found.deciding, is_final
             return True
         return self.config.always_save_checkpoint
 

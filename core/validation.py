@@ -38,7 +38,8 @@ class Validation:
 
     value: the NELBO of a diffusion model, the exact negative log-likelihood of a causal model, or the loss of a
     remasking model, in nats per token; or the squared error of a judge. standard_error: over windows. further: other
-    numbers for the log. bits_per: 'character' or 'byte' if `further` holds bits, else None.
+    numbers for the log. bits_per: 'character' or 'byte' if `further` holds bits, else None. decided_by: the name in
+    `further` of the number that tells which checkpoint is best; None: `value` does.
     """
 
     value: float
@@ -47,6 +48,12 @@ class Validation:
     windows: int
     seconds: float
     bits_per: str | None = None
+    decided_by: str | None = None
+
+    @property
+    def deciding(self) -> float:
+        """The number whose lowest value makes the best checkpoint."""
+        return self.value if self.decided_by is None else self.further[self.decided_by]
 
     def line(self, name: str) -> str:
         """One line for the console."""
@@ -238,13 +245,16 @@ def validate_block_length(model: GPT, held_out: HeldOut, allowed: Tensor, block_
 
 def validate_blocks(model: GPT, held_out: HeldOut, allowed: Tensor, noise: Masking | None = None) -> Validation:
     """`validate_block_length` at the first of a block model's lengths. `further` also holds the values at the others
-    ('nelbo_of_8', 'one_call_of_8')."""
+    ('nelbo_of_8', 'one_call_of_8'). If training shows only blocks that are masked entirely, the NELBO, which also asks
+    for the others, does not decide which checkpoint is best; 'one_call' does."""
     first, *others = [validate_block_length(model, held_out, allowed, b) for b in model.config.block_length]
     further = dict(first.further)
     for b, found in zip(model.config.block_length[1:], others):
         further |= {f'nelbo_of_{b}': found.value} | {
             f'{name}_of_{b}': value for name, value in found.further.items() if name != 'bits'}
-    return replace(first, further=further, seconds=first.seconds + sum(one.seconds for one in others))
+    whole = noise is not None and noise.blocks.whole_share == 1 and 'one_call' in further
+    return replace(first, further=further, seconds=first.seconds + sum(one.seconds for one in others),
+                   decided_by='one_call' if whole else None)
 
 
 def bits_of(nats: float, corpus: Corpus, split: str) -> tuple[float, str]:

@@ -18,8 +18,8 @@ SHARED = {
         'min_lr': 0.0006000000000000001, 'ema_decay': 0.99},
     'cuda': {'eval_interval': 1000, 'eval_iters': 8, 'batch_size': 64, 'max_iters': 6000, 'warmup_iters': 200,
         'lr_decay_iters': 6000, 'min_lr': 0.00030000000000000003, 'ema_decay': 0.998}}
-BLOCK = {'attention_type': 'block', 'add_sampler_head': True, 'sampler_context_right': 0,
-         'sampler_order': 'left_to_right', 'sampler_gate': True, 'sampler_gradient': 'trunk'}
+BLOCK = {'attention_type': 'block', 'predicts': 'next', 'whole_block_share': 1.0, 'add_sampler_head': True,
+         'sampler_context_right': 0, 'sampler_order': 'left_to_right', 'sampler_gate': True, 'sampler_gradient': 'trunk'}
 HEAD = {'model': '', 'out_dir': 'out-head', 'add_sampler_head': True, 'sampler_output': 'shared_detached',
         'sampler_kind': 'layer_neighbours', 'sampler_gate': True, 'sampler_context': 4, 'batch_size': 16, 'learning_rate': 2e-3, 'min_lr': 1e-4, 'max_iters': 2000,
         'lr_decay_iters': 2000, 'warmup_iters': 50, 'eval_interval': 250, 'eval_iters': 4}

@@ -194,11 +194,13 @@ def open_checkpoint(config: SampleConfig, explicit: Mapping[str, str], device: t
     sampler, critic, untrained = started_heads(model_config, checkpoint.iteration)
     vocabulary = Vocabulary.from_meta(checkpoint.vocabulary)
     kind = CheckpointKind(checkpoint.kind)
+    bound = kind is CheckpointKind.UNMASKING or (
+        kind is CheckpointKind.BLOCK and checkpoint.config.get('whole_block_share') != 1)
     return Opened(model_config, kind, sampler, critic, found, untrained, vocabulary,
                   allowed_ids(model_config.vocab_size, vocabulary.base_size, device), checkpoint.noise_schedule(),
                   lambda: build_model(checkpoint, device).requires_grad_(False), path, model_config.block_size,
                   TextFigures.from_builtins(checkpoint.extra.get('text_figures')),
-                  checkpoint.best_value if kind in (CheckpointKind.UNMASKING, CheckpointKind.BLOCK) else None)
+                  checkpoint.best_value if bound else None)
 
 
 def open_pretrained(config: SampleConfig, device: torch.device) -> Opened:

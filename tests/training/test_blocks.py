@@ -1,6 +1,8 @@
 """Training of block models: what a step learns from, micro-steps and ranks, isolation of the head, resume, bad
 options."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from core.checkpoints.weights import build_model
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import Purpose, RowRandom, keyed
 from core.noise import BlockNoise, SeenNeighbours
+from core.logger import read_metrics
 from core.objective import Objective
 from core.sampler_head import SamplerWindow
 from core.stages import Stage
@@ -162,9 +165,15 @@ def test_a_stopped_run_goes_on_exactly(small_corpus, capsys, more):
     run(*options, '--out_dir=whole')
     run(*options, '--out_dir=parts', '--max_iters=6')
     run(*options, '--out_dir=parts', '--init_from=resume')
-    from pathlib import Path
     equal_runs(Path('whole'), Path('parts'))
     assert 'one call of 16' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('share, name', [(1.0, 'val/one_call'), (0.5, 'val/nelbo')])
+def test_the_best_checkpoint_is_the_best_at_what_training_shows(small_corpus, share, name):
+    run(*BLOCKS, f'--whole_block_share={share}', '--learning_rate=0.02', '--start_sampler_iteration=0')
+    values = [row[name] for row in read_metrics(Path('out') / 'metrics.jsonl') if name in row and row['iteration'] > 0]
+    assert load_checkpoint('out/ckpt_best.pt').best_value == min(values)
 
 
 def test_a_causal_model_begins_as_a_block_model_and_loses_nothing(small_corpus, capsys):
