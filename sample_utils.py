@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -27,7 +28,7 @@ from core.common.randomness import Purpose, RowRandom, keyed
 from core.common.waves import (Order, Turns, distance_to_last, distance_to_next, fill_turns, follow_on_schedule,
                                sees_in_turn, stage_schedule)
 from core.noise import Shown, neighbours_in_turn
-from core.sampler_head import RowMemory, SamplerWindow
+from core.sampler_head import LaterLayers, RowMemory, SamplerWindow
 from model import GPT, GPTConfig, ModelMode
 
 Head = Literal['none', 'wave', 'left_to_right']  # who fills: `lm_head` alone, or the sampler head in that order
@@ -212,9 +213,10 @@ def _bootstrap_rows(model: GPT, hidden_states: Tensor, rows: Tensor, rule: DrawR
 
 
 @torch.no_grad()
-def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: Tensor, rule: DrawRule, key: Tensor,
-                 order: Order) -> tuple[Tensor, list[int]]:
-    """`stage_schedule` int64 [B, T] and how many positions each stage has, [T + 3].
+def _fill_stages(model: GPT, task: FillTask, masked: Tensor, positions: Tensor, order: Order) -> \
+        tuple[Tensor, list[int]]:
+    """`stage_schedule` int64 [B, T] of positions bool [B, T], some of those masked bool [B, T], and how many positions
+    each stage has, [T + 3].
 
     The host needs these counts to end the waves, so it waits for the device here: once, and a second time if there are
     rows without a revealed token.
@@ -230,8 +232,9 @@ def _fill_stages(model: GPT, masked: Tensor, positions: Tensor, hidden_states: T
     stage = stage_schedule(masked & others, positions & others, seeds, order)
     *counts, empty_rows = torch.cat((_counted(stage), empty.sum(0, keepdim=True))).tolist()
     if empty_rows:
-        rows = flat_positions(empty, empty_rows)
-        stage = stage_schedule(masked, positions, _bootstrap_rows(model, hidden_states, rows, rule, key), order)
+        rows, key = flat_positions(empty, empty_rows), task.generator.uniform(Purpose.BOOTSTRAP, masked.size(1))
+        seeds = _bootstrap_rows(model, task.hidden_states, rows, task.rule, key)
+        stage = stage_schedule(masked, positions, seeds, order)
         counts = _counted(stage).tolist()
     return stage, counts
 
@@ -251,13 +254,15 @@ def _counted(stage: Tensor) -> Tensor:
 
 class SamplerTables(NamedTuple):
     """neighbours [C V, W]: what a token in each neighbour slot adds to the head's first product; zero for a mask.
-    contents [V, 2 A]: what a token adds to keys and values of a head that reads the row; None for other heads.
+    contents [V, 2 A]: what a token adds to keys and values of a head that reads the row; None for other heads. later:
+    the weights of the rest of the head.
 
     They depend on the weights only, so many fills with the same weights can share them.
     """
 
     neighbours: Tensor
     contents: Tensor | None
+    later: LaterLayers
 
 
 def sampler_tables(model: GPT) -> SamplerTables:
@@ -266,7 +271,8 @@ def sampler_tables(model: GPT) -> SamplerTables:
     tables = head.neighbour_tables(embedding)  # [C, V, W]
     shown = torch.arange(tables.size(1), device=tables.device)[:, None] != model.config.mask_token_id  # [V, 1]
     return SamplerTables((tables * shown).flatten(0, 1),
-                         None if head.attention is None else head.attention.token(embedding))
+                         None if head.attention is None else head.attention.token(embedding),
+                         head.later_layers(model.lm_head.weight))
 
 
 class Wave(NamedTuple):
@@ -287,32 +293,29 @@ class Wave(NamedTuple):
     seen: Tensor | None
 
 
-def draw_wave(choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, wave: Wave) -> Chosen:
-    """The tokens of one wave, by `choose` (`choose_tokens` or `place_tokens`), with tables [C V, W]. Nothing here waits
-    for the device, and torch.compile makes a few kernels of it."""
+def draw_wave(choose: Callable[..., Chosen], tables: SamplerTables, rule: DrawRule, wave: Wave) -> Chosen:
+    """The tokens of one wave, by `choose` (`choose_tokens` or `place_tokens`). Nothing here waits for the device, and
+    torch.compile makes a few kernels of it."""
     projected = wave.projected
-    if len(tables):
-        bags, starts = wave.bags.to(tables.device), wave.starts.to(tables.device)
-        projected = projected + F.embedding_bag(bags, tables, starts, mode='sum')  # [n, W]
-    logits = model.sampler_head.from_projection(projected, wave.logits, model.lm_head.weight,
-                                                None if wave.new is None else wave.new.to(tables.device))
-    return choose(logits, rule, wave.choice, wave.seen)
+    if len(tables.neighbours):
+        projected = projected + F.embedding_bag(wave.bags, tables.neighbours, wave.starts, mode='sum')  # [n, W]
+    return choose(tables.later.logits(projected, wave.logits, wave.new), rule, wave.choice, wave.seen)
 
 
 class Waves(NamedTuple):
     """N positions to fill wave by wave, and what their waves read. sizes: the number of positions of each wave.
 
-    padded int64: the flat tokens, with what a window sees beyond each row. unread bool: where the trunk call read a
-    mask. positions int64 [N], neighbours int64 [N, C]: indices into these two. logits [N, V], projected [N, W],
-    choices [N]: see `Wave`. room: the most positions that a fill of this shape may have.
+    padded int64: the flat tokens, with what a window sees beyond each row. positions int64 [N], neighbours int64
+    [N, C]: indices into it. logits [N, V], projected [N, W], new [N], choices [N]: see `Wave`. room: the most positions
+    that a fill of this shape may have.
     """
 
     padded: Tensor
-    unread: Tensor
     positions: Tensor
     neighbours: Tensor
     logits: Tensor
     projected: Tensor
+    new: Tensor | None
     choices: Tensor
     sizes: list[int]
     room: int
@@ -321,7 +324,7 @@ class Waves(NamedTuple):
 class WaveRecorder(Protocol):
     """Draws all waves of a fill in a faster way (core/sampling/recorded_waves.py)."""
 
-    def run(self, choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule,
+    def run(self, choose: Callable[..., Chosen], model: GPT, tables: SamplerTables, rule: DrawRule,
             waves: Waves) -> Chosen | None:
         """The tokens of all positions, or None if it cannot draw these waves."""
 
@@ -342,11 +345,10 @@ def sampler_wavefront_fill(model: GPT, task: FillTask, order: Order = 'wave', ta
     positions = masked if task.positions is None else task.positions & masked
     if task.truth is not None and model.config.reads_row and task.rule.repetition_penalty == 1:
         return _fill_with_truth(model, task, positions)
-    stage, counts = _fill_stages(model, masked, positions, task.hidden_states, task.rule,
-                                 task.generator.uniform(Purpose.BOOTSTRAP, masked.size(1)), order)
+    stage, counts = _fill_stages(model, task, masked, positions, order)
     picked = stage.flatten().argsort(stable=True)[counts[0]:]  # [N], in the order of filling
-    found = _run_waves(model, task, picked, counts[1:], sampler_tables(model) if tables is None else tables, wave,
-                       recorder)
+    found = _run_waves(model, task, (stage, picked, counts[1:]), sampler_tables(model) if tables is None else tables,
+                       wave, recorder)
     waves = tuple(counts[2:counts.index(0, 2)]) if 0 in counts[2:] else tuple(counts[2:])
     statistics = WaveStatistics(len(waves), counts[1], waves)
     return _scatter_draws(task.tokens, picked, _in_parts(found), positions, statistics)
@@ -422,52 +424,66 @@ def verified_fill(model: GPT, task: FillTask) -> Fill:
     return _scatter_draws(task.tokens, picked, scores, positions, WaveStatistics(calls, 0, ()))
 
 
-def _run_waves(model: GPT, task: FillTask, picked: Tensor, counts: Sequence[int], tables: SamplerTables,
+def _run_waves(model: GPT, task: FillTask, schedule: tuple[Tensor, Tensor, Sequence[int]], tables: SamplerTables,
                wave: Callable[..., Chosen], recorder: WaveRecorder | None) -> Iterator[Chosen]:
     """The tokens of the flat positions picked int64 [N], wave by wave: the first counts[0] come from `lm_head`, the
-    next counts[1], counts[2], ... from the head, each given the tokens of the waves before."""
-    head, mask_token_id, (B, T, D) = model.sampler_head, model.config.mask_token_id, task.hidden_states.shape
-    window, device, sizes = head.window, picked.device, [size for size in counts if size]
+    next counts[1], counts[2], ... from the head, each given the tokens of the waves before. schedule: the stage of each
+    position int64 [B, T], picked, and counts.
+
+    A wave has few positions, so the time it takes is the number of its operations. Whatever does not depend on the
+    tokens of earlier waves is computed here for all waves at once.
+    """
+    (stage, picked, counts), (B, T, D) = schedule, task.hidden_states.shape
+    head, mask_token_id, window, device = model.sampler_head, model.config.mask_token_id, model.sampler_head.window, \
+        picked.device
+    sizes, begin = [size for size in counts if size], counts[0]
     slot = torch.arange(window.size, device=device) * model.config.vocab_size  # [C]
-    starts = torch.arange(len(picked), device=device) * window.size  # [N], of a position's rows in a wave
+    starts = torch.arange(len(picked), device=tables.neighbours.device) * window.size  # [N], of a position's rows
     padded = task.padded(window, mask_token_id).flatten()  # [B (L + T + R)]
-    unread = padded == mask_token_id  # by the trunk call
-    padded_positions = picked + window.size * (picked // T) + window.left  # [N]
-    neighbours = padded_positions[:, None] + window.offsets(device)  # [N, C]
+    places = picked + window.size * (picked // T) + window.left  # [N]
+    neighbours = places[:, None] + window.offsets(device)  # [N, C]
+    new = None if head.gate is None else _new_neighbours(F.pad(stage, window).flatten(), places, neighbours).to(
+        starts.device)
     hidden = task.hidden_states.reshape(B * T, D)[picked]  # [N, D]
     seen = task.seen(model.config)
     memory = None if tables.contents is None else RowMemory(head.attention, task.tokens, task.hidden_states,
                                                            (tables.contents, mask_token_id))
     choose, choices = task.choice()
-    choices, projection, begin = choices[picked], head.hidden_projection(hidden), counts[0]  # [N], [N, W]
+    choices, projection = choices[picked], head.hidden_projection(hidden)  # [N], [N, W]
     if memory is not None or seen is not None or len(picked) * model.config.vocab_size > _CHUNK:
         recorder = None
-    parts = zip(_trunk_logits(model, hidden, sizes), *(part.split(sizes) for part in (
-        choices, picked // T, picked % T, padded_positions, neighbours, hidden, projection)))
-    for number, (logits, choice, row, place, position, neighbour, mine, projected) in enumerate(parts):
-        seen_here = None if seen is None else seen[row]
+    parts = zip(_trunk_logits(model, hidden, sizes), repeat(None) if new is None else new.split(sizes), *(
+        part.split(sizes) for part in (choices, picked, places, neighbours, hidden, projection)))
+    for number, (logits, new_here, choice, flat, place, neighbour, mine, projected) in enumerate(parts):
+        seen_here = None if seen is None else seen[flat // T]
         if number == 0 and begin > 0:  # bootstrapped, or the first of a group
             found = choose(logits, task.rule, choice, seen_here)
         else:
             if recorder is not None and number == int(begin > 0):
-                rest = recorder.run(choose, model, tables.neighbours, task.rule, Waves(
-                    padded, unread, padded_positions[begin:], neighbours[begin:], model.lm_head(hidden[begin:]),
-                    projection[begin:], choices[begin:], sizes[number:], B * T))
+                rest = recorder.run(choose, model, tables, task.rule, Waves(
+                    padded, places[begin:], neighbours[begin:], model.lm_head(hidden[begin:]), projection[begin:],
+                    None if new is None else new[begin:], choices[begin:], sizes[number:], B * T))
                 if rest is not None:
                     yield rest
                     return
-            shown = padded.take(neighbour)  # [n, C]
-            new = None if head.gate is None else (unread.take(neighbour) & (shown != mask_token_id)).sum(1)
             if memory is not None:
-                projected = projected + memory.read(mine, row, place)
-            found = wave(choose, model, tables.neighbours, task.rule, Wave(
-                (shown + slot).flatten(), starts[:len(position)], projected, logits, new, choice, seen_here))
-        padded[position] = found.tokens
+                projected = projected + memory.read(mine, flat // T, flat % T)
+            bags = (padded.take(neighbour) + slot).flatten().to(starts.device)  # [C n]
+            found = wave(choose, tables, task.rule, Wave(bags, starts[:sizes[number]], projected, logits, new_here,
+                                                         choice, seen_here))
+        padded.index_put_((place,), found.tokens)
         if memory is not None:
-            memory.add(row, place, found.tokens)
+            memory.add(flat // T, flat % T, found.tokens)
         if seen is not None:
-            seen[row, found.tokens] = True
+            seen[flat // T, found.tokens] = True
         yield found
+
+
+def _new_neighbours(stage: Tensor, places: Tensor, neighbours: Tensor) -> Tensor:
+    """int64 [N]: how many neighbours of each place were filled before it. stage int64: of all padded positions, flat, 0
+    where nothing is filled; places int64 [N] and neighbours int64 [N, C]: indices into it."""
+    earlier = stage.take(neighbours)  # [N, C]
+    return ((earlier > 0) & (earlier < stage.take(places)[:, None])).sum(1)
 
 
 def _in_parts(found: Iterable[Chosen]) -> list[Draws]:

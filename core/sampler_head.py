@@ -211,6 +211,41 @@ class RowMemory:
         self._known = self._known.index_put(at, torch.ones_like(rows, dtype=torch.bool))
 
 
+class LaterLayers(NamedTuple):
+    """The weights of a sampler head from the first matrix's product on.
+
+    A fill finds them once. In a small head, asking the modules for them takes as long as computing with them.
+    norm_1, norm_2: weight and bias [W]. hidden: weight [W, W] and bias [W]. output [V, W]. residual: the trunk's logits
+    are added. gate: new_neighbours [C + 1, W], gate_start [C + 1], weight [1, W] and bias [1]; None without a gate.
+    """
+
+    norm_1: tuple[Tensor, Tensor]
+    hidden: tuple[Tensor, Tensor]
+    norm_2: tuple[Tensor, Tensor]
+    output: Tensor
+    residual: bool
+    gate: tuple[Tensor, Tensor, Tensor, Tensor] | None
+
+    def logits(self, projection: Tensor, trunk_logits: Tensor, new: Tensor | None = None) -> Tensor:
+        """Logits [..., V] from projection [..., W], the sum of the first matrix's product and what was read.
+
+        trunk_logits, new: as in `SamplerHead.forward`.
+        """
+        width = (projection.size(-1),)
+        if self.gate is not None:
+            new_neighbours, gate_start, gate_weight, gate_bias = self.gate
+            projection = projection + F.embedding(new, new_neighbours)
+        x = F.layer_norm(F.silu(projection), width, *self.norm_1)
+        x = F.layer_norm(F.silu(F.linear(x, *self.hidden)), width, *self.norm_2)
+        logits = F.linear(x, self.output)
+        if not self.residual:
+            return logits
+        if self.gate is None:
+            return logits + trunk_logits
+        share = gate_start[new] * F.linear(x, gate_weight, gate_bias).squeeze(-1).exp()  # [...]
+        return logits + trunk_logits * share[..., None]
+
+
 class SamplerHead(nn.Module):
     """Predicts a masked token from its hidden state and from tokens that were placed since (docs/sampler.md).
 
@@ -220,7 +255,7 @@ class SamplerHead(nn.Module):
     Input slots, each D wide: neighbours left_L .. left_1, the hidden state, neighbours right_1 .. right_R. A missing
     neighbour (sequence boundary, or still masked) is a zero vector. The first matrix acts on each slot separately, so
     its product with every token's embedding can be kept in a table. `neighbour_tables`, `hidden_projection` and
-    `from_projection` together give what `forward` gives, up to rounding. With sampler_zero_hidden the hidden state is a
+    `later_layers` together give what `forward` gives, up to rounding. With sampler_zero_hidden the hidden state is a
     zero vector and the trunk's logits are not added, which measures what neighbours alone are worth.
 
     A residual head adds the trunk's logits. These know nothing of the neighbours filled since the trunk call, so they
@@ -257,22 +292,16 @@ class SamplerHead(nn.Module):
             place = torch.arange(self.window.size + 1, device=slots.device) == self.window.left
             sampler_input = slots.masked_fill(place[:, None], 0.0).flatten(-2)
         projection = self.input(sampler_input)
-        return self.from_projection(projection if read is None else projection + read, trunk_logits, output_weight, new)
+        return self.later_layers(output_weight).logits(projection if read is None else projection + read, trunk_logits,
+                                                       new)
 
-    def from_projection(self, projection: Tensor, trunk_logits: Tensor, output_weight: Tensor,
-                        new: Tensor | None = None) -> Tensor:
-        """Logits [..., V] from projection [..., W], the sum of the first matrix's product and what was read; the rest
-        as in `forward`."""
-        if self.new_neighbours is not None:
-            projection = projection + self.new_neighbours(new)
-        x = self.norm_1(F.silu(projection))
-        x = self.norm_2(F.silu(self.hidden(x)))
-        logits = F.linear(x, output_weight) if self.output_head is None else self.output_head(x)
-        if not self.residual:
-            return logits
-        if self.gate is None:
-            return logits + trunk_logits
-        return logits + trunk_logits * (self.gate_start[new] * self.gate(x).squeeze(-1).exp())[..., None]
+    def later_layers(self, output_weight: Tensor) -> LaterLayers:
+        """The weights from the first matrix's product on; output_weight as in `forward`."""
+        gate = None if self.gate is None else (self.new_neighbours.weight, self.gate_start, self.gate.weight,
+                                               self.gate.bias)
+        return LaterLayers((self.norm_1.weight, self.norm_1.bias), (self.hidden.weight, self.hidden.bias),
+                           (self.norm_2.weight, self.norm_2.bias),
+                           output_weight if self.output_head is None else self.output_head.weight, self.residual, gate)
 
     def hidden_projection(self, hidden_states: Tensor) -> Tensor:
         """The hidden state's part of the first matrix's product, bias included: [..., D] to [..., W]."""

@@ -116,7 +116,7 @@ def test_tables_give_what_the_whole_matrix_gives(context, output, residual, chan
     for slot in range(2 * context):
         shown = neighbours[:, slot] >= 0
         projection = projection + tables[slot][neighbours[:, slot].clamp(min=0)] * shown[:, None]
-    assert torch.allclose(head.from_projection(projection, trunk_logits, model.lm_head.weight), whole, atol=1e-5)
+    assert torch.allclose(head.later_layers(model.lm_head.weight).logits(projection, trunk_logits), whole, atol=1e-5)
 
 
 def test_a_head_with_zero_hidden_sees_its_neighbours_alone():

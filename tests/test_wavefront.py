@@ -143,9 +143,9 @@ def test_rounding_does_not_decide_between_equal_positions():
 def test_bootstrap_positions_differ_between_rows_of_a_fully_masked_batch(model):
     fill = predict_and_sample_tokens(model, torch.full((32, T), MASK), RULE, keyed(1, 0, 0, 32), use_sampler_head=True)
     assert fill.statistics.bootstrapped == 32 and len({tuple(row) for row in fill.tokens.tolist()}) == 32
-    seeds = sample_utils._fill_stages(model, torch.ones(32, T).bool(), torch.ones(32, T).bool(),
-                                      model.encode(torch.full((32, T), MASK)), RULE,
-                                      keyed(1, 0, 0, 32).uniform(9, T), 'wave')[0] == 1
+    tokens, everywhere = torch.full((32, T), MASK), torch.ones(32, T).bool()
+    task = FillTask(tokens, model.encode(tokens), RULE, keyed(1, 0, 0, 32))
+    seeds = sample_utils._fill_stages(model, task, everywhere, everywhere, 'wave')[0] == 1
     assert len(set(seeds.byte().argmax(1).tolist())) > 10  # the row's key decides, not the position
 
 
@@ -164,7 +164,7 @@ def test_everything_is_filled_and_nothing_else_changes(model, order):
 
 def slow_fill(model, tokens, hidden, uniform, stage):
     """Position by position through the head's plain forward pass; also the log-probabilities."""
-    tokens, total = tokens.clone(), torch.zeros(tokens.shape, dtype=torch.float64)
+    start, tokens, total = tokens, tokens.clone(), torch.zeros(tokens.shape, dtype=torch.float64)
     for wave in range(1, int(stage.max()) + 1):
         before = tokens.clone()  # tokens of one wave do not see each other, also two steps apart
         for row, column in (stage == wave).nonzero().tolist():
@@ -174,7 +174,8 @@ def slow_fill(model, tokens, hidden, uniform, stage):
                 beside = neighbour_tokens(before, flat, SamplerWindow(2, 2), MASK)
                 inputs = prepare_sampler_inputs(hidden[row, column][None], beside,
                                                 model.neighbour_embedding()).sampler_input
-                logits = model.sampler_head(inputs, logits, model.lm_head.weight)
+                fresh = (beside >= 0) & (neighbour_tokens(start, flat, SamplerWindow(2, 2), MASK) < 0)
+                logits = model.sampler_head(inputs, logits, model.lm_head.weight, fresh.sum(1))
             log_probabilities = allowed_log_probabilities(logits, RULE.allowed)
             token = draw_tokens(log_probabilities, uniform[row, column][None])
             tokens[row, column], total[row, column] = token, log_probabilities[0, token]
@@ -182,13 +183,18 @@ def slow_fill(model, tokens, hidden, uniform, stage):
 
 
 @pytest.mark.parametrize('grouped', [False, True])
-def test_the_fast_fill_is_the_plain_one(model, grouped):
-    """Table sums, gathers and scatters against the head's forward pass; catches neighbours that are always zero."""
+@pytest.mark.parametrize('gated', [False, True])
+def test_the_fast_fill_is_the_plain_one(model, gated, grouped):
+    """Table sums, gathers and scatters against the head's forward pass; catches neighbours that are always zero, and a
+    gate that counts neighbours of its own wave as filled."""
+    if gated:
+        model = awake(GPT(GPTConfig(**SHAPE, sampler_gate=True), seed=3).double()).eval().requires_grad_(False)
     tokens, generator = some_tokens(seed=1), keyed(4, 2, 0, 5)
     hidden, masked = model.encode(tokens), tokens == MASK
     positions = masked & (torch.arange(T) % 5 < 3) if grouped else masked
-    stage = sample_utils._fill_stages(model, masked, positions, hidden, RULE, generator.uniform(9, T), 'wave')[0]
-    fill = sampler_wavefront_fill(model, FillTask(tokens, hidden, RULE, generator, positions if grouped else None))
+    task = FillTask(tokens, hidden, RULE, generator, positions if grouped else None)
+    stage = sample_utils._fill_stages(model, task, masked, positions, 'wave')[0]
+    fill = sampler_wavefront_fill(model, task)
     expected, log_probabilities = slow_fill(model, tokens, hidden, generator.uniform(8, T), stage)
     assert fill.tokens.equal(expected)
     torch.testing.assert_close(fill.log_probabilities, log_probabilities)

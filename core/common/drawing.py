@@ -6,6 +6,7 @@ Letters: B batch (rows), T sequence length, V vocabulary with the special ids, N
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,11 @@ class DrawRule:
     top_k: int | None = None
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+
+    @cached_property
+    def forbidden(self) -> Tensor:
+        """float64 [V]: 0 for allowed ids, minus infinity for the others."""
+        return torch.where(to_exact(self.allowed), 0.0, -math.inf).double()
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """`allowed_log_probabilities` float64 [..., V] of logits [..., V], without the penalty on repetition."""
@@ -88,7 +94,8 @@ def draw_tokens(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
 
     Gumbel noise is not used: its rounding lowers the temperature (Zheng et al. 2024).
     """
-    return _first_beyond(log_probabilities.detach().exp().cumsum(-1), uniform)
+    cumulative = log_probabilities.detach().exp().cumsum(-1)
+    return _first_beyond(cumulative, cumulative[..., -1:], uniform)
 
 
 def surplus(target: Tensor, draft: Tensor) -> Tensor:
@@ -108,12 +115,12 @@ def kept_or_drawn(target: Tensor, draft: Tensor, drafts: Tensor, uniform: tuple[
     return torch.where(uniform[0].log() < ratio, drafts, draw_tokens(surplus(target, draft).log(), uniform[1]))
 
 
-def _first_beyond(cumulative: Tensor, uniform: Tensor) -> Tensor:
-    """int64 [...]: the first id whose cumulative weight [..., V] exceeds `uniform` [...] times the total.
+def _first_beyond(cumulative: Tensor, total: Tensor, uniform: Tensor) -> Tensor:
+    """int64 [...]: the first id whose cumulative weight [..., V] exceeds `uniform` [...] times the total [..., 1].
 
     The cumulative weight rises at this id. So an id of weight zero never comes out, even with rounding. NaN: id 0.
     """
-    wanted = uniform[..., None] * cumulative[..., -1:]  # [..., 1]
+    wanted = uniform.unsqueeze(-1) * total  # [..., 1]
     return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).remainder_(cumulative.size(-1))
 
 
@@ -147,7 +154,8 @@ def choose_tokens(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor 
     penalised."""
     scores, model_scores = _scores(logits, rule, seen)  # [N, V]
     cumulative = scores.exp().cumsum(-1)
-    return Chosen(_first_beyond(cumulative, uniform), scores, cumulative[:, -1:], model_scores)
+    total = cumulative[:, -1:]
+    return Chosen(_first_beyond(cumulative, total, uniform), scores, total, model_scores)
 
 
 def place_tokens(logits: Tensor, rule: DrawRule, tokens: Tensor, seen: Tensor | None) -> Chosen:
@@ -175,15 +183,15 @@ def draw(logits: Tensor, rule: DrawRule, uniform: Tensor, seen: Tensor | None = 
 def _scores(logits: Tensor, rule: DrawRule, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities float64 [N, V] under `rule`, and under the model itself. Each row is shifted so that its
     highest is 0. The second is None if the rule changes nothing."""
-    tolerance, logits = min(TOKEN_TOLERANCE, tie_tolerance(logits.dtype)), to_exact(logits)
-    model_scores = torch.where(to_exact(rule.allowed), logits, -math.inf).double()
+    logits = to_exact(logits)
+    model_scores = logits + rule.forbidden
     model_scores = model_scores - model_scores.amax(-1, keepdim=True)
+    if rule.repetition_penalty == 1 and rule.top_k is None and rule.top_p == 1 and rule.temperature != 0:
+        return (model_scores, None) if rule.temperature == 1 else (model_scores / rule.temperature, model_scores)
+    tolerance = min(TOKEN_TOLERANCE, tie_tolerance(logits.dtype))
     if rule.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen, rule.repetition_penalty)
         scores = allowed_log_probabilities(logits, rule.allowed, rule.temperature, rule.top_k, rule.top_p, tolerance)
         return scores - scores.amax(-1, keepdim=True), model_scores
-    if rule.top_k is not None or rule.top_p < 1 or rule.temperature == 0:
-        scores = allowed_log_probabilities(model_scores, rule.allowed, rule.temperature, rule.top_k, rule.top_p,
-                                           tolerance)
-        return scores - scores.amax(-1, keepdim=True), model_scores
-    return (model_scores, None) if rule.temperature == 1 else (model_scores / rule.temperature, model_scores)
+    scores = allowed_log_probabilities(model_scores, rule.allowed, rule.temperature, rule.top_k, rule.top_p, tolerance)
+    return scores - scores.amax(-1, keepdim=True), model_scores

@@ -16,7 +16,7 @@ from torch import Tensor
 from core.common.drawing import Chosen, DrawRule
 from core.common.printing import complain
 from model import GPT
-from sample_utils import Wave, Waves, draw_wave
+from sample_utils import SamplerTables, Wave, Waves, draw_wave
 
 FEWEST_LANES, MOST_RECORDINGS, DEVICE = 8, 16, 'cuda'
 
@@ -26,13 +26,13 @@ class Place(NamedTuple):
     without one. first, number int64 [1]: the first position of the wave, and its number; sizes int64 [waves]."""
 
     padded: Tensor
-    unread: Tensor
     positions: Tensor
     neighbours: Tensor
     logits: Tensor
     projected: Tensor
+    new: Tensor | None
     choices: Tensor
-    tables: Tensor
+    tables: SamplerTables
     sizes: Tensor
     first: Tensor
     number: Tensor
@@ -60,18 +60,19 @@ class RecordedWaves:
         """How many recordings there are."""
         return len(self._recordings)
 
-    def run(self, choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, waves: Waves) -> \
+    def run(self, choose: Callable[..., Chosen], model: GPT, tables: SamplerTables, rule: DrawRule, waves: Waves) -> \
             Chosen | None:
         """The tokens of all positions of `waves`, drawn wave by wave; None if they cannot be drawn here."""
         if not self.works or waves.positions.device.type != DEVICE or torch.is_grad_enabled():
             return None
         lanes = max(FEWEST_LANES, 1 << (max(waves.sizes) - 1).bit_length())
-        key = (choose, lanes, id(model), id(rule.allowed), rule.temperature, rule.top_k, rule.top_p, tables.shape,
-               waves.logits.dtype, waves.projected.dtype, waves.room, torch.is_autocast_enabled(DEVICE))
+        key = (choose, lanes, id(model), id(rule.allowed), rule.temperature, rule.top_k, rule.top_p,
+               tables.neighbours.shape, waves.logits.dtype, waves.projected.dtype, waves.room,
+               torch.is_autocast_enabled(DEVICE))
         if key not in self._recordings:
             if len(self._recordings) >= MOST_RECORDINGS:
                 return None
-            recording = self._record(choose, model, tables, rule, waves, lanes)
+            recording = self._record(choose, tables, rule, waves, lanes)
             if recording is None:
                 return None
             self._recordings[key] = recording
@@ -82,7 +83,7 @@ class RecordedWaves:
         return Chosen(*(None if part is None else part[:len(waves.positions)].clone() for part in chosen))
 
     @torch.no_grad()
-    def _record(self, choose: Callable[..., Chosen], model: GPT, tables: Tensor, rule: DrawRule, waves: Waves,
+    def _record(self, choose: Callable[..., Chosen], tables: SamplerTables, rule: DrawRule, waves: Waves,
                 lanes: int) -> Recording | None:
         """The recording of one wave. If it cannot be recorded, None, and a line says why."""
         place, graph = make_place(tables, waves, lanes), torch.cuda.CUDAGraph()
@@ -93,10 +94,10 @@ class RecordedWaves:
                                    cache_enabled=False)  # otherwise the graph would read a freed copy of the weights
         try:
             with precision:
-                chosen = make_room(take_wave(choose, model, rule, place, lanes, None), waves, lanes)
+                chosen = make_room(take_wave(choose, rule, place, lanes, None), waves, lanes)
                 torch.cuda.synchronize()
                 with torch.cuda.graph(graph):
-                    take_wave(choose, model, rule, place, lanes, chosen)
+                    take_wave(choose, rule, place, lanes, chosen)
         except RuntimeError as error:
             self.works = False
             complain(f'waves are not recorded as CUDA graphs ({str(error).splitlines()[0]}); they run one operation at '
@@ -107,25 +108,26 @@ class RecordedWaves:
         return Recording(graph, place, chosen, rule)
 
 
-def make_place(tables: Tensor, waves: Waves, lanes: int) -> Place:
+def make_place(tables: SamplerTables, waves: Waves, lanes: int) -> Place:
     """Room for `waves.room` positions, what each lane without a position reads and writes, and as many waves."""
     room = waves.room
 
-    def like(tensor: Tensor, length: int) -> Tensor:
-        return tensor.new_zeros(length, *tensor.shape[1:])
+    def like(tensor: Tensor | None, length: int = room + 1) -> Tensor | None:
+        return None if tensor is None else tensor.new_zeros(length, *tensor.shape[1:])
 
-    return Place(like(waves.padded, len(waves.padded) + lanes), like(waves.unread, len(waves.unread) + lanes),
-                 like(waves.positions, room + 1), like(waves.neighbours, room + 1), like(waves.logits, room + 1),
-                 like(waves.projected, room + 1), like(waves.choices, room + 1), torch.empty_like(tables),
-                 waves.positions.new_zeros(room), waves.positions.new_zeros(1), waves.positions.new_zeros(1))
+    return Place(like(waves.padded, len(waves.padded) + lanes), like(waves.positions), like(waves.neighbours),
+                 like(waves.logits), like(waves.projected), like(waves.new), like(waves.choices),
+                 tables._replace(neighbours=torch.empty_like(tables.neighbours)), waves.positions.new_zeros(room),
+                 waves.positions.new_zeros(1), waves.positions.new_zeros(1))
 
 
-def fill_place(place: Place, tables: Tensor, waves: Waves) -> None:
+def fill_place(place: Place, tables: SamplerTables, waves: Waves) -> None:
     """Copy a fill to where the recorded wave reads it, before its first wave."""
-    for name in ('padded', 'unread', 'positions', 'neighbours', 'logits', 'projected', 'choices'):
+    for name in ('padded', 'positions', 'neighbours', 'logits', 'projected', 'new', 'choices'):
         value = getattr(waves, name)
-        getattr(place, name)[:len(value)].copy_(value)
-    place.tables.copy_(tables)
+        if value is not None:
+            getattr(place, name)[:len(value)].copy_(value)
+    place.tables.neighbours.copy_(tables.neighbours)
     sizes = torch.tensor(waves.sizes).pin_memory() if place.sizes.is_cuda else torch.tensor(waves.sizes)
     place.sizes[:len(sizes)].copy_(sizes, non_blocking=True)
     place.first.zero_()
@@ -137,7 +139,7 @@ def make_room(chosen: Chosen, waves: Waves, lanes: int) -> Chosen:
     return Chosen(*(None if part is None else part.new_zeros(waves.room + lanes, *part.shape[1:]) for part in chosen))
 
 
-def take_wave(choose: Callable[..., Chosen], model: GPT, rule: DrawRule, place: Place, lanes: int,
+def take_wave(choose: Callable[..., Chosen], rule: DrawRule, place: Place, lanes: int,
               into: Chosen | None) -> Chosen:
     """One wave on fixed shapes: draw the tokens of its lanes, write them and the other results of `choose` into `into`,
     and move to the next wave. If `into` is None, nothing is written and nothing moves."""
@@ -147,13 +149,11 @@ def take_wave(choose: Callable[..., Chosen], model: GPT, rule: DrawRule, place: 
     taken, number = lane < size, place.first + lane  # [S]
     index = torch.where(taken, number, room)  # [S]
     neighbours = place.neighbours[index]  # [S, C]
-    shown, C = place.padded.take(neighbours), neighbours.size(1)
-    slot = torch.arange(C, device=lane.device) * model.config.vocab_size
-    new = None if model.sampler_head.gate is None else \
-        (place.unread.take(neighbours) & (shown != model.config.mask_token_id)).sum(1)
-    found = draw_wave(choose, model, place.tables, rule, Wave(
-        (shown + slot).flatten(), lane * C, place.projected[index], place.logits[index], new, place.choices[index],
-        None))
+    C, V = neighbours.size(1), place.logits.size(1)
+    bags = (place.padded.take(neighbours) + torch.arange(C, device=lane.device) * V).flatten()  # [C S]
+    found = draw_wave(choose, place.tables, rule, Wave(
+        bags, lane * C, place.projected[index], place.logits[index],
+        None if place.new is None else place.new[index], place.choices[index], None))
     if into is None:
         return found
     spare = len(place.padded) - lanes + lane

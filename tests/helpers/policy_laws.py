@@ -35,7 +35,10 @@ class Head(nn.Module):
     def hidden_projection(self, hidden):
         return hidden
 
-    def from_projection(self, projection, trunk_logits, output_weight, new):
+    def later_layers(self, output_weight):
+        return self
+
+    def logits(self, projection, trunk_logits, new):
         return projection
 
 

@@ -22,11 +22,11 @@ class Again:
 
 
 class OnTheProcessor(RecordedWaves):
-    def _record(self, choose, model, tables, rule, waves, lanes):
+    def _record(self, choose, tables, rule, waves, lanes):
         place = make_place(tables, waves, lanes)
         fill_place(place, tables, waves)
-        chosen = make_room(take_wave(choose, model, rule, place, lanes, None), waves, lanes)
-        return Recording(Again(lambda: take_wave(choose, model, rule, place, lanes, chosen)), place, chosen, rule)
+        chosen = make_room(take_wave(choose, rule, place, lanes, None), waves, lanes)
+        return Recording(Again(lambda: take_wave(choose, rule, place, lanes, chosen)), place, chosen, rule)
 
 
 @pytest.fixture(autouse=True)
