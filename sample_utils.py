@@ -663,7 +663,7 @@ def build_critic_artifacts_from_logits(model: GPT, tokens: Tensor, targets: Tens
 def blocks_filled(filler: Filler, task: FillTask, clean: Tensor, block_length: Tensor) -> Tensor:
     """The tokens int64 [B, T] of `task` with every mask filled. Each block of a row is filled by itself, after the true
     text before it, as a block model writes it. clean int64 [B, T], block_length int64 [B]."""
-    config, (rows, T), numbers = filler.model.config, task.tokens.shape, task.generator
+    config, T, numbers = filler.model.config, task.tokens.size(1), task.generator
     left = config.sampler_window.left if config.add_sampler_head else 0
     before = F.pad(clean, (left, 0), value=config.mask_token_id)  # [B, L + T]
     text = task.tokens.clone()

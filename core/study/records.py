@@ -45,6 +45,7 @@ class LikelihoodRow(Text, LikelihoodResult):
     policy: str
     trunk_calls: Count
     head: Literal['none', 'wave', 'left_to_right']
+    block_length: NotRequired[Count]  # of block models
     windows: Count
     seed: int
 

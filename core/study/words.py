@@ -1,6 +1,7 @@
 """The words of the study's pages: commands, figures with their errors, differences, spreads over seeds."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import mean, stdev
@@ -12,16 +13,18 @@ Row = Mapping[str, Any]
 SEEDS = (1337, 1338, 1339)
 
 
-def commands(records: Records) -> list[str]:
+def commands(records: Records, known: Sequence[int] = SEEDS) -> list[str]:
     """The commands of all records as a code block: trainings, then evaluations, each once. Commands that differ only in
-    their seed become one loop over the seeds."""
+    which of the `known` seeds they name become one loop over the seeds."""
     found = dict.fromkeys([*(record['training'] for record in records.values()),
                            *(record['evaluation'] for record in records.values() if 'evaluation' in record)])
     seeds_of: dict[str, list[str]] = {}  # by the command with $seed in place of a seed
     for command in found:
-        seeds = [str(seed) for seed in SEEDS if str(seed) in command]
+        named = [(str(seed), re.compile(rf'(?<=[-=]){seed}(?![\w.])')) for seed in known]
+        seeds = [(seed, pattern) for seed, pattern in named if pattern.search(command)]
         assert len(seeds) < 2, f'two seeds in {command}'
-        seeds_of.setdefault(command.replace(seeds[0], '$seed') if seeds else command, []).extend(seeds)
+        general = seeds[0][1].sub('$seed', command) if seeds else command
+        seeds_of.setdefault(general, []).extend(seed for seed, _ in seeds)
     lines = []
     for seeds, group in groupby(seeds_of.items(), key=lambda item: item[1]):
         if len(seeds) < 2:
