@@ -118,6 +118,6 @@ class SampleConfig:
     device: str = option('auto', 'auto, cpu, cuda, cuda:1 ..., mps')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = option(
         'auto', 'precision of the network; auto is bfloat16 on a GPU that has it, else float32')
-    compile: bool = option(False, 'torch.compile the trunk and the waves; pays for many samples on a GPU')
+    compile: bool = option(False, 'torch.compile the trunk, and on a GPU the waves; pays for many samples on a GPU')
     cuda_graphs: bool = option(False, 'on a CUDA GPU: record a wave of the sampler head once and replay it; not run on a '
                                       'GPU yet, so try first: python bench.py --gpu_checks')
