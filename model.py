@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.common.layers import Norm, draw_weights, rotary_tables, rotate
 from core.common.precision import to_exact
+from core.common.stream_attention import StreamTiles, block_attention_mask
 from core.sampler_head import SAMPLER_KINDS, SamplerHead, SamplerShape, SamplerWindow, initialise_sampler_head
 
 
@@ -255,11 +256,11 @@ class Reading(NamedTuple):
 
     rotary: cosine and sine of the positions, [T, 1, D / 2H] each; None with absolute positions. attention_mask: bool,
     broadcast to [B, H, S, K], True where a query sees a key; None: every query sees every key, or all up to its own in
-    causal order. cache: None without one.
+    causal order; or the tiles of two streams. cache: None without one.
     """
 
     rotary: tuple[Tensor, Tensor] | None
-    attention_mask: Tensor | None
+    attention_mask: Tensor | StreamTiles | None
     cache: KeyValueCache | None
 
 
@@ -303,21 +304,6 @@ def predicting_places(positions: Tensor, length: int, block_length: Tensor | int
     return row * 2 * length + before + from_clean * length
 
 
-def block_attention_mask(block_length: Tensor | int, length: int, device: torch.device) -> Tensor:
-    """bool [B, 1, 2T, 2T]: who sees whom in the two streams [x_t ; x_0] of T tokens each (Arriola et al. 2025, BD3-LM,
-    section 3.1, figure 1).
-
-    A token of x_t sees its own block of x_t and the earlier blocks of x_0. A token of x_0 sees its own block of x_0 and
-    the earlier ones. block_length: int64 [B], a length for each row, or one number for all (then B is 1).
-    """
-    lengths = block_length[:, None] if isinstance(block_length, Tensor) else block_length  # [B, 1]
-    block = torch.arange(length, device=device)[None] // lengths  # [B, T]
-    own, earlier = block[:, :, None] == block[:, None, :], block[:, :, None] > block[:, None, :]  # [B, T, T]
-    noisy = torch.cat((own, earlier), dim=2)
-    clean = torch.cat((torch.zeros_like(own), own | earlier), dim=2)
-    return torch.cat((noisy, clean), dim=1)[:, None]
-
-
 class Attention(nn.Module):
     """Multi-head attention, causal or bidirectional; queries and keys are normalised (Henry et al. 2020)."""
 
@@ -347,8 +333,9 @@ class Attention(nn.Module):
             causal = causal and cache.length == 0  # later calls bring a mask of their own, or one token
         if asked is not None and asked.length < T:
             query = query[:, :, :asked.length]
-            mask = mask if mask is None or mask.size(2) == 1 else mask[:, :, :asked.length]
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
+            mask = mask[:, :, :asked.length] if isinstance(mask, Tensor) and mask.size(2) > 1 else mask
+        x = mask.attend(query, key, value) if isinstance(mask, StreamTiles) else \
+            F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
                                            dropout_p=self.dropout if self.training else 0.0,
                                            is_causal=causal and mask is None)  # [B, H, S, D/H]
         x = self.c_proj(picked(x.transpose(1, 2).flatten(2), asked))  # [B, S, D] or [N, D]
@@ -513,36 +500,38 @@ class GPT(nn.Module):
         return hidden_states
 
     def encode_streams(self, noisy: Tensor, clean: Tensor, block_length: Tensor | int,
-                       positions: Tensor | None = None) -> Tensor:
+                       positions: Tensor | None = None, tiles: StreamTiles | None = None) -> Tensor:
         """Hidden states [B, T, D] of a block model's tokens noisy int64 [B, T]: one trunk call of 2T tokens.
 
         Each block sees itself and the clean text before it. clean: int64 [B, T], the same text without masks.
         block_length: int64 [B], or one number for all rows. A single block has no text before it, so it is read as a
         bidirectional model reads. positions: int64 [N], flat indices into noisy; then the result is [N, D].
+        tiles: of these block lengths, for FlexAttention; None: a dense mask is made.
         """
         T, positions = noisy.size(1), None if positions is None else self._here(positions)
-        return self._read_streams(noisy, clean, block_length, Asked(T, positions))[0]
+        return self._read_streams(noisy, clean, block_length, Asked(T, positions), tiles)[0]
 
     def encode_all(self, tokens: Tensor, positions: Tensor, clean: Tensor | None = None,
-                   block_length: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
+                   block_length: Tensor | int | None = None, tiles: StreamTiles | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states twice, from one trunk call on tokens int64 [B, T].
 
         First [N, D], those at positions int64 [N], the same numbers as `encode` gives. Then [B, T, D], those of every
-        position, without a gradient. clean and block_length: of a block model, as in `encode_streams`.
+        position, without a gradient. clean, block_length and tiles: of a block model, as in `encode_streams`.
         """
         asked = Asked(tokens.size(1), self._here(positions), all=True)
         if clean is None:
             clean, block_length = tokens, tokens.size(1)
-        return self._read_streams(tokens, clean, block_length, asked)
+        return self._read_streams(tokens, clean, block_length, asked, tiles)
 
-    def _read_streams(self, noisy: Tensor, clean: Tensor, block_length: Tensor | int,
-                      asked: Asked) -> tuple[Tensor, Tensor | None]:
+    def _read_streams(self, noisy: Tensor, clean: Tensor, block_length: Tensor | int, asked: Asked,
+                      tiles: StreamTiles | None) -> tuple[Tensor, Tensor | None]:
         noisy, clean, T = self._here(noisy), self._here(clean), asked.length
         places, mask = self._places(0, T), None
         if isinstance(block_length, int) and block_length >= T:
             tokens, block_length = noisy, None
         else:
-            tokens, mask = torch.cat((noisy, clean), dim=1), block_attention_mask(block_length, T, noisy.device)
+            tokens = torch.cat((noisy, clean), dim=1)
+            mask = block_attention_mask(block_length, T, noisy.device) if tiles is None else tiles
             places = places.repeat(2, *[1] * (places.dim() - 1)) if isinstance(places, Tensor) else \
                 tuple(one.repeat(2, 1, 1) for one in places)
         if self.config.predicts == 'own':
@@ -617,8 +606,9 @@ class GPT(nn.Module):
             return self.transformer['wpe'].weight[start:stop]
         return self.rotary_cosine[start:stop], self.rotary_sine[start:stop]
 
-    def _read(self, tokens: Tensor, places: tuple[Tensor, Tensor] | Tensor, attention_mask: Tensor | None,
-              cache: KeyValueCache | None, asked: Asked | None) -> tuple[Tensor, Tensor | None]:
+    def _read(self, tokens: Tensor, places: tuple[Tensor, Tensor] | Tensor,
+              attention_mask: Tensor | StreamTiles | None, cache: KeyValueCache | None,
+              asked: Asked | None) -> tuple[Tensor, Tensor | None]:
         """The layers on tokens [B, T] at `places`, then the final norm.
 
         Returns hidden states [B, T, D], or those that are asked for; and all of them without a gradient, if

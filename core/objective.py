@@ -20,6 +20,7 @@ from core.batches import Batch
 from core.checkpoints.heads import CRITIC, SAMPLER
 from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
+from core.common.stream_attention import StreamTiles, stream_tiles, tiles_pay
 from core.common.waves import Turns
 from core.noise import SOURCES
 from core.stages import Stage
@@ -191,9 +192,18 @@ class Objective(nn.Module):
         self.trunk_and_sampler_losses = self._trunk_and_sampler_losses
         self.critic_loss = self._critic_loss
         self.waves: WaveRecorder | None = None  # of the text that the critic judges
+        self.tiled = False  # whether a block model reads its two streams by `StreamTiles`, not by a dense mask
 
-    def compile_parts(self) -> None:
-        """Replace the two network passes by compiled ones. The code between them, which draws tokens, stays eager."""
+    def compile_parts(self, ranks: int = 1) -> None:
+        """Replace the two network passes by compiled ones. The code between them, which draws tokens, stays eager.
+
+        The first pass of a block model reads tiles where that pays; the critic's keeps the dense mask. With several
+        ranks both keep it: DistributedDataParallel lets torch cut the compiled graph between layers, and torch has long
+        refused to cut a graph with FlexAttention (pytorch issue 137481). Cut weights (FSDP) are not compiled at all.
+        """
+        config = self.model.config
+        self.tiled = config.attention_type == 'block' and ranks == 1 and tiles_pay(
+            self.allowed.device, config.block_size, config.n_embd // config.n_head, config.dropout)
         self.trunk_and_sampler_losses = torch.compile(self._trunk_and_sampler_losses, dynamic=False)
         self.critic_loss = torch.compile(self._critic_loss, dynamic=False)
         if self.whole_loss is not None:
@@ -205,7 +215,7 @@ class Objective(nn.Module):
             main, sums = self.whole_loss(self.model, batch, self.allowed)
             return Losses(main, main, {}, sums)
         heads = {}
-        main, sampler, hidden = self.trunk_and_sampler_losses(batch, SAMPLER.name in stage.heads)
+        main, sampler, hidden = self.trunk_and_sampler_losses(batch, SAMPLER.name in stage.heads, self._tiles(batch))
         if sampler is not None:
             heads[SAMPLER.name] = sampler
         if CRITIC.name in stage.heads:
@@ -229,9 +239,21 @@ class Objective(nn.Module):
         return self.critic_loss(artifacts.tokens, artifacts.labels, artifacts.labelled * batch.critic_share,
                                 *(one[rows] for one in (batch.targets, batch.block_length) if blocks is not None))
 
-    def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool) -> tuple[Tensor, Tensor | None, Hidden]:
-        """(main loss, sampler loss or None, hidden states) from one trunk call."""
-        hidden = self._hidden_states(batch)
+    def _tiles(self, batch: Batch) -> StreamTiles | None:
+        """Those of the batch, or None if the model reads a dense mask.
+
+        The compiled pass takes them as an input, so it is not compiled again for rows of other lengths. All layers
+        read the same tiles, also one that is computed again for the backward pass. A step that is recorded as a CUDA
+        graph makes the tiles of its rows inside the graph, from the batch.
+        """
+        if not self.tiled:
+            return None
+        return stream_tiles(self._stream_length(batch.block_length), batch.inputs.size(1), batch.inputs.device)
+
+    def _trunk_and_sampler_losses(self, batch: Batch, with_sampler: bool,
+                                  tiles: StreamTiles | None = None) -> tuple[Tensor, Tensor | None, Hidden]:
+        """(main loss, sampler loss or None, hidden states) from one trunk call. tiles: of a block model's streams."""
+        hidden = self._hidden_states(batch, tiles)
         targets = batch.targets.flatten().index_select(0, batch.positions)  # [N]
         embedding = self.model.neighbour_embedding().detach() if with_sampler else None  # [V, D]
         read = hidden.asked.new_empty(len(targets), 0) if embedding is None or hidden.all is None else \
@@ -245,16 +267,17 @@ class Objective(nn.Module):
         main, sampler = zip(*found)
         return sum(main), sum(sampler) if with_sampler else None, hidden
 
-    def _hidden_states(self, batch: Batch) -> Hidden:
+    def _hidden_states(self, batch: Batch, tiles: StreamTiles | None) -> Hidden:
         """The hidden states that the losses need, from one trunk call."""
         config = self.model.config
         if config.attention_type == 'causal':  # every position predicts, in order
             return Hidden(self.model.encode(batch.inputs).flatten(0, 1), None)
-        text = (batch.targets, self._stream_length(batch.block_length)) if config.attention_type == 'block' else ()
+        text = {'clean': batch.targets, 'block_length': self._stream_length(batch.block_length), 'tiles': tiles} \
+            if config.attention_type == 'block' else {}
         if config.reads_row:
-            return Hidden(*self.model.encode_all(batch.inputs, batch.positions, *text))
+            return Hidden(*self.model.encode_all(batch.inputs, batch.positions, **text))
         if text:
-            return Hidden(self.model.encode_streams(batch.inputs, *text, batch.positions), None)
+            return Hidden(self.model.encode_streams(batch.inputs, positions=batch.positions, **text), None)
         return Hidden(self.model.encode(batch.inputs, positions=batch.positions), None)
 
     def _stream_length(self, block_length: Tensor) -> Tensor | int:

@@ -53,7 +53,7 @@ class TrainingState:
         self.training = TRAINING[kind]
         self.objective = self.training.objective(model, allowed, plan.noise)
         if runtime.compile:
-            self.objective.compile_parts()
+            self.objective.compile_parts(runtime.world_size)
         self.averaged = deepcopy(model).eval().requires_grad_(False)
         for block in model.transformer['h']:
             block.recompute = settings.activation_checkpointing

@@ -1,14 +1,14 @@
-"""Block attention: who sees whom, against a definition by loops; the cache; the two ends, causal and bidirectional."""
+"""Block attention: blocks read one by one; tiles in place of the dense mask; the cache; the two ends, causal and
+bidirectional."""
 
 import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from core.common.stream_attention import stream_tiles
 from helpers.toys import V0, awake, toy_config
-from model import GPT, block_attention_mask
+from model import GPT
 
 T, MASK = 12, V0
 predicts_both = pytest.mark.parametrize('predicts', ['own', 'next'])
@@ -21,23 +21,6 @@ def block_model(*lengths: int, **changes) -> GPT:
 
 def texts(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, V0, (rows, T), generator=torch.Generator().manual_seed(seed))
-
-
-@given(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3))
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_the_mask_is_what_the_definition_says(length, block_lengths):
-    mask = block_attention_mask(torch.tensor(block_lengths), length, torch.device('cpu'))
-    assert mask.shape == (len(block_lengths), 1, 2 * length, 2 * length)
-    for row, b in enumerate(block_lengths):
-        for query in range(2 * length):
-            for key in range(2 * length):
-                noisy_query, noisy_key = query < length, key < length
-                own, other = query % length // b, key % length // b
-                if noisy_query:
-                    sees = own == other if noisy_key else other < own
-                else:
-                    sees = not noisy_key and other <= own
-                assert mask[row, 0, query, key] == sees, (b, query, key)
 
 
 @predicts_both
@@ -81,6 +64,41 @@ def test_picked_positions_are_those_of_the_whole(b, predicts):
         assert torch.allclose(model.encode(noisy), whole, atol=1e-6)
         assert torch.allclose(model.encode(noisy, positions=positions), picked, atol=1e-6)
         assert torch.allclose(model.encode_all(noisy, positions)[1], whole, atol=1e-6)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """FlexAttention compiles itself for each kind of input, and torch counts how often."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+@pytest.mark.parametrize('b, positions, predicts', [
+    (40, 'rotary', 'own'), (40, 'absolute', 'next'), (torch.tensor([1, 5, 160]), 'rotary', 'next'),
+    (torch.tensor([1, 5, 160]), 'absolute', 'own')])
+def test_tiles_give_what_the_dense_mask_gives(b, positions, predicts, fresh_compiler):
+    """On a processor: the forward pass that torch has there, without fused kernels. The rows end inside a tile."""
+    length, lengths = 160, [b] if isinstance(b, int) else b.tolist()
+    model = awake(GPT(toy_config(block_size=length, attention_type='block', block_length=lengths, n_layer=2,
+                                 position_encoding=positions, predicts=predicts))).eval()
+    generator = torch.Generator().manual_seed(7)
+    clean = torch.randint(0, V0, (3, length), generator=generator)
+    noisy = clean.masked_fill(torch.rand(3, length, generator=generator) < 0.6, MASK)
+    asked, tiles = (noisy == MASK).flatten().nonzero().squeeze(1), stream_tiles(b, length, clean.device)
+    with torch.no_grad():
+        whole = model.encode_streams(noisy, clean, b)
+        assert torch.allclose(model.encode_streams(noisy, clean, b, tiles=tiles), whole, atol=1e-5)
+        assert torch.allclose(model.encode_streams(noisy, clean, b, asked, tiles), whole.flatten(0, 1)[asked], atol=1e-5)
+        picked, every = model.encode_all(noisy, asked, clean, b, tiles)
+        assert torch.allclose(picked, whole.flatten(0, 1)[asked], atol=1e-5)
+        assert torch.allclose(every, whole, atol=1e-5)
+        others = model.encode_streams(noisy, clean, b, tiles=stream_tiles(80, length, clean.device))
+        assert not torch.allclose(others, whole, atol=0.1)
+        with torch.autocast('cpu', torch.bfloat16):
+            rough = model.encode_streams(noisy, clean, b)
+            assert torch.allclose(model.encode_streams(noisy, clean, b, tiles=tiles), rough, atol=0.1)
 
 
 @predicts_both

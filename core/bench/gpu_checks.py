@@ -39,7 +39,7 @@ from core.common.randomness import RowRandom
 from core.common.runtime import Runtime, measure_matrix_rate, resolve_device, start_runtime
 from core.noise import Masking, seen_neighbours
 from core.sampling.recorded_waves import RecordedWaves
-from core.training_step import StepSettings, TrainingState, training_step
+from core.training_step import StepSettings, TrainingState, losses_with_gradients, training_step
 from model import GPT, GPTConfig
 from sample_utils import FillTask, Filler
 
@@ -50,6 +50,8 @@ LEARNING_RATE = 3e-3
 STEPS = 20  # of a short training
 COMPILED = (False, True)
 BF16_TOLERANCE = 0.01  # of a loss in nats, relative
+GRADIENT_TOLERANCE = 1e-3  # of a float32 gradient, relative to its norm
+LONG_ROWS = {1024: 8, 2048: 4}  # rows of a batch, by the length of each of their two streams
 FORMULA = (0.75, 1.1)  # measured peak over that of the formula, which counts what a processor keeps
 # Host waits that a step needs: the fill of the critic's text must know how many positions each wave has.
 WAITS = {'stage 3': 2}
@@ -174,6 +176,71 @@ def check_recorded_steps(device: torch.device) -> Facts:
         require(recorded > 0 and none == 0, f'{name}: {recorded} and {none} kinds of steps recorded')
     require(not any(one['different'] or one['losses apart'] for one in facts.values()), f'{facts}')
     return facts
+
+
+def check_streams(device: torch.device) -> Facts:
+    """A compiled step of a block model with long rows reads tiles (FlexAttention), and has the losses and gradients that
+    a dense mask gives. The host does not wait for the tiles of rows, and the step can be recorded with them. Also
+    measures how long each takes."""
+    facts: Facts = {}
+    for length, rows in LONG_ROWS.items():
+        shape = replace(SHAPES['medium'], n_layer=4, block_size=length, batch_size=rows)
+        lengths = (8,) if not facts else (1, 8, length)  # tiles that are kept, and tiles of each batch
+        config = model_config(shape, attention_type='block', block_length=lengths)
+        torch.compiler.reset()
+        apart = _apart_by_tiles(config, shape, device)
+        state = _state(config, shape, _runtime(device, 'bfloat16', True))
+        milliseconds, waits = {}, []
+        for state.objective.tiled in (False, True):
+            name = 'tiles' if state.objective.tiled else 'dense'
+            milliseconds[name] = _milliseconds(state)
+            waits = _counted_waits(lambda: training_step(state, 3, LEARNING_RATE))
+        facts[f'{length}'] = {'block lengths': lengths, 'milliseconds': milliseconds, **apart,
+                              'recorded apart': _apart_if_recorded(config, shape, device)}
+        require(not waits, f'{length}: the host waits {waits}')
+    off = {name: one for name, one in facts.items() if one['loss'] > GRADIENT_TOLERANCE or one['recorded apart']
+           or one['gradient'] > GRADIENT_TOLERANCE}
+    require(not off, f'apart: {off}; all: {facts}')
+    return facts
+
+
+def _apart_by_tiles(config: GPTConfig, shape: Shape, device: torch.device) -> Facts:
+    """How far loss and gradients by tiles are from those by a dense mask, relative, in float32 without TF32."""
+    torch.set_float32_matmul_precision('highest')
+    state = _state(config, shape, Runtime(device, torch.float32, True))
+    require(state.objective.tiled, 'the step does not read tiles')
+    _losses(state, 3)  # at first the layers write nothing, and attention has no gradient
+    batch, = state.training.batches(state.plan, 3, lambda count: count)
+    found = []
+    for state.objective.tiled in (False, True):
+        state.model.zero_grad()
+        losses = losses_with_gradients(state, batch.to(device), state.stage, 3)
+        found.append((losses.total.item(), [weight.grad.clone() for weight in state.model.parameters()]))
+    torch.set_float32_matmul_precision('high')
+    (loss, gradients), (other_loss, others) = found
+    return {'loss': abs(other_loss / loss - 1),
+            'gradient': max(((other - one).norm() / one.norm()).item() for one, other in zip(gradients, others))}
+
+
+def _milliseconds(state: TrainingState) -> float:
+    """Of one step, after some that compile it."""
+    _losses(state, 3)
+    state.runtime.synchronize()
+    start = time.perf_counter()
+    _losses(state, STEPS)
+    state.runtime.synchronize()
+    return round(1000 * (time.perf_counter() - start) / STEPS, 2)
+
+
+def _apart_if_recorded(config: GPTConfig, shape: Shape, device: torch.device) -> float:
+    """How far the losses of recorded steps are from those of other steps, relative."""
+    runs = []
+    for records in (True, False):
+        state = _state(config, shape, _runtime(device, 'bfloat16', True), replace(TRAINING, cuda_graphs=True))
+        state.recorder.works = records
+        runs.append(_losses(state, 8))
+        require(state.recorder.works is records, 'cannot be recorded')
+    return _most_apart(*runs)
 
 
 def check_waits(device: torch.device) -> Facts:
@@ -409,5 +476,5 @@ def check_rates(device: torch.device) -> Facts:
 CHECKS: Mapping[str, Callable[[torch.device], Facts]] = {
     'rates': check_rates, 'host waits': check_waits, 'precision': check_precision,
     'compiled steps': check_compiled_steps,
-    'recorded steps': check_recorded_steps, 'repeats': check_repeats, 'memory': check_memory,
+    'recorded steps': check_recorded_steps, 'streams': check_streams, 'repeats': check_repeats, 'memory': check_memory,
     'recorded waves': check_recorded_waves, 'nccl': check_nccl, 'resume': check_resume}

@@ -11,7 +11,7 @@ import torch
 from core.common.errors import UserError, run_script
 from core.common.plots import BLUE, INK, ORANGE, save_picture
 from core.common.printing import say
-from model import block_attention_mask
+from core.common.stream_attention import block_attention_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 import core.bench.gpu_checks as gpu_checks
 from bench import main
 from core.bench.cases import Shape
 from core.common.errors import UserError
+from core.common.runtime import Runtime
+from core.common.stream_attention import stream_tiles
 from helpers.apple import emulated_gpu
 
 
@@ -91,3 +94,36 @@ def test_every_checked_step_runs_where_no_tensor_of_the_processor_may_meet_one_o
             state = gpu_checks._state(config, gpu_checks.SHAPES['small'],
                                       gpu_checks._runtime(torch.device('mps'), 'float32', False))
             assert len(gpu_checks._losses(state, 2)) == 2
+
+
+@pytest.fixture
+def tiles_on_a_processor(tiny, monkeypatch):
+    """Long rows that are short, tiles that pay, a compiler that does nothing, and no device to wait for."""
+    monkeypatch.setattr(gpu_checks, 'LONG_ROWS', {16: 3, 24: 2})
+    monkeypatch.setattr('core.objective.tiles_pay', lambda *shape: True)
+    monkeypatch.setattr(flex_attention, '_validate_device', lambda *tensors: None)
+    monkeypatch.setattr(flex_attention, '_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG', True)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
+    monkeypatch.setattr(gpu_checks, '_counted_waits', lambda run: run() and [])
+    monkeypatch.setattr(gpu_checks, '_apart_if_recorded', lambda *given: 0.0)
+    monkeypatch.setattr(gpu_checks, '_runtime', lambda device, dtype, compile: Runtime(device, torch.float32, compile))
+
+
+def test_tiles_are_compared_with_the_dense_mask(tiles_on_a_processor):
+    facts = gpu_checks.check_streams(torch.device('cpu'))
+    assert [one['block lengths'] for one in facts.values()] == [(8,), (1, 8, 24)]
+    assert all(one['loss'] < 1e-5 and one['gradient'] < 1e-4 for one in facts.values())
+    assert all(set(one['milliseconds']) == {'dense', 'tiles'} for one in facts.values())
+
+
+def test_tiles_of_other_blocks_are_seen(tiles_on_a_processor, monkeypatch):
+    monkeypatch.setattr('core.objective.stream_tiles', lambda block_length, length, device: stream_tiles(
+        4, length, device))
+    with pytest.raises(gpu_checks.CheckFailed, match='apart: .*16'):
+        gpu_checks.check_streams(torch.device('cpu'))
+
+
+def test_a_step_that_reads_no_tiles_is_seen(tiles_on_a_processor, monkeypatch):
+    monkeypatch.setattr('core.objective.tiles_pay', lambda *shape: False)
+    with pytest.raises(gpu_checks.CheckFailed, match='does not read tiles'):
+        gpu_checks.check_streams(torch.device('cpu'))

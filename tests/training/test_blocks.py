@@ -1,17 +1,20 @@
-"""Training of block models: what a step learns from, micro-steps and ranks, isolation of the head, resume, bad
-options."""
+"""Training of block models: what a step learns from, micro-steps and ranks, tiles in place of the dense mask, isolation
+of the head, resume, bad options."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention
 
 from core.batches import unmasking_batches
 from core.checkpoints.checkpoint import load_checkpoint
 from core.checkpoints.weights import build_model
 from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import Purpose, RowRandom, keyed
+from core.common.runtime import Runtime
 from core.noise import BlockNoise, SeenNeighbours
 from core.logger import read_metrics
 from core.objective import Objective
@@ -19,7 +22,7 @@ from core.sampler_head import SamplerWindow
 from core.stages import Stage
 from core.validation import block_terms, one_call_terms
 from helpers.runs import equal_runs, refused, run
-from helpers.toys import V0, awake, toy_config, toy_plan
+from helpers.toys import V0, awake, toy_config, toy_plan, toy_state
 from model import GPT
 from sample_utils import Filler, FillTask
 
@@ -81,6 +84,44 @@ def test_the_losses_are_cross_entropies_at_masked_places_of_blocks_read_one_by_o
                 head -= made[:V0].log_softmax(0)[text[place]] / masked
     assert main.item() == pytest.approx(trunk.item(), rel=1e-5)
     assert sampler.item() == pytest.approx(head.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('lengths, predicts, recompute', [((4,), 'own', True), ((1, 4, 12), 'next', False)])
+def test_compiled_steps_have_the_same_losses_and_gradients_by_tiles(lengths, predicts, recompute, monkeypatch):
+    """Without fused kernels there is a backward pass on a processor too; torch only does not offer it. One graph
+    serves all batches, although the tiles of rows differ."""
+    monkeypatch.setattr(flex_attention, '_validate_device', lambda *tensors: None)
+    torch.compiler.reset()
+    model = awake(GPT(block_config(*lengths, n_layer=2, predicts=predicts, **ORDERED)))
+    for block in model.transformer['h']:
+        block.recompute = recompute
+    objective, counted = Objective(model, ALLOWED), CompileCounterWithBackend('aot_eager')
+    dense = objective.trunk_and_sampler_losses
+    tiled = torch.compile(dense, backend=counted, fullgraph=True, dynamic=False)
+    for step in range(3):
+        batch, = unmasking_batches(block_plan(*lengths, batch_size=3), step, lambda count: count)
+        batch = batch._replace(**{name: getattr(batch, name)[:12] for name in (
+            'positions', 'main_weights', 'mean_weights', 'neighbours', 'new')})  # one shape
+        found = []
+        for objective.tiled, objective.trunk_and_sampler_losses in ((False, dense), (True, tiled)):
+            model.zero_grad()
+            losses = objective(batch, Stage({'sampler': 1.0}), keyed(1, 0, 0, 3))
+            losses.total.backward()
+            found.append([losses.main, *(weight.grad for weight in model.parameters())])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert counted.frame_count == 1
+
+
+@pytest.mark.parametrize('attention_type, compile, ranks, tiled', [
+    ('block', True, 1, True), ('block', False, 1, False), ('block', True, 2, False), ('bidirectional', True, 1, False)])
+def test_compiled_steps_of_one_rank_read_tiles_where_that_pays(attention_type, compile, ranks, tiled, monkeypatch):
+    asked = []
+    monkeypatch.setattr('core.objective.tiles_pay', lambda *shape: asked.append(shape) is None)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
+    config = block_config(4, dropout=0.1) if attention_type == 'block' else toy_config(block_size=T)
+    state = toy_state(config, block_plan(4), runtime=Runtime(torch.device('cpu'), torch.float32, compile, 0, ranks))
+    assert state.objective.tiled is tiled
+    assert asked == ([(torch.device('cpu'), T, config.n_embd // config.n_head, 0.1)] if tiled else [])
 
 
 @pytest.mark.parametrize('gradient', ['head', 'trunk'])
