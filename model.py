@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core.common.layers import Norm, draw_weights, rotary_tables, rotate
+from core.common.layers import Norm, attend_from_one, draw_weights, rotary_tables, rotate
 from core.common.precision import to_exact
 from core.common.stream_attention import StreamTiles, block_attention_mask
 from core.sampler_head import SAMPLER_KINDS, SamplerHead, SamplerShape, SamplerWindow, initialise_sampler_head
@@ -334,10 +334,14 @@ class Attention(nn.Module):
         if asked is not None and asked.length < T:
             query = query[:, :, :asked.length]
             mask = mask[:, :, :asked.length] if isinstance(mask, Tensor) and mask.size(2) > 1 else mask
-        x = mask.attend(query, key, value) if isinstance(mask, StreamTiles) else \
-            F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
-                                           dropout_p=self.dropout if self.training else 0.0,
-                                           is_causal=causal and mask is None)  # [B, H, S, D/H]
+        if isinstance(mask, StreamTiles):
+            x = mask.attend(query, key, value)
+        elif cache is not None and T == 1 and mask is None and query.device.type == 'cpu' and query.dtype.itemsize < 4:
+            x = attend_from_one(query, key, value)  # [B, H, 1, D/H]
+        else:
+            x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
+                                               dropout_p=self.dropout if self.training else 0.0,
+                                               is_causal=causal and mask is None)  # [B, H, S, D/H]
         x = self.c_proj(picked(x.transpose(1, 2).flatten(2), asked))  # [B, S, D] or [N, D]
         return F.dropout(x, self.dropout, self.training)
 

@@ -115,7 +115,8 @@ def decode_precisions(dtype: str, device: torch.device) -> list[torch.dtype | No
     """The precisions of autocast that are measured. Each side of the comparison counts with its fastest one."""
     if dtype != 'auto':
         return [choose_autocast(dtype, device)]
-    return [None, torch.bfloat16] if has_fast_bfloat16(device) else [None]
+    fast = has_fast_bfloat16(device) or device.type == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+    return [None, torch.bfloat16] if fast else [None]
 
 
 def rates_of(cases: Mapping[str, Case], device: torch.device) -> dict[str, Callable[[], float]]:

@@ -17,6 +17,7 @@ from core.common.drawing import DrawRule
 from core.common.randomness import RowRandom
 from core.common.timing import TimingAccumulator
 from core.sampling.generation import GenerationSettings, Method, generate
+from core.sampling.held_weights import with_held_weights
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
 from core.sampling.policies import POLICIES, Policy
@@ -29,6 +30,7 @@ FILL_ROWS = 16
 SAMPLING_ROWS = (1, 16)
 PREDICTIONS = 16
 DECODE_PREDICTIONS = (4, 8)  # against the yardstick of sampling
+BLOCKS = ((1, 8), (4, 16), (1, 4))  # trunk calls a block, and its length: also against the yardstick
 TEMPERATURE = SampleConfig.temperature
 POLICY_ROWS = 16
 POLICY_CALLS = 3  # trunk calls of a policy's run, if the policy lets us choose
@@ -69,7 +71,8 @@ def sampling_cases(shape: Shape, device: torch.device, autocast: torch.dtype | N
 
 def decode_cases(shape: Shape, device: torch.device, autocasts: Sequence[torch.dtype | None]) -> dict[str, Case]:
     """Whole texts in each of the precisions `autocasts` (None: float32): by the yardstick of sampling, the causal model
-    with its key-value cache; and by diffusion with the sampler head at few trunk calls."""
+    with its key-value cache; by diffusion with the sampler head at few trunk calls; and by block diffusion with a cache
+    and the head."""
     networks = {short_name(autocast or torch.float32): _both_networks(shape, device, autocast)
                 for autocast in autocasts}
     cases = {}
@@ -79,7 +82,28 @@ def decode_cases(shape: Shape, device: torch.device, autocasts: Sequence[torch.d
             for predictions in DECODE_PREDICTIONS:
                 cases[f'diffusion K={predictions}, batch {rows}, {dtype}'] = _diffusion_case(diffusion, shape, rows,
                                                                                            predictions)
+    for calls, length in BLOCKS:
+        for autocast in autocasts:
+            network, dtype = _block_network(shape, length, device, autocast), short_name(autocast or torch.float32)
+            for rows in SAMPLING_ROWS:
+                name = f'{calls} {"call" if calls == 1 else "calls"} per block of {length}'
+                cases[f'{name}, batch {rows}, {dtype}'] = _block_case(network, shape, rows, calls)
     return cases
+
+
+def _block_network(shape: Shape, length: int, device: torch.device, autocast: torch.dtype | None) -> Network:
+    """Of a block model whose head sees all earlier tokens of a block of `length`."""
+    return sampling_network(model_config(
+        shape, attention_type='block', block_length=(length,), add_sampler_head=True, sampler_context_left=length - 1,
+        sampler_context_right=0, sampler_order='left_to_right', sampler_gate=True), device, autocast)
+
+
+def _block_case(network: Network, shape: Shape, rows: int, calls: int) -> Case:
+    """`rows` texts of a block model in `calls` trunk calls a block. The first of them also reads the block before."""
+    model, (length,) = network.model, network.model.config.block_length
+    operations = (calls + 1) * model.operations_per_token() + fill_operations(model.config)
+    return _text_case(network, 'diffusion', shape, rows, operations, policy=make_policy('strided', iterations=calls),
+                      head='left_to_right', block_length=length)
 
 
 def _both_networks(shape: Shape, device: torch.device, autocast: torch.dtype | None) -> tuple[Network, Network]:
@@ -121,7 +145,8 @@ def _sampling_run(network: Network, settings: GenerationSettings, tokens: Tensor
 
 def sampling_network(config: GPTConfig, device: torch.device, autocast: torch.dtype | None) -> Network:
     """An untrained model in a network that counts and times its calls, in precision `autocast` (None: float32)."""
-    return Network(GPT(config).to(device).eval().requires_grad_(False), TimingAccumulator(device), autocast)
+    model = with_held_weights(GPT(config).to(device).eval().requires_grad_(False), autocast)
+    return Network(model, TimingAccumulator(device), autocast)
 
 
 def _masked(rows: int, shape: Shape, device: torch.device) -> Tensor:

@@ -27,6 +27,13 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
+def attend_from_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of a single query [B, H, 1, D / H] to all of key and value [B, H, K, D / H], on a processor, computed
+    in float32. With one query, torch's attention in lower precision costs several times as much there."""
+    with torch.autocast('cpu', enabled=False):
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float()).to(query.dtype)
+
+
 def rotary_tables(length: int, width: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine [length, 1, width / 2] of position times frequency, base 10,000 (Su et al. 2021)."""
     frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)

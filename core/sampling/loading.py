@@ -30,6 +30,7 @@ from core.pretrained.trunk import PretrainedTrunk
 from core.pretrained.vocabulary import AnyVocabulary
 from core.sampling.calibration import find_calibration
 from core.sampling.generation import GenerationSettings, reads_blocks
+from core.sampling.held_weights import with_held_weights
 from core.sampling.network import Network
 from core.sampling.options import SampleConfig
 from core.sampling.policies import GUIDES, POLICIES
@@ -259,8 +260,11 @@ def make_network(config: SampleConfig, loaded: Loaded, timer: TimingAccumulator)
 
     On a processor a compiled wave is no faster than an eager one (docs/LOG.md, 24), so there only the trunk is compiled.
     """
-    encode = torch.compile(loaded.model.encode) if config.compile else None
+    autocast, model = choose_autocast(config.dtype, loaded.device), loaded.model
+    if not config.compile and isinstance(model, GPT):  # a compiled call casts by itself
+        model = with_held_weights(model, autocast)
+    encode = torch.compile(model.encode) if config.compile else None
     wave = torch.compile(draw_wave, dynamic=True) if config.compile and loaded.device.type != 'cpu' else draw_wave
-    return Network(loaded.model, timer, choose_autocast(config.dtype, loaded.device), encode, loaded.remasking_model,
+    return Network(model, timer, autocast, encode, loaded.remasking_model,
                    wave, RecordedWaves() if config.cuda_graphs else None,
                    verified=config.verify_drafts and not loaded.settings.verify_drafts)

@@ -21,7 +21,7 @@ from core.bench.measuring import GROUPS, another_round, benchmark, measure_in_tu
 from core.bench.records import COPY
 from core.bench.report import (KIND, added_share, fastest, floors, gap, overhead, rate_share, ratio, ratios,
                                read_record, report)
-from core.bench.sampling_cases import (DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
+from core.bench.sampling_cases import (BLOCKS, DECODE_PREDICTIONS, POLICY_CALLS, POLICY_ROWS, WITH_HEAD, decode_cases,
                                        fill_operations, policy_runs, sampling_cases)
 from core.bench.training_cases import baseline_bytes, step_bytes, step_operations
 from core.bench.yardstick import Baseline
@@ -329,13 +329,14 @@ def quick(monkeypatch):
 def test_sampling_cases_write_every_token():
     cases = sampling_cases(TINY, torch.device('cpu'), None) | decode_cases(TINY, torch.device('cpu'),
                                                                             [None, torch.bfloat16])
-    assert len(cases) == 4 + 12
+    blocks = [name for name in cases if 'per block of' in name]
+    assert len(blocks) == 4 * len(BLOCKS) and len(cases) == 4 + 12 + len(blocks)
     for name, case in cases.items():
         assert (case.dtype is torch.bfloat16) == name.endswith('bfloat16'), name
         written = case.run(3)
         assert isinstance(written, Generation) and written.tokens.numel() == case.tokens, name
         assert (written.tokens < TINY.base_size).all(), name
-        assert (written.waves > 0) == name.startswith('diffusion'), name
+        assert (written.waves > 0) == (name.startswith('diffusion') or name in blocks), name
 
 
 def test_record_report_and_files(quick, tmp_path, monkeypatch, capsys):
@@ -380,6 +381,7 @@ def test_a_file_that_holds_no_record_is_not_replaced(content, quick, tmp_path):
 def test_yardsticks_are_measured_beside_on_demand_however_long_they_take(quick, tmp_path, monkeypatch, capsys):
     for name, value in (('FEWEST', 1), ('USUAL', 2), ('PATIENCE', 0.0)):
         monkeypatch.setattr(benchmark_module, name, value)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
     main(['--shapes=small', '--groups=training,sampling', '--baseline', '--device=cpu', '--compile=False',
           f'--json={tmp_path}/record.json'])
     entry, = read_record(tmp_path / 'record.json')['shapes'].values()
@@ -390,7 +392,7 @@ def test_yardsticks_are_measured_beside_on_demand_however_long_they_take(quick, 
     assert baseline['dtype'] == 'float32' and baseline['operations'] == causal['operations']
     assert baseline['bytes'] < causal['bytes'] and baseline['tokens'] == causal['tokens'] == TINY.tokens
     shown = {name for name in ratios(entry) if 'baseline' in name or 'causal_decode' in name}
-    assert len(shown) == 2 + 2 * len(DECODE_PREDICTIONS)
+    assert len(shown) == 2 + 2 * len(DECODE_PREDICTIONS) + 2 * len(BLOCKS)
     printed = capsys.readouterr().out
     assert all(f'| {name}' in printed for name in shown) and '| baseline: float32, eager causal step' in printed
 
@@ -399,7 +401,8 @@ def test_yardsticks_are_measured_beside_on_demand_however_long_they_take(quick, 
     ('auto', True, [None, torch.bfloat16]), ('auto', False, [None]), ('bfloat16', False, [torch.bfloat16]),
     ('float32', True, [None])])
 def test_each_side_of_the_sampling_yardstick_tries_what_may_be_fast(dtype, fast, expected, monkeypatch):
-    monkeypatch.setattr(benchmark_module, 'has_fast_bfloat16', lambda device: fast)
+    monkeypatch.setattr(benchmark_module, 'has_fast_bfloat16', lambda device: False)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: fast)
     assert benchmark_module.decode_precisions(dtype, torch.device('cpu')) == expected
 
 
