@@ -179,8 +179,8 @@ def check_recorded_steps(device: torch.device) -> Facts:
 
 
 def check_streams(device: torch.device) -> Facts:
-    """A compiled step of a block model with long rows reads tiles (FlexAttention), and has the losses and gradients that
-    a dense mask gives. The host does not wait for the tiles of rows, and the step can be recorded with them. Also
+    """A compiled step of a block model with long rows reads tiles (FlexAttention), and has the losses and gradients
+    that a dense mask gives. The host does not wait for the tiles of rows, and the step can be recorded with them. Also
     measures how long each takes."""
     facts: Facts = {}
     for length, rows in LONG_ROWS.items():

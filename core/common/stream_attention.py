@@ -1,7 +1,7 @@
 """Attention in the two streams [x_t ; x_0] that block models train on: who sees whom, as a dense mask and as tiles.
 
-A dense mask works on every device. FlexAttention (Dong et al. 2024, arXiv 2412.05496) keeps no mask of the whole square,
-and skips its tiles that nobody sees. In long rows these are nearly three quarters.
+A dense mask works on every device. FlexAttention (Dong et al. 2024, arXiv 2412.05496) keeps no mask of the whole
+square, and skips its tiles that nobody sees. In long rows these are nearly three quarters.
 
 Letters: B batch, T sequence length, D width, H heads, S queries.
 """
@@ -60,7 +60,7 @@ class StreamTiles(NamedTuple):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention [B, H, S, D / H] of the first S queries, T or 2T, to all keys [B, H, 2T, D / H]."""
         tiles = self.both if query.size(2) == key.size(2) else self.noisy
-        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast would do so for other attention
+        query, key = query.to(value.dtype), key.to(value.dtype)  # a GPU's autocast has normalised them in float32
         return flex_attention(query, key, value, block_mask=tiles)
 
 
