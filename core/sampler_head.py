@@ -242,8 +242,17 @@ class LaterLayers(NamedTuple):
             return logits
         if self.gate is None:
             return logits + trunk_logits
-        share = gate_start[new] * F.linear(x, gate_weight, gate_bias).squeeze(-1).exp()  # [...]
+        share = gate_start[new] * opening(F.linear(x, gate_weight, gate_bias).squeeze(-1))  # [...]
         return logits + trunk_logits * share[..., None]
+
+
+def opening(gate: Tensor) -> Tensor:
+    """The factor that a gate's output [...] stands for, between 0 and 2: exp(gate) up to 0, then 1 + tanh(gate).
+
+    It needs a bound: in a wide head one step of training can move the output by several units, and an exponential of 30
+    ends the training (docs/LOG.md).
+    """
+    return gate.clamp(max=0).exp() + F.relu(gate).tanh()
 
 
 class SamplerHead(nn.Module):

@@ -14,7 +14,7 @@ from core.common.randomness import RowRandom, keyed
 from core.common.waves import follow_on_schedule, group_schedule, wave_schedule
 from helpers.toys import awake
 from model import GPT, GPTConfig
-from core.sampler_head import SamplerWindow
+from core.sampler_head import SamplerWindow, opening
 from sample_utils import (FillTask, Filler, _bootstrap_fill_by_confidence, draw_wave, independent_fill,
                           neighbour_tokens, predict_and_sample_tokens, prepare_sampler_inputs, sampler_wavefront_fill)
 
@@ -425,3 +425,18 @@ def test_a_gate_begins_with_all_of_the_trunk_and_with_less_after_a_draw():
     logits, new = torch.randn(3, V), torch.tensor([0, 1, 4])
     found = head(torch.randn(3, 5 * 16), logits, torch.zeros(V, 16), new)
     torch.testing.assert_close(found, logits * torch.tensor([1.0, 0.3, 0.3])[:, None])
+
+
+def test_a_gate_never_opens_further_than_twice():
+    """Outputs of 30 and more came up in training. The factor has no jump at 0, nor has its slope."""
+    gate = torch.tensor([-40.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 40.0, 1000.0], requires_grad=True)
+    factor = opening(gate)
+    torch.testing.assert_close(factor[:4], gate[:4].exp())
+    torch.testing.assert_close(factor[4:], 1 + gate[4:].tanh())
+    slope, = torch.autograd.grad(factor.sum(), gate)
+    assert slope.isfinite().all() and slope[2:5].tolist() == pytest.approx([1, 1, 1], abs=1e-3)
+    head = GPT(GPTConfig(**ORDERED), seed=3).sampler_head
+    head.gate.bias.data.fill_(1000.0)
+    logits, new = torch.randn(3, V), torch.tensor([0, 1, 4])
+    found = head(torch.randn(3, 5 * 16), logits, torch.zeros(V, 16), new)
+    torch.testing.assert_close(found, 2 * logits * torch.tensor([1.0, 0.3, 0.3])[:, None])
