@@ -2,8 +2,9 @@
 the draft (speculative sampling, Leviathan et al. 2023, Chen et al. 2023).
 
 From left to right, a draft x_i from q is kept with probability min(1, p(x_i) / q(x_i)). The first refused token is
-drawn again from the normalised positive part of p - q, and the tokens after it are drafted again. So the text has
-exactly the distribution of the model at blocks of one, however good the drafts are. Better drafts only save calls.
+drawn again from the normalised positive part of p - q, and the tokens after it are drafted again, from the hidden states of
+the block's first draft. So a block costs one call to draft and one for each check, and the text has exactly the
+distribution of the model at blocks of one, however good the drafts are. Better drafts only save calls.
 
 Letters: B rows, W positions of the block in work, V vocabulary.
 """
@@ -65,7 +66,7 @@ def _write(network: Network, layout: Layout, settings: GenerationSettings, gener
 def _write_block(drafting: BlockNetwork, checking: BlockNetwork, settings: GenerationSettings, window: WindowRun,
                  made: Generation) -> Generation:
     """Draft and check until every row has settled the block."""
-    W, settled = made.tokens.size(1), window.fixed.sum(1)  # [B], a prompt is a prefix
+    W, settled, hidden = made.tokens.size(1), window.fixed.sum(1), None  # settled [B], a prompt is a prefix
     place, mask = torch.arange(W, device=made.tokens.device), drafting.model.config.mask_token_id
     for number in range(W):
         if int(settled.min()) == W:  # the host must know when to end
@@ -74,7 +75,7 @@ def _write_block(drafting: BlockNetwork, checking: BlockNetwork, settings: Gener
         noisy = made.tokens.masked_fill(open, mask)
         drafts, draft_scores = noisy.masked_fill(open, 0), None
         if int(settled.min()) < W - 1:  # the last position needs no draft
-            hidden = drafting.encode(noisy)
+            hidden = drafting.encode(noisy) if hidden is None else hidden  # [B, W, D]
             task = FillTask(noisy, hidden, settings.rule, numbers, open, left_context=drafting.left_context)
             fill = drafting.filler('left_to_right').fill(task)
             drafts, made = fill.tokens, made._replace(waves=made.waves + fill.statistics.waves)

@@ -7,6 +7,7 @@ from core.common.drawing import DrawRule, allowed_ids
 from core.common.randomness import keyed
 from core.common.timing import TimingAccumulator
 from core.evaluation.likelihood import Scorer, log_likelihood
+from core.sampling.block_network import BlockNetwork
 from core.sampling.generation import GenerationSettings
 from core.sampling.network import Network
 from core.sampling.policies import POLICIES
@@ -100,3 +101,11 @@ def test_prompts_stay_rows_do_not_depend_on_their_batch_and_calls_are_counted():
         alone = Network(model, TimingAccumulator())
         found = write_verified(alone, Layout(tokens, tokens != MASK), settings, keyed(4, 0, row, 1), None)
         assert torch.equal(found.tokens[0], made.tokens[row]) and alone.trunk_calls <= network.trunk_calls
+
+
+def test_a_block_is_drafted_from_one_trunk_call(monkeypatch):
+    calls, encode = [], BlockNetwork.encode
+    monkeypatch.setattr(BlockNetwork, 'encode', lambda self, tokens: calls.append(1) or encode(self, tokens))
+    made, network = written(mixture(1.0), 4, 9)
+    assert len(calls) == 3 and network.trunk_calls > 6  # three blocks; each row refuses something now and then
+    assert (made.tokens < V0).all()
