@@ -89,5 +89,5 @@ SECTIONS = (
         _block('begun as a causal model, 500 iterations', 'out-block-begun', f'{CHARACTERS}{SHORT} '
                f'--init_from_checkpoint=out-causal-1337/ckpt_best.pt'),
         _block('head alone, on a diffusion trunk', 'out-block-wide', f'{CHARACTERS} --predicts=own '
-               f'--block_length=128 --init_from_checkpoint=out-full/ckpt_best.pt --freeze_transformer=True '
+               f'--block_length=128 --init_from_checkpoint=out-diffusion/ckpt_best.pt --freeze_transformer=True '
                f'--sampler_gradient=head --sampler_context_left=8 --whole_block_share=0.5')), blocks_text, page=PAGE))
