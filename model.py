@@ -155,7 +155,8 @@ class GPTConfig:
         if self.mask_token_id is None:
             problems.append('attention_type block requires mask_token_id to be configured')
         if self.predicts == 'next' and self.add_critic_head:
-            problems.append("predicts is next, but a critic reads a token's own hidden state; leave one of them out")
+            problems.append("predicts is next, but a critic reads a token's own hidden state; take predicts=own, or "
+                            'leave add_critic_head out')
         return problems
 
     def _head_problems(self) -> list[str]:
